@@ -1,0 +1,483 @@
+"""Plumbing that the training scripts share: command line, processes, schedule, parameter groups, checkpoints, logs, plots."""
+
+import argparse
+import ctypes
+import difflib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import distributed, nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line with the value, the constraint and the fix. Scripts exit with status 2."""
+
+
+def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call `main(args)`; a UserError becomes one line on standard error and exit status 2, an interrupt status 130."""
+    try:
+        main(args)
+    except UserError as error:
+        _exit_with(2, str(error))
+    except KeyboardInterrupt:
+        _exit_with(130, "interrupted; the same command continues from the last checkpoint")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _exit_with(status: int, message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several non-negative integers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and which never guesses abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        _exit_with(2, f"{message} (see --help)")
+
+
+class BoolFlag(argparse.BooleanOptionalAction):
+    """`--flag`, `--no-flag`, `--flag true` and `--flag false`."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs, self.metavar = "?", "true|false"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {None: True, "true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        key = value.lower() if isinstance(value, str) else None
+        if key not in words or (key is not None and option_string.startswith("--no-")):
+            parser.error(f"{option_string} {value}: expected true or false, as in {self.option_strings[0]} true")
+        setattr(namespace, self.dest, words[key] and not option_string.startswith("--no-"))
+
+
+def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
+    """An argparse type that takes one of `names` and suggests the nearest for a typo."""
+    names = list(names)
+
+    def check(value: str) -> str:
+        if value in names:
+            return value
+        near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"no {what} {value!r}; {hint}")
+
+    return check
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type for an int or float in [low, high], or in (low, high] when `above`."""
+
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not low <= value <= high or (above and value == low) or not math.isfinite(value):
+            lower = f"more than {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} must be {lower}" + (f" and at most {high}" if high < math.inf else ""))
+        return value
+
+    return check
+
+
+# --- processes and devices --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run: one with plain `python`, several under `torchrun`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def local_world_size(self) -> int:
+        """Processes of this run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def mean(self, values: Sequence[torch.Tensor]) -> list[float]:
+        """The mean over processes of a few scalars, with one reduction and one device synchronisation."""
+        stacked = torch.stack([value.detach().to(self.device, torch.float32) for value in values])
+        if self.world_size > 1:
+            distributed.all_reduce(stacked)
+        return (stacked / self.world_size).tolist()
+
+    def union(self, members: set) -> set:
+        """The union of every process's set."""
+        if self.world_size == 1:
+            return members
+        gathered = [None] * self.world_size
+        distributed.all_gather_object(gathered, members)
+        return set().union(*gathered)
+
+
+def setup_processes(device: str | None) -> Processes:
+    """Choose the device (CUDA when there is one, or as asked) and join the process group that torchrun describes."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+    if chosen.type == "cpu":
+        keep_heap_mapped()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [key for key in names if key not in os.environ]
+    if missing:
+        if len(missing) < len(names) and "WORLD_SIZE" in os.environ:
+            raise UserError(f"{', '.join(missing)} not set though WORLD_SIZE is; start several processes with torchrun")
+        return Processes(0, 1, chosen)
+    rank, world_size, local_rank = (int(os.environ[key]) for key in names[:3])
+    if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower torchrun's --nproc_per_node")
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(rank, world_size, chosen)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Let the main process do something once, such as a download, before the others do it too."""
+    waiting = distributed.is_initialized() and distributed.get_rank() > 0
+    if waiting:
+        distributed.barrier()
+    yield
+    if distributed.is_initialized() and not waiting:
+        distributed.barrier()
+
+
+def keep_heap_mapped() -> None:
+    """Keep freed memory instead of returning it to the system after every operation.
+
+    With glibc's defaults each large temporary is mapped, zeroed page by page and unmapped again, which made a training
+    step on CPU about half as fast (`python tests/heap.py`). Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
+    """The autocast type of `--amp`; by default bfloat16 on GPUs that have it, float16 on older ones, none on CPUs."""
+    if amp is None:
+        amp = "none" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+def learning_rate(epoch: float, peak: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """Linear warm-up from 0, then half a cosine to `min_lr`; `epoch` is fractional, so the rate changes every step."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels decay; biases, norms, LayerScale, GRN's gamma and beta, and the mask token do not."""
+    return parameter.ndim > 1 and name.rsplit(".")[-1] not in ("bias", "gamma", "beta", "mask_token")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups for the optimiser: with weight decay and without."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in named if has_weight_decay(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if not has_weight_decay(name, p)], "weight_decay": 0.0},
+    ]
+
+
+# --- output directory: checkpoints and log ----------------------------------------------------------------------------
+
+
+def prepare_output_dir(path: str) -> Path:
+    """Create the output directory and make sure that files can be written there."""
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {directory} ({error.strerror}); choose another --output_dir") from None
+    return directory
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write a dictionary as an indented JSON file, atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides this code."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save` of plain types, atomically."""
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def save_checkpoint(directory: Path, epoch: int, state: dict, keep: int) -> None:
+    """Write `checkpoint-<epoch>.pth` and delete all but the newest `keep`."""
+    save_tensors(directory / f"checkpoint-{epoch}.pth", state)
+    for old in find_checkpoints(directory)[:-keep]:
+        old.unlink()
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """The directory's checkpoints, oldest first."""
+    numbered = [(path.stem.removeprefix("checkpoint-"), path) for path in directory.glob("checkpoint-*.pth")]
+    return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]
+
+
+def choose_checkpoint(directory: Path, resume: str | None, auto_resume: bool) -> Path | None:
+    """The checkpoint to continue from: `--resume`, or the newest one with `--auto_resume`, or None for a new run."""
+    found = find_checkpoints(directory)
+    if resume:
+        return Path(resume)
+    if found and not auto_resume:
+        raise UserError(f"--output_dir {directory} already holds a run; choose another one, delete it, or use --auto_resume")
+    return found[-1] if found else None
+
+
+def load_file(path: str | Path) -> dict:
+    """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror or error})") from None
+    except Exception:  # torch raises many types for damaged and foreign files
+        raise UserError(
+            f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def check_same_run(path: Path, saved: dict, args: dict, may_differ: Iterable[str]) -> None:
+    """UserError that lists the flags in which a checkpoint's run differs from the command line's."""
+    differing = [key for key in sorted(args.keys() | saved.keys()) if key not in may_differ and saved.get(key) != args.get(key)]
+    if differing:
+        fields = ", ".join(f"--{key} {saved.get(key)} (now {args.get(key)})" for key in differing)
+        raise UserError(f"{path} was written with {fields}; repeat those flags, or choose another --output_dir")
+
+
+class RunLog:
+    """`log.jsonl` and the progress line, on the main process only.
+
+    One JSON object a line. `lines` counts them, so that a resumed run can drop what its checkpoint does not know of.
+    """
+
+    def __init__(self, directory: Path, total: int, done: int, lines: int, enabled: bool):
+        self.path, self.lines, self.enabled = directory / "log.jsonl", lines, enabled
+        self.bar = tqdm(total=total, initial=done, unit="update", disable=not enabled or not sys.stderr.isatty(), smoothing=0.05)
+        if enabled:
+            kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
+            write_atomically(self.path, lambda file: file.write_text("".join(kept)))
+
+    def advance(self) -> None:
+        """Move the progress bar by one update."""
+        self.bar.update()
+
+    def write(self, record: dict, line: str) -> None:
+        """Append `record` to the log, and show `line`: in the progress bar on a terminal, printed elsewhere."""
+        if not self.enabled:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.lines += 1
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.set_description_str(line)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        self.bar.close()
+
+
+def read_log(directory: Path) -> list[dict]:
+    """The records of a run's `log.jsonl`."""
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+class TimedLoader:
+    """Iterates a loader and measures the time spent waiting for it."""
+
+    def __init__(self, loader: Iterable):
+        self.loader, self.waited, self.lap_start = loader, 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and how many of them were spent waiting for data."""
+        now, waited = time.perf_counter(), self.waited
+        seconds, self.lap_start, self.waited = now - self.lap_start, now, 0.0
+        return seconds, waited
+
+
+class Meters:
+    """Sums over updates, kept on the device: adding never waits for it, `read` does."""
+
+    def __init__(self, device: torch.device):
+        self.zero = torch.zeros((), device=device)
+        self.skipped_in_row = self.zero
+        self._reset()
+
+    def _reset(self):
+        self.updates, self.update_loss, self.loss, self.skipped, self.grad_norm = 0, self.zero, self.zero, self.zero, self.zero
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add a forward pass's share of the update's loss."""
+        self.update_loss = self.update_loss + loss.detach()
+
+    def end_update(self, grad_norm: torch.Tensor) -> None:
+        """Close an update; a non-finite loss or gradient norm counts it as skipped."""
+        finite = self.update_loss.isfinite() & grad_norm.isfinite()
+        self.loss = self.loss + torch.where(finite, self.update_loss, 0)
+        self.skipped = self.skipped + ~finite
+        self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
+        self.update_loss, self.grad_norm, self.updates = self.zero, grad_norm, self.updates + 1
+
+    def read(self, processes: Processes) -> dict:
+        """Means since the last reading, over updates and processes: loss (None if all were skipped), last gradient norm."""
+        loss, skipped, in_row, norm = processes.mean([self.loss, self.skipped, self.skipped_in_row, self.grad_norm])
+        used = self.updates - round(skipped)
+        self._reset()
+        if skipped:
+            tqdm.write(f"warning: {round(skipped)} updates skipped, their loss or gradient was not finite", file=sys.stderr)
+        return {
+            "loss": round(loss / used, 6) if used else None,
+            "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
+            "skipped_updates": round(skipped),
+            "skipped_in_row": round(in_row),
+        }
+
+
+def progress_line(record: dict, epochs: int, seconds_left: float) -> str:
+    """A log record as the line that people watch."""
+    loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.4f}"
+    return (
+        f"epoch {record['epoch']:.2f}/{epochs}  {loss}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
+        f"data wait {record['data_wait']:.0%}  {duration(seconds_left)} left"
+    )
+
+
+def stop_if_diverging(record: dict, directory: Path, limit: int = 10) -> None:
+    """UserError once `limit` updates in a row were skipped; the weights are still those of the last finite update."""
+    if record["skipped_in_row"] >= limit:
+        found = find_checkpoints(directory)
+        raise UserError(
+            f"the loss or its gradient was not finite in {record['skipped_in_row']} updates in a row; the last checkpoint is "
+            f"{found[-1] if found else 'not written yet'}; try a lower --blr, --clip_grad 1, or --amp none"
+        )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1h02m', 65 -> '1m05s', 5 -> '5s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def new_figure(rows: int, columns: int, width: float, height: float):
+    """A matplotlib figure and its axes (rows, columns), drawn without a display."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state, and imported only when a picture is due
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG atomically."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str) -> None:
+    """One row per image, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1]."""
+    images = torch.stack(list(columns.values()), dim=1)  # (N, columns, 3, H, W)
+    height, width = images.shape[-2:]
+    gap = max(2, width // 32)
+    mosaic = make_grid(images.flatten(0, 1).cpu(), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, ...)
+    figure, axes = new_figure(1, 1, 2 * len(columns), 2 * len(images) * height / width + 0.7)
+    axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes[0, 0].set_xticks([gap + width / 2 + k * (width + gap) for k in range(len(columns))], columns, fontsize=13)
+    axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
+    axes[0, 0].set_yticks([])
+    axes[0, 0].spines[:].set_visible(False)
+    axes[0, 0].set_xlabel(caption, fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_curve(path: Path, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, title: str) -> None:
+    """A single line."""
+    figure, axes = new_figure(1, 1, 6, 3.6)
+    axes[0, 0].plot(x, y, color="#0072b2", linewidth=1.5)
+    axes[0, 0].set(xlabel=x_label, ylabel=y_label, title=title)
+    axes[0, 0].grid(alpha=0.3)
+    save_figure(figure, path)

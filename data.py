@@ -1,0 +1,312 @@
+"""Images in: an embedded dataset that draws itself, CIFAR, and folders; transforms; loaders whose randomness is a pure function.
+
+Nothing random here has a hidden state. The order of an epoch depends on (seed, epoch), the augmentation of a sample on
+(seed, epoch, sample index). So any number of workers gives the same run, and a run can be continued from any step.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from common import Processes, UserError, mix_seed
+
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+EMBEDDED_STATISTICS = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+DATA_SETS = ("embedded", "cifar10", "cifar100", "folder")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+
+
+# --- the embedded dataset ---------------------------------------------------------------------------------------------
+
+SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
+_CHUNK = 50  # pictures drawn at once; a multiple of the number of shapes keeps the classes balanced
+
+
+def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `n` pictures of textured shapes on textured backgrounds: uint8 (n, size, size, 3) and their classes (n,).
+
+    The class is the large shape. Position, scale, rotation, colours, textures, light and a few small shapes of other
+    classes are nuisance. Textures are periodic and shapes convex or symmetric, so a hidden patch can be guessed.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
+        chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size), range(-(-n // _CHUNK))))
+    images, labels = (np.concatenate(parts)[:n] for parts in zip(*chunks))
+    return images, labels
+
+
+def _draw_chunk(seed, chunk, size):
+    n = _CHUNK
+    rng = np.random.default_rng([seed, chunk, size])
+    labels = rng.permutation(np.arange(n) % len(SHAPES))
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
+
+    picture = _texture(rng, x, y)
+    for small in (True, True, False):  # two small shapes as clutter, then the one that counts
+        kinds = rng.integers(len(SHAPES), size=n) if small else labels
+        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.45, 0.75)
+        reach = 0.9 if small else 0.3
+        u, v = _turn(x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi))
+        inside = np.empty_like(picture[..., :1])
+        for k in range(len(SHAPES)):
+            chosen = kinds == k
+            distance = _distance(SHAPES[k], u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
+            inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
+        picture += inside * (_texture(rng, u, v) - picture)
+    tilt_x, tilt_y = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
+    picture *= (1 + 0.25 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
+    return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels
+
+
+def _uniform(rng, n, low, high):
+    return rng.uniform(low, high, size=(n, 1, 1)).astype(np.float32)
+
+
+def _turn(x, y, angle):
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def _texture(rng, x, y):
+    """Two colours mixed by plain, striped, checked or dotted periodic patterns: (n, S, S) coordinates -> (n, S, S, 3)."""
+    n = len(x)
+    u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
+    frequency, phase = _uniform(rng, n, 6, 16), _uniform(rng, n, 0, 2 * np.pi)
+    a, b = np.sin(frequency * u + phase), np.sin(frequency * v)
+    kind = rng.integers(4, size=(n, 1, 1))
+    pattern = np.select([kind == 0, kind == 1, kind == 2], [0.2 * u, a, 1.5 * a * b], default=(a + b) * 1.5 - 1)
+    mix = np.clip(0.5 + pattern, 0, 1)[..., None]
+    first, second = rng.uniform(0.05, 0.95, size=(2, n, 1, 1, 3)).astype(np.float32)
+    return first + mix * (second - first)
+
+
+def _distance(shape, u, v):
+    """A signed distance, negative inside, roughly in units of the shape's radius."""
+    r, angle = np.hypot(u, v), np.arctan2(v, u)
+    match shape:
+        case "disc":
+            return r - 0.9
+        case "ring":
+            return np.abs(r - 0.72) - 0.23
+        case "crescent":
+            return np.maximum(r - 1, 0.8 - np.hypot(u - 0.45, v))
+        case "triangle" | "square":
+            k = 3 if shape == "triangle" else 4
+            return r * np.cos((angle % (2 * np.pi / k)) - np.pi / k) - (0.6 if k == 3 else 0.75)
+        case "cross":
+            low, high = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+            return np.maximum(low - 0.3, high - 1)
+        case "star":
+            fold = np.abs((angle % (2 * np.pi / 5)) - np.pi / 5)  # 0 at a tip, pi / 5 in a notch
+            return r * (0.5 + fold) - 0.55
+        case "flower":
+            return r - 0.75 - 0.25 * np.cos(5 * angle)
+        case "heart":
+            return np.hypot(u, 1.1 * v + 0.2 - 0.7 * np.sqrt(np.abs(u))) - 0.85
+        case _:
+            return np.maximum(0.35 - np.abs((angle / np.pi + 2.2 * r) % 2 - 1), r - 1) * 0.6
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Images with or without labels, indexed by (epoch, index) so that augmentation is a function of its place.
+
+    Args:
+        items: file paths, or a uint8 array (n, H, W, 3).
+        labels: one class index per item, or None.
+        classes: class names, or None.
+        transform: from a PIL image to a uint8 tensor (3, S, S), random or not.
+        statistics: mean and standard deviation per channel, for `normalise`.
+        seed: of the augmentation.
+
+    An item is (image, label or -1, failed): `failed` is -1, or the index of a file that could not be read, in whose place
+    stands the next readable one.
+    """
+
+    def __init__(self, items, labels, classes, transform, statistics, seed: int = 0):
+        self.items, self.labels, self.classes = items, labels, classes
+        self.transform, self.statistics, self.seed = transform, statistics, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = place
+        at, image = index, self._open(index)
+        while image is None:
+            at = (at + 1) % len(self)
+            image = Image.new("RGB", (8, 8)) if at == index else self._open(at)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it one of our own
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            tensor = self.transform(image)
+        return tensor, -1 if self.labels is None else int(self.labels[at]), -1 if at == index else index
+
+    def _open(self, index):
+        item = self.items[index]
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item)
+        try:
+            with Image.open(item) as image:
+                return to_rgb(image)
+        except Exception:  # damaged files raise nearly anything, depending on the decoder
+            return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too."""
+    if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit values at 255
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
+        image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def list_images(directory: Path) -> list[str]:
+    """All image files under a directory, sorted; links are followed, each folder once."""
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(directory, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0) -> Images:
+    """The "train" or "val" images of a data set; UserError when there are none.
+
+    A folder without DIR/train is taken whole, for both splits. Labels are the first folder below the split's, and None when
+    an image lies in no such folder.
+    """
+    if data_set == "embedded":
+        count, salt = (5000, 0) if split == "train" else (1000, 1)
+        return Images(*draw_images(count, salt), SHAPES, transform, EMBEDDED_STATISTICS, seed)
+    if data_set in CIFAR_STATISTICS:
+        kind, root = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data_set], data_path or "data"
+        try:
+            cifar = kind(root, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{data_set} is not in {root} and could not be downloaded ({error}); give its folder as --data_path"
+            ) from None
+        return Images(cifar.data, cifar.targets, cifar.classes, transform, CIFAR_STATISTICS[data_set], seed)
+
+    root = Path(data_path)
+    if not root.is_dir():
+        raise UserError(
+            f"--data_path {root} {'is not a directory' if root.exists() else 'does not exist'}; give a folder of images"
+        )
+    if (root / "train").is_dir():
+        root = root / split
+    paths = list_images(root)
+    if not paths:
+        raise UserError(f"no images under {root}; files must end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
+    if any(len(part) == 1 for part in parts):
+        return Images(paths, None, None, transform, IMAGENET_STATISTICS, seed)
+    classes = sorted({part[0] for part in parts})
+    labels = [classes.index(part[0]) for part in parts]
+    return Images(paths, labels, classes, transform, IMAGENET_STATISTICS, seed)
+
+
+def pretrain_transform(size: int) -> v2.Transform:
+    """Random crop of 20 to 100% of the area and horizontal flip, the only augmentation of FCMAE (paper Tab. 8)."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def center_transform(size: int) -> v2.Transform:
+    """Short side to `size`, then the central square: nothing random."""
+    return v2.Compose([v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def normalise(images: torch.Tensor, statistics: tuple, device: torch.device) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> float32 on `device`, zero mean and unit variance. Bytes travel; floats are made on arrival."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in statistics)
+    return (images.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+def denormalise(images: torch.Tensor, statistics: tuple) -> torch.Tensor:
+    """The inverse of `normalise`, as floats in [0, 1]."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in statistics)
+    return (images.float() * std + mean).clamp(0, 1)
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+class EpochSampler:
+    """Batches of (epoch, index) for one rank; the global order is a function of (seed, epoch) alone.
+
+    Batch b takes `world_size * batch_size` neighbours of that order, a stretch for each rank. So consecutive batches cover
+    consecutive stretches however they are divided among ranks, and `first_batch` continues an epoch. The last incomplete
+    batch is left out.
+    """
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int):
+        self.length, self.batch_size, self.rank, self.world_size, self.seed = length, batch_size, rank, world_size, seed
+        self.epoch = self.first_batch = 0
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
+        first, self.first_batch = self.first_batch, 0
+        for batch in range(first, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
+
+
+def make_loader(images: Images, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of (uint8 images (B, 3, S, S), labels (B,), failed (B,)) batches, with workers that outlive the epoch."""
+    return DataLoader(
+        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0
+    )  # fmt: skip
+
+
+class Unreadable:
+    """The files that could not be read: one warning each, and an end when they exceed 1% of the data set."""
+
+    def __init__(self, images: Images):
+        self.images, self.indices = images, set()
+
+    def note(self, failed: torch.Tensor) -> None:
+        """Take a batch's `failed` column."""
+        for index in failed[failed >= 0].tolist():
+            if index not in self.indices:
+                self.indices.add(index)
+                tqdm.write(f"warning: cannot read {self.images.items[index]}; the next image takes its place", file=sys.stderr)
+
+    def check(self, processes: Processes) -> None:
+        """Share what every process found; UserError, in all of them, past the limit."""
+        self.indices = processes.union(self.indices)
+        if len(self.indices) > 0.01 * len(self.images):
+            raise UserError(
+                f"{len(self.indices)} of {len(self.images)} images cannot be read, more than 1%; "
+                f"remove or replace them, {self.images.items[min(self.indices)]} for one"
+            )

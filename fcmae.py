@@ -1,0 +1,176 @@
+"""Fully convolutional masked autoencoder (ConvNeXt V2, arXiv 2301.00808, Sec. 3): mask, encode, decode, loss.
+
+Shapes: N images, C channels, h x w the grid of patches (the encoder's last stage), L = h * w patches, p pixels per patch side,
+D decoder width.
+"""
+
+import torch
+from torch import nn
+
+from model import Block, ConvNeXt, check_images, init_weights
+from sparse import check_mask, masked_encoder, sparse_encoder, upsample_mask
+
+BACKENDS = ("sparse", "reference", "masked", "leaky")
+
+
+def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """(n, h, w) boolean mask, True = hidden: every image keeps exactly int(h * w * (1 - mask_ratio)) random cells visible.
+
+    Drawn on the generator's device (the CPU without one). Raises ValueError if nothing would be hidden, or nothing visible.
+    """
+    cells = h * w
+    keep = int(cells * (1 - mask_ratio))
+    if not 0 < keep < cells:
+        extreme = "hides no patch" if keep >= cells else "leaves no patch visible"
+        raise ValueError(f"mask_ratio {mask_ratio} {extreme} of {h} x {w}; choose a ratio such as 0.6, or larger images")
+    device = generator.device if generator is not None else "cpu"
+    order = torch.rand(n, cells, generator=generator, device=device).argsort(dim=1)
+    mask = torch.ones(n, cells, dtype=torch.bool, device=device)
+    return mask.scatter_(1, order[:, :keep], False).view(n, h, w)
+
+
+class FCMAE(nn.Module):
+    """Masked autoencoder around a ConvNeXt encoder: `loss, pred, mask = FCMAE(encoder)(imgs)`.
+
+    Args:
+        encoder: a ConvNeXt built with `num_classes=0`.
+        mask_ratio: share of the patches to hide.
+        decoder_depth, decoder_embed_dim: ConvNeXt V2 blocks of the decoder, and their width D.
+        norm_pix_loss: predict each patch's pixels normalised by that patch's own mean and variance.
+        backend: how the encoder runs.
+            "sparse": visible sites only.
+            "reference": the same by the definition of submanifold convolution, a sum over 49 taps, and plain modules; slow.
+            "masked": dense, with the mask before and after each convolution; the same function, and the tests' oracle.
+            "leaky": dense on the zero-filled image with no mask inside: the paper's "without sparse conv." ablation.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvNeXt,
+        mask_ratio: float = 0.6,
+        decoder_depth: int = 1,
+        decoder_embed_dim: int = 512,
+        norm_pix_loss: bool = True,
+        backend: str = "sparse",
+    ):
+        super().__init__()
+        if encoder.num_classes:
+            raise ValueError(f"the encoder has a head of {encoder.num_classes} classes; build it with num_classes=0")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
+        if decoder_depth < 0 or decoder_embed_dim < 1:
+            raise ValueError(
+                f"decoder_depth {decoder_depth} must be at least 0, and decoder_embed_dim {decoder_embed_dim} at least 1"
+            )
+        self.encoder, self.backend = encoder, backend
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.patch_size, self.in_chans = encoder.patch_size, encoder.in_chans
+
+        self.proj = nn.Conv2d(encoder.dims[-1], decoder_embed_dim, kernel_size=1)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
+        self.decoder = nn.Sequential(*(Block(decoder_embed_dim) for _ in range(decoder_depth)))
+        self.pred = nn.Conv2d(decoder_embed_dim, self.patch_size**2 * self.in_chans, kernel_size=1)
+        for module in (self.proj, self.decoder, self.pred):
+            module.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, imgs: torch.Tensor, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One step of masked autoencoding.
+
+        imgs: (N, in_chans, H, W), both sides multiples of the patch size.
+        mask: (N, h, w) boolean, True = hidden; drawn from `generator` when None. On the CPU it costs a GPU no synchronisation.
+        Returns the loss (a scalar), the predicted patches (N, L, p * p * in_chans), and the mask.
+        Raises ValueError for a wrong size or mask, or a mask that hides nothing or everything.
+        """
+        if mask is None:
+            check_images(imgs, self.in_chans)
+            h, w = imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size
+            mask = random_mask(len(imgs), max(h, 1), max(w, 1), self.mask_ratio, generator)
+        check_mask(self.encoder, imgs, mask)
+        if not mask.any():
+            raise ValueError("the mask hides no patch, so there is nothing to predict")
+        if mask.all():
+            raise ValueError("the mask leaves no patch visible, so there is nothing to predict from")
+        features = self.forward_encoder(imgs, mask)
+        mask = mask.to(imgs.device, non_blocking=True)
+        pred = self.forward_decoder(features, mask)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+    def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells."""
+        if self.backend == "masked":
+            return masked_encoder(self.encoder, imgs, mask)
+        if self.backend == "leaky":
+            check_mask(self.encoder, imgs, mask)
+            mask = mask.to(imgs.device)
+            zero_filled = imgs.masked_fill(upsample_mask(mask, self.patch_size)[:, None], 0)
+            return self.encoder.forward_stages(zero_filled)[-1].masked_fill(mask[:, None], 0)
+        return sparse_encoder(self.encoder, imgs, mask, reference=self.backend == "reference").dense()
+
+    def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N, dims[-1], h, w) and mask (N, h, w) -> predicted patches (N, L, p * p * in_chans)."""
+        x = self.proj(features)  # (N, D, h, w)
+        x = torch.where(mask[:, None], self.mask_token.to(x.dtype), x)
+        return self.pred(self.decoder(x)).flatten(2).transpose(1, 2)  # (N, p * p * C, h, w) -> (N, L, p * p * C)
+
+    def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean over hidden patches of the mean squared error to the (normalised) pixels."""
+        wide = torch.promote_types(pred.dtype, torch.float32)
+        target = self.patchify(imgs).to(wide)  # (N, L, p * p * C)
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(target)
+            target = (target - mean) / std
+        error = (pred.to(wide) - target).square().mean(dim=-1)  # (N, L)
+        hidden = mask.flatten(1)
+        return (error * hidden).sum() / hidden.sum()
+
+    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, L, p * p * C): patches in row-major order, their pixels in (row, column, channel) order."""
+        n, c, height, width = imgs.shape
+        p = self.patch_size
+        x = imgs.view(n, c, height // p, p, width // p, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(n, -1, p * p * c)  # (N, C, h, p, w, p) -> (N, h, w, p, p, C)
+
+    def unpatchify(self, patches: torch.Tensor, h: int, w: int) -> torch.Tensor:
+        """(N, h * w, p * p * C) -> (N, C, h * p, w * p), the inverse of `patchify`."""
+        n, p = len(patches), self.patch_size
+        x = patches.view(n, h, w, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, h * p, w * p)  # (N, h, w, p, p, C) -> (N, C, h, p, w, p)
+
+    def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
+        """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
+
+        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch, which a hidden patch's
+        prediction does not contain: contrast and mean colour are given, structure is predicted.
+        """
+        pred = pred.to(imgs.dtype)
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(self.patchify(imgs))
+            pred = pred * std + mean
+        return self.unpatchify(pred, imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size)
+
+
+@torch.no_grad()
+def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+    """What a reader wants to see of `imgs` (N, C, H, W): title -> (N, C, H, W), on the scale of `imgs`.
+
+    The originals, the visible patches on grey, the prediction, and the prediction with the visible patches pasted over it.
+    """
+    _, pred, mask = mae(imgs, generator=generator)
+    prediction = mae.reconstruct(imgs, pred)
+    hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)
+    return {
+        "original": imgs,
+        "visible": imgs.masked_fill(hidden, 0),
+        "prediction": prediction,
+        "prediction + visible": torch.where(hidden, prediction, imgs),
+    }
+
+
+def _patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # (N, L, p * p * C) -> (N, L, 1)
+    return mean, (var + 1e-6).sqrt()

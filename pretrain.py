@@ -1,0 +1,311 @@
+"""Pre-train a ConvNeXt encoder as a masked autoencoder (FCMAE, paper Sec. 3 and Tab. 8).
+
+    python pretrain.py                                         # embedded data, minutes on a laptop
+    python pretrain.py --data_path DIR                         # any folder of images, the paper's recipe
+    torchrun --nproc_per_node=8 pretrain.py --data_path DIR    # several GPUs; see the README for several machines
+
+Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and pictures to --output_dir.
+"""
+
+import argparse
+import math
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+from common import BoolFlag, Parser, UserError, mix_seed, number, one_of
+from data import (
+    DATA_SETS,
+    EpochSampler,
+    Unreadable,
+    center_transform,
+    denormalise,
+    load_images,
+    make_loader,
+    normalise,
+    pretrain_transform,
+)
+from fcmae import BACKENDS, FCMAE, random_mask, reconstruction_panels
+from model import MODELS
+
+# Defaults that depend on the data. Folders get the paper's recipe (Tab. 8); small images get a small stem and a short run.
+DEFAULTS = {
+    "folder": dict(input_size=224, stem_stride=4, batch_size=64, epochs=800, warmup_epochs=40, blr=1.5e-4),
+    "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, warmup_epochs=10, blr=6e-4),
+    "embedded": dict(input_size=64, stem_stride=2, batch_size=64, epochs=8, warmup_epochs=1, blr=4e-3),
+}
+DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
+
+# What may differ between a checkpoint and the command that continues it.
+MAY_DIFFER = {
+    "output_dir", "device", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq", "save_ckpt_num", "num_workers",
+    "pin_mem", "compile", "log_every", "backend", "data_path",
+}  # fmt: skip
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line and fill in the defaults that depend on the data set."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    count, positive = number(int, 1), number(float, 0, above=True)
+    by_data = "default: by data set, see DEFAULTS"
+
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", type=one_of("model", MODELS), default="convnextv2_atto", metavar="NAME", help=", ".join(MODELS))
+    add(
+        "--stem_stride",
+        type=int,
+        choices=(4, 2, 1),
+        default=argparse.SUPPRESS,
+        help=f"stride of the stem; a patch is 8 x this wide ({by_data})",
+    )
+    add("--mask_ratio", type=number(float, 0, 1, above=True), default=0.6, help="share of the patches to hide")
+    add("--norm_pix_loss", action=BoolFlag, default=True, help="predict pixels normalised per patch")
+    add("--decoder_depth", type=number(int, 0), default=1, help="ConvNeXt V2 blocks of the decoder")
+    add("--decoder_embed_dim", type=count, default=512, help="width of the decoder")
+    add(
+        "--backend",
+        type=one_of("backend", BACKENDS),
+        default="sparse",
+        metavar="NAME",
+        help=f"how the encoder runs: {', '.join(BACKENDS)}",
+    )
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data_path", default=None, metavar="DIR", help="folder of images, or where CIFAR lies; none: the embedded data")
+    add("--data_set", type=one_of("data set", DATA_SETS), default=None, metavar="NAME", help=f"{', '.join(DATA_SETS)}")
+    add("--input_size", type=count, default=argparse.SUPPRESS, help=f"pixels per side of the network's input ({by_data})")
+    add(
+        "--num_workers",
+        type=number(int, 0),
+        default=None,
+        help="loading processes per training process (default: up to 8 for folders, else 0)",
+    )
+    add("--pin_mem", action=BoolFlag, default=True, help="pinned host memory for faster transfer to a GPU")
+
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
+    add("--batch_size", type=count, default=argparse.SUPPRESS, help=f"images per process and forward pass ({by_data})")
+    add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
+    add("--epochs", type=count, default=argparse.SUPPRESS, help=f"passes over the data ({by_data})")
+    add("--warmup_epochs", type=number(float, 0), default=argparse.SUPPRESS, help=f"epochs of linear warm-up ({by_data})")
+    add(
+        "--blr",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help=f"base learning rate per 256 images; lr = blr * batch / 256 ({by_data})",
+    )
+    add("--lr", type=positive, default=None, help="learning rate itself, instead of --blr")
+    add("--min_lr", type=number(float, 0), default=0.0, help="learning rate at the end of the cosine")
+    add("--weight_decay", type=number(float, 0), default=0.05, help="AdamW's weight decay")
+    add("--clip_grad", type=positive, default=None, help="clip the gradient's norm to this (default: no clipping)")
+    add("--amp", choices=("none", "bf16", "fp16"), default=None, help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
+    add("--compile", action=BoolFlag, default=False, help="torch.compile the network: a minute of start-up for faster steps")
+
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--output_dir", default="runs/pretrain", metavar="DIR", help="where everything is written")
+    add("--device", default=None, help="cuda, cpu or mps (default: cuda if there is one)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops and masks")
+    add("--resume", default=None, metavar="FILE", help="continue from this checkpoint")
+    add("--auto_resume", action=BoolFlag, default=True, help="continue from the newest checkpoint in --output_dir, if any")
+    add("--start_epoch", type=number(int, 0), default=0, help="first epoch, when not resuming")
+    add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
+    add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints and pictures")
+    add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
+    add("--log_every", type=count, default=20, help="updates between lines of the log")
+
+    args = parser.parse_args(argv)
+    args.data_set = args.data_set or ("folder" if args.data_path else "embedded")
+    if args.data_set == "folder" and not args.data_path:
+        parser.error("--data_set folder needs --data_path DIR")
+    if args.data_set == "embedded" and args.data_path:
+        parser.error(f"--data_set embedded takes no --data_path {args.data_path}; leave one of the two out")
+    for name, value in DEFAULTS[args.data_set].items():
+        setattr(args, name, getattr(args, name, value))
+    if args.input_size % (8 * args.stem_stride):
+        patch = 8 * args.stem_stride
+        parser.error(
+            f"--input_size {args.input_size} is not a multiple of the patch size {patch} (8 x --stem_stride); "
+            f"try --input_size {max(2, round(args.input_size / patch)) * patch}, or --stem_stride 1 for small images"
+        )
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Pre-train as `args` (from `get_args`) say."""
+    processes = common.setup_processes(args.device)
+    device, world_size = processes.device, processes.world_size
+    output_dir = common.prepare_output_dir(args.output_dir)
+    amp_dtype = common.autocast_dtype(args.amp, device)
+
+    # --- data
+    with common.main_process_first():
+        images = load_images(args.data_set, args.data_path, "train", pretrain_transform(args.input_size), args.seed)
+    batch_size = min(args.batch_size, len(images) // world_size)
+    if batch_size == 0:
+        raise UserError(f"{len(images)} images are too few for {world_size} processes; lower torchrun's --nproc_per_node")
+    sampler = EpochSampler(len(images), batch_size, processes.rank, world_size, args.seed)
+    workers = args.num_workers
+    if workers is None:
+        workers = min(8, max(1, os.cpu_count() // processes.local_world_size)) if args.data_set == "folder" else 0
+    loader = common.TimedLoader(make_loader(images, sampler, workers, args.pin_mem and device.type == "cuda"))
+    unreadable = Unreadable(images)
+
+    # --- model
+    torch.manual_seed(args.seed)
+    encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride)
+    grid = args.input_size // encoder.patch_size
+    try:
+        mae = FCMAE(encoder, args.mask_ratio, args.decoder_depth, args.decoder_embed_dim, args.norm_pix_loss, args.backend)
+        random_mask(1, grid, grid, args.mask_ratio)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    mae.to(device, memory_format=torch.channels_last)
+    parameters = list(mae.parameters())
+
+    # --- optimiser
+    batches = len(sampler)  # forward passes per epoch
+    updates = math.ceil(batches / args.update_freq)
+    images_per_update = batch_size * args.update_freq * world_size
+    peak_lr = args.lr if args.lr is not None else args.blr * images_per_update / 256
+    optimizer = torch.optim.AdamW(
+        common.parameter_groups(mae, args.weight_decay), lr=peak_lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu")
+    )
+    # The scaler also skips updates whose gradient is not finite, on a GPU without waiting. Only float16 needs its scale.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0)
+
+    # --- resume
+    config = vars(args) | {"batch_size": batch_size, "world_size": world_size}
+    first_epoch, first_update, log_lines = args.start_epoch, 0, 0
+    checkpoint = common.choose_checkpoint(output_dir, args.resume, args.auto_resume)
+    if checkpoint:
+        state = common.load_file(checkpoint)
+        if not {"model", "optimizer", "config"} <= state.keys():
+            raise UserError(f"{checkpoint} is not a pre-training checkpoint; give a checkpoint-<epoch>.pth of pretrain.py")
+        common.check_same_run(checkpoint, state["config"], config, MAY_DIFFER)
+        mae.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first_epoch, first_update, log_lines = state["epoch"], state["update"], state["log_lines"]
+
+    network = torch.compile(mae) if args.compile else mae
+    if world_size > 1:
+        network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+    total, done = updates * args.epochs, updates * first_epoch + first_update
+    if processes.is_main:
+        print(f"{args.model} with decoder: {sum(p.numel() for p in parameters):,} parameters")
+        print(
+            f"{args.data_set}: {len(images):,} images at {args.input_size} px, {grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
+        )
+        print(f"{images_per_update} images per update, {updates} updates per epoch, {args.epochs} epochs, lr {peak_lr:.2e}")
+        print(f"{world_size} x {device.type}, {'float32' if amp_dtype is None else args.amp or amp_dtype}, into {output_dir}")
+        if checkpoint:
+            print(f"continuing from {checkpoint} at epoch {first_epoch}")
+        common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
+    samples = sample_images(args) if processes.is_main else None
+    log = common.RunLog(output_dir, total, done, log_lines, processes.is_main)
+    start, first_done = time.perf_counter(), done
+
+    # --- train
+    mae.train()
+    meters = common.Meters(device)
+    for epoch in range(first_epoch, args.epochs):
+        sampler.epoch, sampler.first_batch = epoch, first_update * args.update_freq
+        for batch, (pixels, _, failed) in enumerate(loader, sampler.first_batch):
+            update, turn = divmod(batch, args.update_freq)
+            turns = min(args.update_freq, batches - update * args.update_freq)  # an epoch's last update may have fewer
+            step = epoch * updates + update
+            if turn == 0:
+                lr = common.learning_rate(step / updates, peak_lr, args.min_lr, args.warmup_epochs, args.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # The masks of the whole update, then this rank's: the same however an update is divided among ranks.
+                generator = torch.Generator().manual_seed(mix_seed(args.seed, step, 1))
+                masks = random_mask(turns * world_size * batch_size, grid, grid, args.mask_ratio, generator)
+                masks = masks.view(turns, world_size, batch_size, grid, grid)[:, processes.rank]
+            unreadable.note(failed)
+
+            imgs = normalise(pixels, images.statistics, device)
+            last = turn == turns - 1
+            with nullcontext() if last or world_size == 1 else network.no_sync():
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    loss, _, _ = network(imgs, mask=masks[turn])
+                scaler.scale(loss / turns).backward()
+            meters.add_loss(loss.detach() / turns)
+            if not last:
+                continue
+
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if args.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
+            scaler.step(optimizer)
+            scaler.update(None if amp_dtype == torch.float16 else 1.0)
+            optimizer.zero_grad()
+            meters.end_update(grad_norm)
+            done += 1
+            log.advance()
+
+            if done % args.log_every == 0 or update + 1 == updates:  # the only place where the host waits for the device
+                unreadable.check(processes)
+                seconds, waited = loader.lap()
+                record = {"epoch": round(done / updates, 4), "update": done, "lr": lr}
+                speed = round(meters.updates * images_per_update / seconds, 1)
+                record |= meters.read(processes)
+                record |= {"images_per_second": speed, "data_wait": round(waited / seconds, 3)}
+                record |= {"unreadable_images": len(unreadable.indices), "seconds": round(time.perf_counter() - start, 1)}
+                left = (time.perf_counter() - start) / (done - first_done) * (total - done)
+                log.write(record, common.progress_line(record, args.epochs, left))
+                common.stop_if_diverging(record, output_dir)
+
+        first_update = 0
+        if processes.is_main and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
+            if args.save_ckpt:
+                state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state |= {"epoch": epoch + 1, "update": 0, "log_lines": log.lines, "config": config, "versions": common.versions()}
+                common.save_checkpoint(output_dir, epoch + 1, state, args.save_ckpt_num)
+            common.save_tensors(output_dir / "encoder.pth", {"model": encoder.state_dict(), "config": config})
+            draw(mae, samples.to(device), images.statistics, output_dir, args.seed)
+    log.close()
+    if processes.is_main:
+        print(f"finished {args.epochs} epochs, {common.duration(time.perf_counter() - start)} of them now; in {output_dir}:")
+        print("  encoder.pth (weights for fine-tuning), reconstructions.png, loss.png, log.jsonl, config.json")
+
+
+def sample_images(args: argparse.Namespace, count: int = 8) -> torch.Tensor:
+    """Up to `count` validation images, spread over the set, uint8 (count, 3, S, S)."""
+    split = "val" if args.data_set != "folder" or (Path(args.data_path) / "val").is_dir() else "train"
+    images = load_images(args.data_set, args.data_path, split, center_transform(args.input_size))
+    count = min(count, len(images))
+    return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
+
+
+def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, seed: int) -> None:
+    """Write reconstructions.png of uint8 `pixels` (N, 3, S, S), and loss.png from the log."""
+    mae.eval()
+    panels = reconstruction_panels(mae, normalise(pixels, statistics, pixels.device), torch.Generator().manual_seed(seed))
+    mae.train()
+    given = "; contrast and mean colour of each hidden patch are given" if mae.norm_pix_loss else ""
+    common.plot_panels(
+        output_dir / "reconstructions.png",
+        {title: denormalise(panel, statistics) for title, panel in panels.items()},
+        f"{mae.mask_ratio:.0%} of the patches hidden{given}",
+    )
+    records = [record for record in common.read_log(output_dir) if record["loss"] is not None]
+    x, y = [record["epoch"] for record in records], [record["loss"] for record in records]
+    common.plot_curve(output_dir / "loss.png", x, y, "epoch", "mean squared error on hidden patches", "Pre-training loss")
+
+
+if __name__ == "__main__":
+    common.run_script(main, get_args())

@@ -1,0 +1,298 @@
+"""Submanifold sparse convolution in pure PyTorch, and the ConvNeXt encoder on visible sites only (paper Sec. 3, App. A.2).
+
+A masked image is treated as a sparse set of sites. A submanifold convolution computes its output at visible sites only and
+reads hidden sites as zero, which is exactly a dense convolution with the mask applied before and after it. The weights are
+those of the dense modules in `model.py`; nothing here has parameters.
+
+One mask on the last stage's grid fixes the visible sites of every finer stage, because each cell divides into 2 x 2. Rows are
+therefore numbered coarse to fine: the four children of row r are rows 4r .. 4r + 3. A 2x2 downsampling convolution is then
+a reshape and a matrix product, and the rows of one image are always consecutive.
+
+Shapes: N images, A active (visible) sites, K = 49 kernel taps, C channels, H x W the grid of the current stage,
+h x w the grid of the last stage, on which masks are drawn. Masks are boolean, True = hidden.
+"""
+
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import GRN, Block, ConvNeXt, check_images
+
+
+class Sites:
+    """The visible sites of one mask at one resolution. Index tables are built once, when first used.
+
+    Attributes:
+        grid: (N, H, W), the shape of the full grid.
+        cell: (A,) int64, position of each row in the flattened grid.
+        counts: visible sites of each image, in order.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int]):
+        self.grid, self.cell, self.counts = grid, cell, counts
+
+    @classmethod
+    @torch.compiler.disable  # the number of visible sites depends on the mask's values
+    def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
+        """(N, h, w) boolean mask, True = hidden -> its visible cells. A mask on the CPU costs a GPU no synchronisation."""
+        visible = ~mask
+        cell = visible.flatten().nonzero().squeeze(1).to(device or mask.device, non_blocking=True)  # (A,)
+        return cls(tuple(mask.shape), cell, visible.flatten(1).sum(dim=1).tolist())
+
+    def finer(self) -> "Sites":
+        """Every cell divided into 2 x 2: row r becomes rows 4r .. 4r + 3."""
+        n, height, width = self.grid
+        y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
+        dy, dx = self.cell.new_tensor([0, 0, 1, 1]), self.cell.new_tensor([0, 1, 0, 1])
+        cell = (2 * y[:, None] + dy) * (2 * width) + 2 * x[:, None] + dx  # (A, 1) -> (A, 4)
+        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts])
+
+    @cached_property
+    def row(self) -> torch.Tensor:
+        """(N * H * W,) int64: the row of each grid position, or A at hidden ones."""
+        row = self.cell.new_full((self.grid[0] * self.grid[1] * self.grid[2],), len(self.cell))
+        row[self.cell] = torch.arange(len(self.cell), device=self.cell.device)
+        return row
+
+    @cached_property
+    def neighbours(self) -> torch.Tensor:
+        """(A, 49) int64: the row under each tap of a 7x7 window, or A where that site is hidden or outside the image."""
+        n, height, width = self.grid
+        padded = F.pad(self.row.view(n, height, width), (3, 3, 3, 3), value=len(self.cell))  # (N, H + 6, W + 6)
+        windows = padded.unfold(1, 7, 1).unfold(2, 7, 1)  # (N, H, W, 7, 7)
+        return windows.reshape(n * height * width, 49)[self.cell]  # (A, 49)
+
+
+class SparseTensor:
+    """Features (A, C) of the visible sites, and where those sites are."""
+
+    def __init__(self, features: torch.Tensor, sites: Sites):
+        self.features, self.sites = features, sites
+
+    @classmethod
+    def from_dense(cls, x: torch.Tensor, sites: Sites) -> "SparseTensor":
+        """(N, C, H, W) -> the visible sites' features."""
+        return cls(x.permute(0, 2, 3, 1).flatten(0, 2)[sites.cell], sites)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
+
+    def dense(self) -> torch.Tensor:
+        """(N, C, H, W), zero at hidden sites."""
+        return _to_grid(self.features, self.sites.row, self.sites.grid)
+
+
+# --- submanifold 7x7 depthwise convolution ----------------------------------------------------------------------------
+
+
+def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
+    """The definition: every row sums its visible neighbours, each times its tap. (A, C) -> (A, C).
+
+    weight (C, 1, 7, 7) and bias (C,) as in `nn.Conv2d`. Slow, because it stores 49 copies of x; the tests' reference.
+    """
+    taps = _with_zero_row(x)[sites.neighbours]  # (A, C) -> (A, 49, C)
+    return torch.einsum("akc,ck->ac", taps, weight.flatten(1)) + bias
+
+
+def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
+    """The same function as `reference_conv`, through a zero-filled grid and a dense depthwise convolution. (A, C) -> (A, C)."""
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
+    return _SubmanifoldConv.apply(x, weight, sites.row, sites.cell, sites.grid) + bias
+
+
+class _SubmanifoldConv(torch.autograd.Function):
+    """Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the gradient of the input is the same
+    convolution with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic."""
+
+    @staticmethod
+    def forward(ctx, x, weight, row, cell, grid):
+        ctx.save_for_backward(x, weight, row, cell)
+        ctx.grid = grid
+        return _grid_conv(x, weight, row, cell, grid)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, row, cell = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _grid_conv(grad, weight.flip(2, 3), row, cell, ctx.grid)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _grid_conv_weight_grad(x, grad, row, ctx.grid)
+        return grad_x, grad_weight, None, None, None
+
+
+def _grid_conv(x, weight, row, cell, grid):
+    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the type
+        y = F.conv2d(_to_grid(x, row, grid), weight, padding=3, groups=x.shape[1])  # (N, C, H, W)
+    return y.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
+
+
+def _grid_conv_weight_grad(x, grad, row, grid):
+    n, height, width = grid
+    channels = x.shape[1]
+    image, kernel = (_to_grid(t, row, grid).contiguous() for t in (x, grad))  # (N, C, H, W)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cuda" or x.dtype == torch.float64:
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                kernel, image, x.new_empty(channels, 1, 7, 7), None,
+                [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False],
+            )  # fmt: skip
+            return grad_weight
+        # Exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image and
+        # channel. PyTorch's own depthwise weight gradient is several times slower on CPU.
+        groups = n * channels
+        y = F.conv2d(image.view(1, groups, height, width), kernel.view(groups, 1, height, width), padding=3, groups=groups)
+    return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
+
+
+def _with_zero_row(x):
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])  # (A, C) -> (A + 1, C): row A is what hidden sites read
+
+
+def _to_grid(x, row, grid):
+    n, height, width = grid
+    return _with_zero_row(x).index_select(0, row).view(n, height, width, -1).permute(0, 3, 1, 2)  # (A, C) -> (N, C, H, W)
+
+
+# --- GELU and GRN of the visible sites --------------------------------------------------------------------------------
+
+
+class _GeluGRN(torch.autograd.Function):
+    """`GRN(gelu(h))` of (N, S, F) hidden activations, S sites per image, F = 4C: `GRN.forward` written out with its gradient.
+
+    These tensors are the widest of the network, so passes over them and copies of them are what counts: the output of GELU
+    is computed again in backward instead of stored, and its buffer becomes the gradient's.
+    """
+
+    @staticmethod
+    def forward(ctx, h, gamma, beta, eps):
+        x = F.gelu(h)
+        wide = torch.promote_types(h.dtype, torch.float32)
+        g = x.to(wide).square().sum(dim=1, keepdim=True).sqrt()  # (N, S, F) -> (N, 1, F)
+        ctx.save_for_backward(h, g, gamma)
+        ctx.eps = eps
+        n = g / (g.mean(dim=-1, keepdim=True) + eps)
+        return torch.addcmul(beta.to(h.dtype), x, (gamma * n + 1).to(h.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, g, gamma = ctx.saved_tensors
+        x = F.gelu(h)
+        spread = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
+        n = g / spread
+        # y = x * scale + beta, scale = gamma * n + 1, n_i = g_i / (mean_j g_j + eps), g_i = |x_i|
+        grad_scale = (grad.to(g.dtype) * x).sum(dim=1, keepdim=True)  # (N, S, F) -> (N, 1, F)
+        grad_n = grad_scale * gamma
+        grad_g = (grad_n - (grad_n * n).mean(dim=-1, keepdim=True)) / spread
+        through_norm = torch.where(g > 0, grad_g / g, 0)  # d g / d x = x / g, and 0 where a channel is zero
+        grad_x = x.mul_(through_norm.to(x.dtype)).addcmul_(grad, (gamma * n + 1).to(x.dtype))
+        grad_h = torch.ops.aten.gelu_backward(grad_x, h)
+        return grad_h, (grad_scale * n).sum(dim=0, keepdim=True), grad.sum(dim=(0, 1), keepdim=True), None
+
+
+def gelu_grn(h: torch.Tensor, grn: GRN) -> torch.Tensor:
+    """`grn(gelu(h))` for h (N, S, F): the same function as the modules', with fewer passes over memory."""
+    return _GeluGRN.apply(h, grn.gamma[0], grn.beta[0], grn.eps)
+
+
+# --- the encoder ------------------------------------------------------------------------------------------------------
+
+
+def sparse_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, reference: bool = False) -> SparseTensor:
+    """Run `net`'s stages on the visible sites of `imgs` (N, in_chans, H, W) only; the last stage's features.
+
+    mask: (N, H / patch_size, W / patch_size) boolean, True = hidden, any pattern. Hidden pixels are never read.
+    reference: by `reference_conv` and the blocks' own modules, instead of their fast equivalents.
+    Raises ValueError for images or masks of another shape or type.
+    """
+    check_mask(net, imgs, mask)
+    levels = [Sites.from_mask(mask, imgs.device)]
+    while len(levels) < 4:
+        levels.insert(0, levels[0].finer())
+    x = _stem(net.downsample_layers[0], imgs, levels[0])  # (A, dims[0])
+    for i, (stage, sites) in enumerate(zip(net.stages, levels)):
+        if i > 0:
+            x = _downsample(net.downsample_layers[i], x)  # (4A, dims[i - 1]) -> (A, dims[i])
+        for block in stage:
+            x = x + _block_branch(block, x, sites, reference)
+    return SparseTensor(x, sites)
+
+
+def _stem(stem: nn.Sequential, imgs: torch.Tensor, sites: Sites) -> torch.Tensor:
+    conv, norm = stem
+    k = conv.kernel_size[0]
+    windows = imgs.unfold(2, k, k).unfold(3, k, k)  # (N, in_chans, H, W, k, k), a view: no pixel is read yet
+    n, y, x = torch.unravel_index(sites.cell, sites.grid)
+    pixels = windows.permute(0, 2, 3, 1, 4, 5)[n, y, x].flatten(1)  # (A, in_chans * k * k)
+    return _layer_norm(F.linear(pixels, conv.weight.flatten(1), conv.bias), norm)
+
+
+def _downsample(downsample: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    norm, conv = downsample
+    windows = _layer_norm(x, norm).view(len(x) // 4, 4 * x.shape[1])  # (4A, C) -> (A, 4C): children are consecutive
+    return F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
+def _layer_norm(x, norm):  # `norm` may be a channels-first module, but rows end in their channels
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _block_branch(block: Block, x: torch.Tensor, sites: Sites, reference: bool) -> torch.Tensor:
+    conv = reference_conv if reference else submanifold_conv
+    mlp = block.mlp if reference or not isinstance(block.grn, GRN) else partial(_fast_mlp, block)
+    y = conv(x, block.dwconv.weight, block.dwconv.bias, sites)  # (A, C)
+    if len(set(sites.counts)) == 1:  # always so in FCMAE: to the MLP and GRN the batch is a dense (N, 1, A / N, C) map
+        y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])
+        return block.drop_path(mlp(y)).view(x.shape)
+    # Unequal counts: GRN's norm is over one image, so each image is a map of its own.
+    return torch.cat([block.drop_path(mlp(y[None, None])).flatten(0, 2) for y in y.split(sites.counts)])
+
+
+def _fast_mlp(block: Block, x: torch.Tensor) -> torch.Tensor:
+    h = block.pwconv1(block.norm(x))  # (N, 1, S, C) -> (N, 1, S, 4C)
+    return block.pwconv2(gelu_grn(h.flatten(1, 2), block.grn)).unsqueeze(1)  # (N, S, 4C) -> (N, 1, S, C)
+
+
+def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The same function by dense convolutions with the mask before and after each, GRN over visible sites: the oracle.
+
+    Same arguments as `sparse_encoder`; returns (N, dims[-1], h, w), zero at hidden cells.
+    """
+    check_mask(net, imgs, mask)
+    mask = mask.to(imgs.device)
+    x = imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], 0)
+    for i, (downsample, stage) in enumerate(zip(net.downsample_layers, net.stages)):
+        hidden = upsample_mask(mask, 8 >> i)[:, None]  # (N, 1, H, W)
+        x = downsample(x).masked_fill(hidden, 0)  # (N, dims[i], H, W)
+        for block in stage:
+            y = block.dwconv(x).masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+            y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
+            y = block.grn(y.masked_fill(hidden.permute(0, 2, 3, 1), 0))
+            y = block.pwconv2(y)  # (N, H, W, C)
+            y = y if block.gamma is None else block.gamma * y
+            x = x + block.drop_path(y.permute(0, 3, 1, 2)).masked_fill(hidden, 0)
+    return x
+
+
+def upsample_mask(mask: torch.Tensor, scale: int) -> torch.Tensor:
+    """(N, h, w) -> (N, h * scale, w * scale), every cell repeated."""
+    return mask.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
+def check_mask(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> None:
+    """Raise ValueError unless the images divide into `net`'s patches and `mask` is boolean on their grid."""
+    check_images(imgs, net.in_chans)
+    n, _, height, width = imgs.shape
+    p = net.patch_size
+    for side in (height, width):
+        if side % p or side == 0:
+            small = "" if net.stem_stride == 1 else ", or --stem_stride 1 for small images"
+            raise ValueError(
+                f"image size {side} is not a multiple of the patch size {p}; try --input_size {max(p, round(side / p) * p)}{small}"
+            )
+    expected = (n, height // p, width // p)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"mask of type {kind} is not a boolean tensor (True = hidden)")
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not match the images' grid of patches {expected}")
