@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +45,10 @@ def _exit_with(status: int, message: str) -> None:
     sys.exit(status)
 
 
-def mix_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several non-negative integers, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def mix_seed(purpose: str, *numbers: int) -> int:
+    """One well-mixed 63-bit seed from what it is for and where it is used, the same on every machine."""
+    entropy = (zlib.crc32(purpose.encode()), len(numbers), *numbers)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -262,7 +264,7 @@ def save_json(path: Path, content: dict) -> None:
 
 def versions() -> dict[str, str]:
     """What a result depends on besides this code."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
 
 def save_tensors(path: Path, content: dict) -> None:

@@ -148,13 +148,14 @@ class Images(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = place
         at, image = index, self._open(index)
+        failed = image is None
         while image is None:
             at = (at + 1) % len(self)
             image = Image.new("RGB", (8, 8)) if at == index else self._open(at)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it one of our own
-            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(mix_seed("crop", self.seed, epoch, index))
             tensor = self.transform(image)
-        return tensor, -1 if self.labels is None else int(self.labels[at]), -1 if at == index else index
+        return tensor, -1 if self.labels is None else int(self.labels[at]), index if failed else -1
 
     def _open(self, index):
         item = self.items[index]
@@ -275,7 +276,7 @@ class EpochSampler:
         return self.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed(self.seed, self.epoch)))
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch)))
         first, self.first_batch = self.first_batch, 0
         for batch in range(first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size

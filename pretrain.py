@@ -44,7 +44,7 @@ DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 # What may differ between a checkpoint and the command that continues it.
 MAY_DIFFER = {
     "output_dir", "device", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq", "save_ckpt_num", "num_workers",
-    "pin_mem", "compile", "log_every", "backend", "data_path",
+    "pin_mem", "compile", "log_every", "backend", "data_path", "batch_size", "amp",
 }  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0)
 
     # --- resume
-    config = vars(args) | {"batch_size": batch_size, "world_size": world_size}
+    config = vars(args) | {"images": len(images), "images_per_forward": batch_size * world_size}
     first_epoch, first_update, log_lines = args.start_epoch, 0, 0
     checkpoint = common.choose_checkpoint(output_dir, args.resume, args.auto_resume)
     if checkpoint:
@@ -197,6 +197,10 @@ def main(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_epoch, first_update, log_lines = state["epoch"], state["update"], state["log_lines"]
+    if first_epoch >= args.epochs:
+        if processes.is_main:
+            print(f"{output_dir} has already finished its {args.epochs} epochs; choose another --output_dir for a new run")
+        return
 
     network = torch.compile(mae) if args.compile else mae
     if world_size > 1:
@@ -205,9 +209,8 @@ def main(args: argparse.Namespace) -> None:
     total, done = updates * args.epochs, updates * first_epoch + first_update
     if processes.is_main:
         print(f"{args.model} with decoder: {sum(p.numel() for p in parameters):,} parameters")
-        print(
-            f"{args.data_set}: {len(images):,} images at {args.input_size} px, {grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
-        )
+        patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
+        print(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
         print(f"{images_per_update} images per update, {updates} updates per epoch, {args.epochs} epochs, lr {peak_lr:.2e}")
         print(f"{world_size} x {device.type}, {'float32' if amp_dtype is None else args.amp or amp_dtype}, into {output_dir}")
         if checkpoint:
@@ -231,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 # The masks of the whole update, then this rank's: the same however an update is divided among ranks.
-                generator = torch.Generator().manual_seed(mix_seed(args.seed, step, 1))
+                generator = torch.Generator().manual_seed(mix_seed("mask", args.seed, step))
                 masks = random_mask(turns * world_size * batch_size, grid, grid, args.mask_ratio, generator)
                 masks = masks.view(turns, world_size, batch_size, grid, grid)[:, processes.rank]
             unreadable.note(failed)

@@ -1,0 +1,180 @@
+"""Claims about common.py."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+
+import common
+from common import BoolFlag, Parser, UserError, learning_rate, mix_seed, number, one_of
+from fcmae import FCMAE
+from model import MODELS, ConvNeXt
+
+
+def test_learning_rate_at_its_corners():
+    schedule = dict(peak=2.0, min_lr=0.5, warmup_epochs=4, epochs=20)
+    assert learning_rate(0, **schedule) == 0
+    assert learning_rate(1, **schedule) == 0.5
+    assert learning_rate(4, **schedule) == 2.0
+    assert learning_rate(12, **schedule) == pytest.approx(1.25)  # half way down, half the height
+    assert learning_rate(8, **schedule) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(20, **schedule) == 0.5
+    assert learning_rate(21, **schedule) == 0.5
+
+
+def test_learning_rate_without_warmup_and_with_nothing_but_warmup():
+    assert learning_rate(0, peak=1.0, min_lr=0.0, warmup_epochs=0, epochs=5) == 1.0
+    assert learning_rate(2.5, peak=1.0, min_lr=0.0, warmup_epochs=5, epochs=5) == 0.5
+    assert learning_rate(5, peak=1.0, min_lr=0.25, warmup_epochs=5, epochs=5) in (0.25, 1.0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_only_kernels_and_matrices_decay(version):
+    with torch.device("meta"):
+        mae = FCMAE(MODELS[f"convnext{'v2' if version == 2 else ''}_atto"](num_classes=0))
+    decayed, free = common.parameter_groups(mae, 0.05)
+    names = {id(p): name for name, p in mae.named_parameters()}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
+    modules = {name.split(".")[-2] for name in map(names.get, map(id, decayed["params"]))}
+    assert modules == {"0", "1", "dwconv", "pwconv1", "pwconv2", "proj", "pred"}
+    kinds = {name.split(".")[-1] for name in map(names.get, map(id, free["params"]))}
+    assert kinds == {"weight", "bias", "gamma", "mask_token", "beta"}
+    assert all(p.ndim == 1 for p in free["params"] if names[id(p)].endswith("weight"))
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out():
+    net = ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8))
+    net.stages.requires_grad_(False)
+    assert all(p.requires_grad for group in common.parameter_groups(net, 0.1) for p in group["params"])
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], True), (["--x"], True), (["--no-x"], False), (["--x", "true"], True), (["--x", "False"], False), (["--x", "0"], False)],
+)
+def test_booleans_take_all_three_forms(words, value):
+    parser = Parser()
+    parser.add_argument("--x", action=BoolFlag, default=True)
+    assert parser.parse_args(words).x is value
+
+
+@pytest.mark.parametrize("words", [["--x", "maybe"], ["--no-x", "true"], ["--n", "0"], ["--n", "1.5"], ["--n", "nan"], ["--p", "nan"],
+                                   ["--p", "1.5"], ["--p", "0"], ["--kind", "appel"], ["--ki", "apple"], ["--unknown", "1"]])  # fmt: skip
+def test_a_wrong_flag_is_one_line_and_status_2(words, capsys):
+    parser = Parser()
+    parser.add_argument("--x", action=BoolFlag, default=True)
+    parser.add_argument("--n", type=number(int, 1))
+    parser.add_argument("--p", type=number(float, 0, 1, above=True))
+    parser.add_argument("--kind", type=one_of("fruit", ["apple", "pear"]))
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_args(words)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and words[-2].removeprefix("--no").strip("-") in error
+
+
+def test_a_typo_suggests_the_nearest_name():
+    with pytest.raises(argparse.ArgumentTypeError, match="did you mean convnextv2_tiny"):
+        one_of("model", MODELS)("convnextv2-tiny")
+    with pytest.raises(argparse.ArgumentTypeError, match="choose from .*convnextv2_huge"):
+        one_of("model", MODELS)("resnet")
+
+
+def test_seeds_are_fixed_and_differ_with_purpose_place_and_length():
+    assert mix_seed("crop", 0, 1, 2) == 6809723051403476792  # on every machine
+    seeds = {mix_seed("crop", a, b, c) for a in range(10) for b in range(10) for c in range(10)}
+    seeds |= {mix_seed("crop", a, b) for a in range(10) for b in range(10)} | {mix_seed("mask", a, b) for a in range(10) for b in range(10)}
+    assert len(seeds) == 1200
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        common.write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for epoch in (8, 9, 10, 11):
+        common.save_checkpoint(tmp_path, epoch, {"epoch": epoch}, keep=2)
+    (tmp_path / "checkpoint-best.pth").write_bytes(b"")
+    assert [path.name for path in common.find_checkpoints(tmp_path)] == ["checkpoint-10.pth", "checkpoint-11.pth"]
+    assert common.load_file(tmp_path / "checkpoint-11.pth") == {"epoch": 11}
+    assert common.choose_checkpoint(tmp_path, None, True).name == "checkpoint-11.pth"
+    assert common.choose_checkpoint(tmp_path, "other.pth", True).name == "other.pth"
+    with pytest.raises(UserError, match="already holds a run"):
+        common.choose_checkpoint(tmp_path, None, False)
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("this code must not run",)
+
+
+def test_files_that_are_no_checkpoints_are_named_and_no_code_runs(tmp_path, capsys):
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_bytes(b"")
+    torch.save({"a": Code()}, tmp_path / "code")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "whole")
+    (tmp_path / "truncated").write_bytes((tmp_path / "whole").read_bytes()[:1000])
+    for name in ("text", "empty", "code", "list", "truncated", "missing", "."):
+        with pytest.raises(UserError, match=str(tmp_path / name)):
+            common.load_file(tmp_path / name)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_log_drops_lines_that_the_checkpoint_does_not_know(tmp_path):
+    processes = common.Processes(0, 1, torch.device("cpu"))
+    log = common.RunLog(tmp_path, 10, 0, 0, processes.is_main)
+    for step in range(4):
+        log.write({"step": step}, f"step {step}")
+    log = common.RunLog(tmp_path, 10, 2, 2, processes.is_main)
+    log.write({"step": "two"}, "")
+    assert common.read_log(tmp_path) == [{"step": 0}, {"step": 1}, {"step": "two"}]
+
+
+def test_meters_average_finite_updates_and_count_the_others():
+    processes, meters = common.Processes(0, 1, torch.device("cpu")), common.Meters(torch.device("cpu"))
+    for loss, norm in ((1.0, 1.0), (float("nan"), 1.0), (3.0, 2.0), (5.0, float("inf"))):
+        meters.add_loss(torch.tensor(loss) / 2)
+        meters.add_loss(torch.tensor(loss) / 2)
+        meters.end_update(torch.tensor(norm))
+    assert meters.read(processes) == {"loss": 2.0, "grad_norm": None, "skipped_updates": 2, "skipped_in_row": 1}
+    meters.end_update(torch.tensor(float("nan")))
+    assert meters.read(processes)["loss"] is None
+    meters.end_update(torch.tensor(float("nan")))
+    assert meters.read(processes)["skipped_in_row"] == 3
+
+
+def test_ten_skipped_updates_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path):
+    common.stop_if_diverging({"skipped_in_row": 9}, tmp_path)
+    common.save_checkpoint(tmp_path, 7, {}, keep=1)
+    with pytest.raises(UserError, match="checkpoint-7.pth"):
+        common.stop_if_diverging({"skipped_in_row": 10}, tmp_path)
+
+
+def test_half_set_torchrun_variables_are_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        common.setup_processes("cpu")
+
+
+def test_an_unusable_device_is_named():
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            common.setup_processes(name)
+
+
+def test_json_and_durations(tmp_path):
+    common.save_json(tmp_path / "a.json", {"a": None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None}
+    assert [common.duration(s) for s in (4.6, 65, 3725)] == ["5s", "1m05s", "1h02m"]

@@ -1,0 +1,212 @@
+"""Claims about data.py."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+from data import SHAPES, EpochSampler, Unreadable, center_transform, draw_images, load_images, make_loader, pretrain_transform
+
+
+def save(path, size=(40, 30), mode="RGB", **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).convert(mode).save(path, **kwargs)
+
+
+def folder(path, transform=None, split="train"):
+    return load_images("folder", str(path), split, transform or center_transform(16))
+
+
+# --- the embedded data
+
+
+def test_embedded_pictures_are_deterministic_balanced_and_independent_of_the_count():
+    images, labels = draw_images(60, seed=3, size=32)
+    again, _ = draw_images(120, seed=3, size=32)
+    assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, again[:60])
+    assert np.bincount(labels[:50]).tolist() == [5] * len(SHAPES)
+    assert not np.array_equal(images, draw_images(60, seed=4, size=32)[0])
+
+
+def test_embedded_splits_share_no_picture():
+    train, val = (load_images("embedded", None, split, center_transform(64)) for split in ("train", "val"))
+    assert (len(train), len(val)) == (5000, 1000) and train.classes == SHAPES
+    seen = {image.tobytes() for image in train.items}
+    assert len(seen) == 5000 and not any(image.tobytes() in seen for image in val.items)
+
+
+def test_a_shape_is_larger_than_its_clutter_and_differs_from_its_ground():
+    images, _ = draw_images(200, seed=0)
+    assert images.std(axis=(1, 2)).mean() > 20  # not a flat picture
+
+
+# --- folders
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.jpg", "RGB", {}),
+        ("a.JPEG", "L", {}),
+        ("a.jpeg", "CMYK", {}),
+        ("a.png", "P", {}),
+        ("a.png", "RGBA", {}),
+        ("a.png", "LA", {}),
+        ("a.png", "1", {}),
+        ("a.png", "I;16", {}),
+        ("a.webp", "RGB", {}),
+        ("a.bmp", "RGB", {}),
+        ("a.tif", "RGB", {}),
+        ("a.tiff", "F", {}),
+        ("a.gif", "P", {}),
+    ],
+)
+def test_every_format_and_mode_becomes_rgb(tmp_path, name, mode, options):
+    if mode == "I;16":
+        Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / name)
+    else:
+        save(tmp_path / name, mode=mode, **options)
+    image, label, failed = folder(tmp_path)[0, 0]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and (label, failed) == (-1, -1)
+    assert 40 < image.float().mean() < 215 and image.float().std() > 5
+
+
+def test_sixteen_bit_images_keep_their_gradation(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "a.png")
+    image, _, _ = folder(tmp_path)[0, 0]
+    assert torch.equal(image[0].flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+def test_nested_flat_and_class_folders(tmp_path):
+    for name in ("b.jpg", "deep/er/a.png", "ünï cödé\n'x'.jpg", "note.txt"):
+        save(tmp_path / "flat" / name) if not name.endswith("txt") else (tmp_path / "flat" / name).write_text("")
+    flat = folder(tmp_path / "flat")
+    assert len(flat) == 3 and flat.labels is None
+    for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/..data/z.jpg", "val/cat/w.jpg"):
+        save(tmp_path / "classes" / name)
+    train, val = folder(tmp_path / "classes"), folder(tmp_path / "classes", split="val")
+    assert train.classes == ["..data", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
+    assert [train[0, i][1] for i in range(3)] == [0, 1, 2]
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path):
+    save(tmp_path / "real/a.jpg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/loop").symlink_to(tmp_path / "images")
+    assert len(folder(tmp_path / "images")) == 1
+
+
+def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
+    for i in range(200):
+        save(tmp_path / f"{i:03}.jpg")
+    (tmp_path / "007.jpg").write_bytes((tmp_path / "007.jpg").read_bytes()[:300])
+    images = folder(tmp_path)
+    assert images[0, 7][2] == 7 and torch.equal(images[0, 7][0], images[0, 8][0]) and images[0, 8][2] == -1
+    unreadable, processes = Unreadable(images), common.Processes(0, 1, torch.device("cpu"))
+    for _ in range(2):
+        unreadable.note(torch.tensor([-1, 7]))
+    assert capsys.readouterr().err.count("007.jpg") == 1
+    unreadable.check(processes)
+    unreadable.note(torch.tensor([3, 9]))
+    with pytest.raises(common.UserError, match=r"3 of 200 images cannot be read, more than 1%"):
+        unreadable.check(processes)
+
+
+def test_a_folder_of_nothing_readable_still_ends(tmp_path):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_text("not an image")
+    assert folder(tmp_path)[0, 1][2] == 1
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty"])
+def test_folders_without_images_are_named(tmp_path, what):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("")
+    elif what == "empty":
+        path.mkdir()
+    with pytest.raises(common.UserError, match=str(path)):
+        folder(path)
+
+
+# --- CIFAR
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_comes_from_torchvision_with_its_own_statistics(name, classes, monkeypatch):
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data = np.zeros((5, 32, 32, 3), dtype=np.uint8)
+            self.targets, self.classes = [0, 1, 2, 3, 4], [str(k) for k in range(classes)]
+
+    monkeypatch.setattr(data.datasets, "CIFAR10", Fake)
+    monkeypatch.setattr(data.datasets, "CIFAR100", Fake)
+    images = load_images(name, None, "train", center_transform(32))
+    assert images.statistics == data.CIFAR_STATISTICS[name] and len(images.classes) == classes
+    assert images[0, 4][1] == 4
+
+
+def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(data.datasets, "CIFAR10", refuse)
+    with pytest.raises(common.UserError, match="cifar10 is not in .*no network"):
+        load_images("cifar10", str(tmp_path), "train", None)
+
+
+# --- randomness and loaders
+
+
+def test_a_crop_depends_on_seed_epoch_and_index_alone():
+    images = load_images("embedded", None, "val", pretrain_transform(32), seed=5)
+    first = images[2, 11][0]
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    assert torch.equal(images[2, 11][0], first)
+    assert torch.equal(torch.get_rng_state(), state)  # and leaves the global generator alone
+    assert not torch.equal(images[3, 11][0], first)
+    images.seed = 6
+    assert not torch.equal(images[2, 11][0], first)
+
+
+def test_any_number_of_workers_gives_the_same_batches(tmp_path):
+    for i in range(12):
+        save(tmp_path / f"{i}.jpg")
+    images = folder(tmp_path, pretrain_transform(16))
+    runs = []
+    for workers in (0, 2):
+        sampler = EpochSampler(len(images), 4, 0, 1, seed=1)
+        loader = make_loader(images, sampler, workers, False)
+        epochs = []
+        for sampler.epoch in range(2):
+            epochs.append(torch.stack([batch[0] for batch in loader]))
+        runs.append(torch.stack(epochs))
+    assert torch.equal(*runs) and not torch.equal(runs[0][0], runs[0][1])
+
+
+def test_the_order_is_the_same_however_it_is_divided():
+    def order(batch_size, world_size, length=26, first=0):
+        samplers = [EpochSampler(length, batch_size, rank, world_size, seed=1) for rank in range(world_size)]
+        for sampler in samplers:
+            sampler.epoch, sampler.first_batch = 3, first
+        return [index for batches in zip(*samplers) for batch in batches for _, index in batch]
+
+    whole = order(8, 1)
+    assert len(whole) == len(set(whole)) == 24
+    assert order(4, 2) == order(2, 4) == order(2, 1)[:24] == whole
+    assert order(4, 2, first=1) == whole[8:]  # continued after one batch of each
+    assert order(8, 1, length=25) != whole
+
+
+def test_normalise_and_denormalise_are_inverse():
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    x = data.normalise(pixels, data.IMAGENET_STATISTICS, torch.device("cpu"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET_STATISTICS)
+    torch.testing.assert_close(x, (pixels / 255 - mean) / std)
+    torch.testing.assert_close(data.denormalise(x, data.IMAGENET_STATISTICS), pixels / 255, rtol=0, atol=1e-6)

@@ -1,0 +1,206 @@
+"""Claims about model.py."""
+
+import pytest
+import timm
+import torch
+
+from model import GRN, MODELS, SIZES, ConvNeXt
+
+TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
+
+# Paper App. A.1 and the released checkpoints: parameters with 1000 classes.
+PARAMETERS = {
+    "convnextv2_atto": 3_708_400,
+    "convnextv2_femto": 5_233_240,
+    "convnextv2_pico": 9_066_280,
+    "convnextv2_nano": 15_623_800,
+    "convnextv2_tiny": 28_635_496,
+    "convnextv2_base": 88_717_800,
+    "convnextv2_large": 197_956_840,
+    "convnextv2_huge": 660_289_640,
+    "convnext_tiny": 28_589_128,  # ConvNeXt V1, as torchvision counts it
+    "convnext_base": 88_591_464,
+    "convnext_large": 197_767_336,
+}
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter drawn anew, so that none is hidden by its initial zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_equal_the_published_ones(name):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in MODELS[name]().parameters()) == PARAMETERS[name]
+
+
+def test_the_registry_holds_eight_v2_and_seven_v1_sizes():
+    assert set(MODELS) == {f"convnextv2_{s}" for s in SIZES} | {f"convnext_{s}" for s in SIZES if s != "huge"}
+
+
+def test_grn_is_algorithm_1_of_the_paper():
+    x, grn = torch.randn(3, 5, 4, 6, dtype=torch.float64), randomised(GRN(6).double())
+    expected = torch.empty_like(x)
+    for n in range(3):
+        norms = [sum(x[n, i, j, c] ** 2 for i in range(5) for j in range(4)) ** 0.5 for c in range(6)]
+        for c in range(6):
+            response = norms[c] / (sum(norms) / 6 + 1e-6)
+            gamma, beta = grn.gamma[0, 0, 0, c], grn.beta[0, 0, 0, c]
+            expected[n, :, :, c] = gamma * x[n, :, :, c] * response + beta + x[n, :, :, c]
+    torch.testing.assert_close(grn(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_grn_starts_as_the_identity():
+    x = torch.randn(2, 3, 3, 8)
+    assert torch.equal(GRN(8)(x), x)
+
+
+def test_grn_does_not_overflow_in_half_precision():
+    x = torch.full((1, 8, 8, 4), 200.0)  # the sum of squares is 2.56e6, beyond float16's 65504
+    grn = randomised(GRN(4))
+    with torch.autocast("cpu", torch.float16):
+        y = grn(x.half())
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), grn(x), rtol=2e-3, atol=0)
+
+
+def timm_weights(state: dict, target: dict) -> dict:
+    """Our keys -> timm's, by the table of weight layouts."""
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in (
+            ("downsample_layers.0.", "stem."),
+            *((f"downsample_layers.{i}.", f"stages.{i}.downsample.") for i in (1, 2, 3)),
+            (".grn.gamma", ".mlp.grn.weight"),
+            (".grn.beta", ".mlp.grn.bias"),
+            (".dwconv.", ".conv_dw."),
+            (".pwconv1.", ".mlp.fc1."),
+            (".pwconv2.", ".mlp.fc2."),
+        ):
+            key = key.replace(ours, theirs)
+        if key.startswith("stages.") and "downsample" not in key:
+            _, i, j, rest = key.split(".", 3)
+            key = f"stages.{i}.blocks.{j}.{rest}"
+        key = {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}.get(key, key)
+        key = {"head.weight": "head.fc.weight", "head.bias": "head.fc.bias"}.get(key, key)
+        renamed[key] = value.reshape(target[key].shape)
+    return renamed
+
+
+@pytest.mark.parametrize(
+    "name", [f"{v}_{s}" for v in ("convnextv2", "convnext") for s in ("atto", "femto", "pico", "nano", "tiny")]
+)
+def test_logits_equal_timms_with_the_same_weights(name):
+    ours = randomised(MODELS[name](num_classes=10)).eval()
+    v2 = name.startswith("convnextv2")
+    depths, dims = SIZES[name.split("_")[1]]
+    # Built from the sizes, because timm's small V1 models differ from the paper's family in their stem and LayerScale.
+    theirs = timm.models.ConvNeXt(
+        depths=depths, dims=dims, num_classes=10, use_grn=v2, ls_init_value=None if v2 else 1e-6
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(timm_weights(ours.state_dict(), theirs.state_dict()))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+def test_timms_own_v2_configuration_is_ours():
+    theirs = timm.create_model("convnextv2_atto", num_classes=10).eval()
+    ours = randomised(MODELS["convnextv2_atto"](num_classes=10)).eval()
+    theirs.load_state_dict(timm_weights(ours.state_dict(), theirs.state_dict()))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(ours(x), theirs(x)) < 1e-5
+
+
+@pytest.mark.parametrize("stem_stride", [4, 2, 1])
+def test_stages_halve_the_resolution_for_every_stem_and_rectangle(stem_stride):
+    net = ConvNeXt(**TINY, stem_stride=stem_stride, in_chans=2, num_classes=5)
+    assert net.patch_size == 8 * stem_stride
+    h, w = 2 * net.patch_size, 3 * net.patch_size
+    imgs = torch.randn(2, 2, h, w)
+    shapes = [tuple(m.shape) for m in net.forward_stages(imgs)]
+    assert shapes == [(2, TINY["dims"][i], h // stem_stride >> i, w // stem_stride >> i) for i in range(4)]
+    assert net.forward_features(imgs).shape == (2, 64) and net(imgs).shape == (2, 5)
+
+
+def test_without_classes_there_is_neither_norm_nor_head():
+    net = ConvNeXt(**TINY, num_classes=0)
+    assert not [key for key in net.state_dict() if key.startswith(("norm", "head"))]
+    imgs = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(net(imgs), net.forward_stages(imgs)[-1].mean(dim=(2, 3)))
+
+
+def test_state_dict_keys_are_the_authors():
+    v2, v1 = (ConvNeXt(**TINY, version=v).state_dict() for v in (2, 1))
+    assert v2["stages.2.1.grn.gamma"].shape == (1, 1, 1, 128) and v1["stages.2.1.gamma"].shape == (32,)
+    block = {"dwconv.weight", "dwconv.bias", "norm.weight", "norm.bias"} | {
+        f"pwconv{k}.{p}" for k in "12" for p in ("weight", "bias")
+    }
+    keys = {f"stages.{i}.{j}.{k}" for i, depth in enumerate(TINY["depths"]) for j in range(depth) for k in block}
+    keys |= {f"downsample_layers.{i}.{k}.{p}" for i in range(4) for k in "01" for p in ("weight", "bias")}
+    keys |= {f"{module}.{p}" for module in ("norm", "head") for p in ("weight", "bias")}
+    blocks = {key.rsplit(".", 2)[0] for key in keys if ".dwconv.weight" in key}
+    assert set(v2) == keys | {f"{b}.grn.{p}" for b in blocks for p in ("gamma", "beta")}
+    assert set(v1) == keys | {f"{b}.gamma" for b in blocks}
+
+
+def test_initial_values():
+    net = ConvNeXt(**TINY, version=1, drop_path_rate=0.4, head_init_scale=0.5)
+    assert net.stages[2][1].gamma.unique().tolist() == [pytest.approx(1e-6)]
+    assert net.stages[3][0].pwconv1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert net.head.weight.std().item() == pytest.approx(0.01, rel=0.1) and not net.head.bias.any()
+    assert [block.drop_path.p for stage in net.stages for block in stage] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_channels_last_changes_nothing():
+    net, imgs = randomised(ConvNeXt(**TINY)).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = net(imgs)
+    torch.testing.assert_close(net.to(memory_format=torch.channels_last)(imgs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_near_float32_and_has_finite_gradients(dtype):
+    net, imgs = ConvNeXt(**TINY, num_classes=7), torch.randn(2, 3, 64, 64)
+    expected = net(imgs)
+    with torch.autocast("cpu", dtype):
+        logits = net(imgs)
+    logits.float().square().sum().backward()
+    assert relative_error(logits.float(), expected) < 0.05
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_compiled_exported_and_traced_models_compute_the_same():
+    net, imgs = randomised(ConvNeXt(**TINY, num_classes=7)).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(imgs)
+        for other in (
+            torch.compile(net),
+            torch.export.export(net, (imgs,)).module(),
+            torch.jit.trace(net, imgs),
+        ):
+            torch.testing.assert_close(other(imgs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: ConvNeXt(**TINY, stem_stride=3), "stem_stride 3"),
+        (lambda: ConvNeXt(**TINY, in_chans=0), "in_chans 0"),
+        (lambda: ConvNeXt(**TINY)(torch.randn(1, 3, 16, 64)), "16 x 64"),
+        (lambda: ConvNeXt(**TINY)(torch.randn(1, 1, 64, 64)), "(1, 1, 64, 64)"),
+        (lambda: ConvNeXt(**TINY)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), "uint8"),
+    ],
+)
+def test_errors_name_the_value(call, words):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        call()
+    assert words in str(error.value)

@@ -1,0 +1,291 @@
+"""Claims about pretrain.py, by running it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import pretrain
+from data import draw_images
+from model import MODELS
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of 12 images."""
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(draw_images(12, seed=0, size=48)[0]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def flags(folder, output_dir, **more) -> list[str]:
+    chosen = dict(data_path=folder, output_dir=output_dir, input_size=32, stem_stride=1, decoder_embed_dim=16, batch_size=4, epochs=2,
+                  warmup_epochs=1, lr=1e-3, num_workers=0, log_every=1, device="cpu") | more  # fmt: skip
+    return [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+
+
+def run(*args, **more) -> dict:
+    """Run main in this process; the last checkpoint."""
+    args = pretrain.get_args(flags(*args, **more))
+    pretrain.main(args)
+    return common.load_file(common.find_checkpoints(Path(args.output_dir))[-1])
+
+
+def assert_equal(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(
+            a[key], b[key], **(tolerance or dict(rtol=0, atol=0)), msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def log_without_times(output_dir):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in common.read_log(output_dir)]
+
+
+def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys):
+    state = run(photographs, tmp_path, epochs=4, save_ckpt_num=2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-3.pth", "checkpoint-4.pth", "encoder.pth", "log.jsonl", "config.json", "loss.png", "reconstructions.png",
+    }  # fmt: skip
+    encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
+    encoder.load_state_dict(common.load_file(tmp_path / "encoder.pth")["model"], strict=True)
+    assert state["config"]["model"] == "convnextv2_atto" and "torch" in state["versions"]
+    records = common.read_log(tmp_path)
+    assert [record["update"] for record in records] == list(range(1, 13)) and records[-1]["epoch"] == 4
+    assert 0.8 < records[0]["loss"] < 1.2
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mask_ratio"] == 0.6 and config["seed"] == 0
+    assert "encoder.pth" in capsys.readouterr().out
+    for name in ("loss.png", "reconstructions.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+
+
+def test_the_loss_falls_below_that_of_predicting_the_mean(photographs, tmp_path):
+    run(photographs, tmp_path, epochs=25, lr=4e-3, warmup_epochs=2)
+    assert common.read_log(tmp_path)[-1]["loss"] < 0.9
+
+
+@pytest.mark.parametrize("update_freq", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkeypatch, update_freq):
+    whole = run(photographs, tmp_path / "whole", epochs=3, update_freq=update_freq)
+
+    with monkeypatch.context() as patch:  # stop once the second epoch has begun, when its log lines are written
+        calls = []
+        normalise = pretrain.normalise
+        patch.setattr(pretrain, "normalise", lambda *args: calls.append(0) or (normalise(*args) if len(calls) < 7 else stop()))
+        with pytest.raises(KeyboardInterrupt):
+            run(photographs, tmp_path / "parts", epochs=3, update_freq=update_freq)
+    parts = run(photographs, tmp_path / "parts", epochs=3, update_freq=update_freq)
+
+    assert_equal(parts["model"], whole["model"])
+    for key, moments in whole["optimizer"]["state"].items():
+        assert_equal(parts["optimizer"]["state"][key], moments)
+    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_stays_as_it_is(photographs, tmp_path, capsys):
+    run(photographs, tmp_path, epochs=1)
+    before = (tmp_path / "log.jsonl").read_text(), (tmp_path / "encoder.pth").read_bytes()
+    run(photographs, tmp_path, epochs=1)
+    assert before == ((tmp_path / "log.jsonl").read_text(), (tmp_path / "encoder.pth").read_bytes())
+    assert "already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("freq", [2, 5])
+def test_accumulated_batches_give_the_update_of_one_large_batch(photographs, tmp_path, freq):
+    """12 images: two updates of 2 x 3; and with freq 5 one incomplete group of four 3-image batches."""
+    large = 6 if freq == 2 else 12
+    a = run(photographs, tmp_path / "a", batch_size=3, update_freq=freq)
+    b = run(photographs, tmp_path / "b", batch_size=large)
+    assert_equal(a["model"], b["model"], rtol=1e-4, atol=2e-5)
+
+
+def test_two_processes_give_the_update_of_one_with_twice_the_batch(photographs, tmp_path):
+    words = flags(photographs, tmp_path / "two", batch_size=3)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*torchrun, ROOT / "pretrain.py", *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    two = common.load_file(tmp_path / "two/checkpoint-2.pth")
+    one = run(photographs, tmp_path / "one", batch_size=6)
+    assert_equal(two["model"], one["model"], rtol=1e-4, atol=2e-5)
+    for a, b in zip(common.read_log(tmp_path / "two"), common.read_log(tmp_path / "one")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_backends_train_alike(photographs, tmp_path):
+    states = {
+        backend: run(photographs, tmp_path / backend, backend=backend)["model"] for backend in ("sparse", "reference", "masked")
+    }
+    assert_equal(states["sparse"], states["masked"], rtol=1e-3, atol=1e-4)
+    assert_equal(states["reference"], states["masked"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_resumes(photographs, tmp_path, amp):
+    run(photographs, tmp_path, amp=amp, clip_grad=1.0)
+    losses = [record["loss"] for record in common.read_log(tmp_path)]
+    assert all(0.5 < loss < 1.5 for loss in losses if loss is not None) and losses[-1] is not None
+
+
+def test_v1_trains(photographs, tmp_path):
+    run(photographs, tmp_path, model="convnext_atto", norm_pix_loss="false", epochs=1)
+
+
+def test_clipping_bounds_the_update(photographs, tmp_path):
+    """With a norm bound far below the gradient's, AdamW's first moment after one update is 0.1 x the bound."""
+    state = run(photographs, tmp_path, clip_grad=1e-3, batch_size=12, epochs=1)
+    norm = torch.cat([moments["exp_avg"].flatten() for moments in state["optimizer"]["state"].values()]).norm()
+    assert norm.item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_a_non_finite_loss_skips_the_update_and_ten_in_a_row_stop_the_run(photographs, tmp_path, monkeypatch, capsys):
+    good, calls = pretrain.normalise, []
+
+    def spoiled(pixels, *args):
+        calls.append(0)
+        x = good(pixels, *args)
+        return x * float("nan") if len(calls) in bad and len(pixels) == 4 else x
+
+    monkeypatch.setattr(pretrain, "normalise", spoiled)
+    bad = {2}
+    run(photographs, tmp_path / "one", epochs=1)
+    records = common.read_log(tmp_path / "one")
+    assert [record["skipped_updates"] for record in records] == [0, 1, 0] and records[1]["loss"] is None
+    assert "1 update" in capsys.readouterr().err
+
+    calls.clear()
+    bad = set(range(5, 100))  # the second epoch onwards; its pictures have 8 images
+    with pytest.raises(common.UserError, match="10 updates in a row.*checkpoint-"):
+        run(photographs, tmp_path / "many", epochs=8)
+    assert all(
+        value.isfinite().all() for value in common.load_file(common.find_checkpoints(tmp_path / "many")[-1])["model"].values()
+    )
+
+
+def test_unreadable_files_are_counted_in_the_log_and_too_many_stop_the_run(photographs, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(150):
+        (folder / f"{i:03}.png").write_bytes((photographs / "0.png").read_bytes())
+    (folder / "000.png").write_text("not an image")
+    run(folder, tmp_path / "a", epochs=1, batch_size=50)
+    assert common.read_log(tmp_path / "a")[-1]["unreadable_images"] == 1
+    (folder / "001.png").write_text("neither is this")
+    with pytest.raises(common.UserError, match="2 of 150 images cannot be read"):
+        run(folder, tmp_path / "b", epochs=1, batch_size=50)
+
+
+@pytest.mark.parametrize("more", [dict(batch_size=100), dict(batch_size=1, epochs=1), dict(num_workers=2)])
+def test_edges_simply_work(photographs, tmp_path, more):
+    run(photographs, tmp_path, **more)
+
+
+def test_one_image_is_enough(photographs, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/one.png").write_bytes((photographs / "0.png").read_bytes())
+    run(tmp_path / "images", tmp_path / "out")
+
+
+def test_defaults_follow_the_data_and_flags_win():
+    folder = pretrain.get_args(["--data_path", "x"])
+    assert (folder.data_set, folder.input_size, folder.stem_stride, folder.blr, folder.epochs, folder.warmup_epochs) == (
+        "folder",
+        224,
+        4,
+        1.5e-4,
+        800,
+        40,
+    )
+    assert (folder.weight_decay, folder.mask_ratio, folder.decoder_depth, folder.decoder_embed_dim, folder.norm_pix_loss) == (
+        0.05,
+        0.6,
+        1,
+        512,
+        True,
+    )
+    cifar = pretrain.get_args(["--data_set", "cifar10", "--epochs", "3"])
+    assert (cifar.input_size, cifar.stem_stride, cifar.epochs) == (32, 1, 3)
+    assert pretrain.get_args([]).data_set == "embedded"
+
+
+def test_the_authors_command_is_understood():
+    args = pretrain.get_args(
+        [
+            "--model",
+            "convnextv2_base",
+            "--batch_size",
+            "64",
+            "--update_freq",
+            "8",
+            "--blr",
+            "1.5e-4",
+            "--epochs",
+            "1600",
+            "--warmup_epochs",
+            "40",
+            "--data_path",
+            "/path/to/imagenet-1k",
+            "--output_dir",
+            "/path/to/save_results",
+        ]
+    )
+    assert (args.model, args.input_size, args.update_freq, args.epochs) == ("convnextv2_base", 224, 8, 1600)
+
+
+BAD_INPUT = {
+    "no such model": (["--model", "convnextv2_ato"], "did you mean convnextv2_atto"),
+    "no epochs": (["--epochs", "0"], "--epochs"),
+    "negative lr": (["--blr", "-1"], "--blr"),
+    "nan lr": (["--lr", "nan"], "--lr"),
+    "ratio above one": (["--mask_ratio", "1.2"], "--mask_ratio"),
+    "ratio that hides everything": (["--mask_ratio", "0.99"], "no patch visible"),
+    "size off the grid": (["--input_size", "50"], "--input_size 48"),
+    "one patch": (["--input_size", "16", "--stem_stride", "2"], "larger images"),
+    "warm-up beyond the end": (["--warmup_epochs", "99"], "--warmup_epochs 99"),
+    "no such folder": (["--data_path", "/no/such/folder"], "/no/such/folder does not exist"),
+    "no such checkpoint": (["--resume", "/no/such/file.pth"], "/no/such/file.pth"),
+    "no such device": (["--device", "tpu9"], "--device tpu9"),
+    "no such flag": (["--epoch", "3"], "--epoch"),
+    "folder without path": (["--data_set", "folder"], "--data_path"),
+    "path for embedded": (["--data_set", "embedded", "--data_path", "x"], "--data_path"),
+    "unwritable output": (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys, monkeypatch):
+    words, expected = BAD_INPUT[name]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    monkeypatch.setattr(pretrain, "load_images", pretrain.load_images if "--data_path" in words else lambda *args: range(100))
+    base = [] if "--output_dir" in words else ["--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit:
+        common.run_script(pretrain.main, pretrain.get_args(base + words))
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and expected in error and error.startswith("pretrain.py: ")
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_differences(photographs, tmp_path):
+    run(photographs, tmp_path, epochs=1)
+    with pytest.raises(common.UserError, match=r"--epochs 1 \(now 2\), --mask_ratio 0.6 \(now 0.5\)"):
+        run(photographs, tmp_path, epochs=2, mask_ratio=0.5)
+    with pytest.raises(common.UserError, match="not a pre-training checkpoint"):
+        run(photographs, tmp_path / "other", epochs=1, resume=tmp_path / "encoder.pth")
+
+
+def test_scripts_fail_in_one_line_from_the_shell():
+    result = subprocess.run([sys.executable, ROOT / "pretrain.py", "--model", "resnet"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
