@@ -325,11 +325,12 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, total: int, done: int, lines: int, enabled: bool):
-        self.path, self.lines, self.enabled = directory / "log.jsonl", lines, enabled
+        self.path, self.lines, self.enabled = directory / "log.jsonl", 0, enabled
         self.bar = tqdm(total=total, initial=done, unit="update", disable=not enabled or not sys.stderr.isatty(), smoothing=0.05)
         if enabled:
             kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
             write_atomically(self.path, lambda file: file.write_text("".join(kept)))
+            self.lines = len(kept)
 
     def advance(self) -> None:
         """Move the progress bar by one update."""

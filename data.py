@@ -199,7 +199,7 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
     an image lies in no such folder.
     """
     if data_set == "embedded":
-        count, salt = (5000, 0) if split == "train" else (1000, 1)
+        count, salt = (4000, 0) if split == "train" else (1000, 1)
         return Images(*draw_images(count, salt), SHAPES, transform, EMBEDDED_STATISTICS, seed)
     if data_set in CIFAR_STATISTICS:
         kind, root = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data_set], data_path or "data"

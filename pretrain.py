@@ -35,9 +35,9 @@ from model import MODELS
 
 # Defaults that depend on the data. Folders get the paper's recipe (Tab. 8); small images get a small stem and a short run.
 DEFAULTS = {
-    "folder": dict(input_size=224, stem_stride=4, batch_size=64, epochs=800, warmup_epochs=40, blr=1.5e-4),
-    "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, warmup_epochs=10, blr=6e-4),
-    "embedded": dict(input_size=64, stem_stride=2, batch_size=64, epochs=8, warmup_epochs=1, blr=4e-3),
+    "folder": dict(input_size=224, stem_stride=4, decoder_embed_dim=512, batch_size=64, epochs=800, blr=1.5e-4),
+    "cifar10": dict(input_size=32, stem_stride=1, decoder_embed_dim=512, batch_size=256, epochs=200, blr=6e-4),
+    "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
 }
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 
@@ -68,7 +68,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=number(float, 0, 1, above=True), default=0.6, help="share of the patches to hide")
     add("--norm_pix_loss", action=BoolFlag, default=True, help="predict pixels normalised per patch")
     add("--decoder_depth", type=number(int, 0), default=1, help="ConvNeXt V2 blocks of the decoder")
-    add("--decoder_embed_dim", type=count, default=512, help="width of the decoder")
+    add("--decoder_embed_dim", type=count, default=argparse.SUPPRESS, help=f"width of the decoder ({by_data})")
     add(
         "--backend",
         type=one_of("backend", BACKENDS),
@@ -95,7 +95,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=count, default=argparse.SUPPRESS, help=f"images per process and forward pass ({by_data})")
     add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
     add("--epochs", type=count, default=argparse.SUPPRESS, help=f"passes over the data ({by_data})")
-    add("--warmup_epochs", type=number(float, 0), default=argparse.SUPPRESS, help=f"epochs of linear warm-up ({by_data})")
+    add("--warmup_epochs", type=number(float, 0), default=None, help="epochs of linear warm-up (default: 40, or 5%% of short runs)")
     add(
         "--blr",
         type=positive,
@@ -112,7 +112,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default="runs/pretrain", metavar="DIR", help="where everything is written")
-    add("--device", default=None, help="cuda, cpu or mps (default: cuda if there is one)")
+    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order, crops and masks")
     add("--resume", default=None, metavar="FILE", help="continue from this checkpoint")
     add("--auto_resume", action=BoolFlag, default=True, help="continue from the newest checkpoint in --output_dir, if any")
@@ -136,6 +136,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--input_size {args.input_size} is not a multiple of the patch size {patch} (8 x --stem_stride); "
             f"try --input_size {max(2, round(args.input_size / patch)) * patch}, or --stem_stride 1 for small images"
         )
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(40.0, 0.05 * args.epochs)
     if args.warmup_epochs > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
     return args

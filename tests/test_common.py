@@ -85,7 +85,9 @@ def test_a_typo_suggests_the_nearest_name():
 def test_seeds_are_fixed_and_differ_with_purpose_place_and_length():
     assert mix_seed("crop", 0, 1, 2) == 6809723051403476792  # on every machine
     seeds = {mix_seed("crop", a, b, c) for a in range(10) for b in range(10) for c in range(10)}
-    seeds |= {mix_seed("crop", a, b) for a in range(10) for b in range(10)} | {mix_seed("mask", a, b) for a in range(10) for b in range(10)}
+    seeds |= {mix_seed("crop", a, b) for a in range(10) for b in range(10)} | {
+        mix_seed("mask", a, b) for a in range(10) for b in range(10)
+    }
     assert len(seeds) == 1200
 
 

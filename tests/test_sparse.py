@@ -192,9 +192,16 @@ def test_mlps_norms_and_downsampling_see_visible_sites_only():
     mask = some_mask("equal")
     visible = int((~mask).sum())
     rows = {}
+
+    def count(name):
+        def hook(module, args, out):
+            rows[name] = out.numel() // out.shape[-1]
+
+        return hook
+
     for name, module in net.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
-            module.register_forward_hook(lambda m, args, out, name=name: rows.setdefault(name, out.numel() // out.shape[-1]))
+            module.register_forward_hook(count(name))
     sparse_encoder(net, images_for(net), mask)
     assert rows == {f"stages.{i}.{j}.{part}": visible * 4 ** (3 - i)
                     for i in range(4) for j in range(TINY["depths"][i]) for part in ("norm", "pwconv1")} | {
