@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import distributed, nn
 from torchvision.utils import make_grid
@@ -109,6 +110,13 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return check
 
 
+def count_workers(num_workers: int | None, data_set: str, processes: "Processes") -> int:
+    """--num_workers, or by default up to 8 for folders of files and none for images that are in memory."""
+    if num_workers is not None or data_set != "folder":
+        return num_workers or 0
+    return min(8, max(1, os.cpu_count() // processes.local_world_size))
+
+
 # --- processes and devices --------------------------------------------------------------------------------------------
 
 
@@ -129,12 +137,12 @@ class Processes:
         """Processes of this run on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def mean(self, values: Sequence[torch.Tensor]) -> list[float]:
-        """The mean over processes of a few scalars, with one reduction and one device synchronisation."""
-        stacked = torch.stack([value.detach().to(self.device, torch.float32) for value in values])
+    def sum(self, values: Sequence[torch.Tensor]) -> list[float]:
+        """The sum over processes of a few scalars, with one reduction and one device synchronisation."""
+        stacked = torch.stack([value.detach().to(self.device) for value in values])
         if self.world_size > 1:
             distributed.all_reduce(stacked)
-        return (stacked / self.world_size).tolist()
+        return stacked.tolist()
 
     def union(self, members: set) -> set:
         """The union of every process's set."""
@@ -229,6 +237,26 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def make_scaler(device: torch.device, amp_dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """A gradient scaler that also skips non-finite updates, on a GPU without waiting; only float16 needs its scale."""
+    return torch.amp.GradScaler(device.type, init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0)
+
+
+def apply_update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None, amp_dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Clip the accumulated gradient, step unless it is not finite, and clear it; returns its norm before clipping."""
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, grad_norm)
+    scaler.step(optimizer)
+    scaler.update(None if amp_dtype == torch.float16 else 1.0)
+    optimizer.zero_grad()
+    return grad_norm
+
+
 # --- output directory: checkpoints and log ----------------------------------------------------------------------------
 
 
@@ -285,16 +313,6 @@ def find_checkpoints(directory: Path) -> list[Path]:
     return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]
 
 
-def choose_checkpoint(directory: Path, resume: str | None, auto_resume: bool) -> Path | None:
-    """The checkpoint to continue from: `--resume`, or the newest one with `--auto_resume`, or None for a new run."""
-    found = find_checkpoints(directory)
-    if resume:
-        return Path(resume)
-    if found and not auto_resume:
-        raise UserError(f"--output_dir {directory} already holds a run; choose another one, delete it, or use --auto_resume")
-    return found[-1] if found else None
-
-
 def load_file(path: str | Path) -> dict:
     """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
     try:
@@ -310,35 +328,83 @@ def load_file(path: str | Path) -> dict:
     return content
 
 
-def check_same_run(path: Path, saved: dict, args: dict, may_differ: Iterable[str]) -> None:
-    """UserError that lists the flags in which a checkpoint's run differs from the command line's."""
-    differing = [key for key in sorted(args.keys() | saved.keys()) if key not in may_differ and saved.get(key) != args.get(key)]
+# Flags that may change when a run is continued, because they do not change what it computes (`amp` and `device` only its rounding).
+RUN_FLAGS = {
+    "output_dir", "device", "amp", "use_amp", "compile", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq",
+    "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "backend", "dist_eval", "eval_freq",
+}  # fmt: skip
+
+
+def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str) -> dict | None:
+    """The checkpoint to continue from: `--resume`, or with `--auto_resume` the newest one in `directory`; None for a new run.
+
+    UserError if it belongs to another stage or to a run with other settings, or if a new run would mix with an old one.
+    """
+    found = find_checkpoints(directory)
+    if found and not args.resume and not args.auto_resume:
+        raise UserError(f"--output_dir {directory} already holds a run; choose another one, delete it, or use --auto_resume")
+    path = args.resume or (found[-1] if found else None)
+    if path is None:
+        return None
+    state = load_file(path)
+    if state.get("stage") != stage:
+        raise UserError(
+            f"{path} is not a checkpoint-<epoch>.pth of {stage}, which alone can be continued; its weights load by --finetune"
+        )
+    saved = state["config"]
+    differing = [
+        name for name in sorted(config.keys() | saved.keys()) if name not in RUN_FLAGS and saved.get(name) != config.get(name)
+    ]
     if differing:
-        fields = ", ".join(f"--{key} {saved.get(key)} (now {args.get(key)})" for key in differing)
+        fields = ", ".join(f"--{name} {saved.get(name)} (now {config.get(name)})" for name in differing)
         raise UserError(f"{path} was written with {fields}; repeat those flags, or choose another --output_dir")
+    return state | {"path": str(path)}
 
 
 class RunLog:
-    """`log.jsonl` and the progress line, on the main process only.
+    """`log.jsonl` and the progress line, written by the main process only.
 
-    One JSON object a line. `lines` counts them, so that a resumed run can drop what its checkpoint does not know of.
+    Args:
+        updates: updates per epoch.
+        done: updates that earlier parts of the run have made.
+        lines: lines of the log that they wrote; what follows them, a resumed run writes again.
     """
 
-    def __init__(self, directory: Path, total: int, done: int, lines: int, enabled: bool):
-        self.path, self.lines, self.enabled = directory / "log.jsonl", 0, enabled
-        self.bar = tqdm(total=total, initial=done, unit="update", disable=not enabled or not sys.stderr.isatty(), smoothing=0.05)
-        if enabled:
+    def __init__(self, directory: Path, updates: int, epochs: int, done: int, lines: int, processes: Processes):
+        self.path, self.updates, self.epochs, self.processes = directory / "log.jsonl", updates, epochs, processes
+        self.done = self.first_done = done
+        self.start, self.lines, quiet = time.perf_counter(), 0, not (processes.is_main and sys.stderr.isatty())
+        self.bar = tqdm(total=updates * epochs, initial=done, unit="update", disable=quiet, smoothing=0.05)
+        if processes.is_main:
             kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
             write_atomically(self.path, lambda file: file.write_text("".join(kept)))
             self.lines = len(kept)
 
     def advance(self) -> None:
-        """Move the progress bar by one update."""
+        """Count one update."""
+        self.done += 1
         self.bar.update()
+
+    def report(self, meters: "Meters", loader: "TimedLoader", images_per_update: int, lr: float, unreadable_images: int) -> dict:
+        """Log the updates since the last report. Every process must call it; it is where the host waits for the device."""
+        seconds, waited = loader.lap()
+        speed = round(meters.updates * images_per_update / seconds, 1)
+        record = {"epoch": round(self.done / self.updates, 4), "update": self.done, "lr": lr} | meters.read(self.processes)
+        elapsed = time.perf_counter() - self.start
+        record |= {"images_per_second": speed, "data_wait": round(waited / seconds, 3)}
+        record |= {"unreadable_images": unreadable_images, "seconds": round(elapsed, 1)}
+        left = elapsed / (self.done - self.first_done) * (self.updates * self.epochs - self.done)
+        loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.4f}"
+        self.write(
+            record,
+            f"epoch {record['epoch']:.2f}/{self.epochs}  {loss}  lr {lr:.2e}  {speed:.0f} images/s  "
+            f"data wait {record['data_wait']:.0%}  {duration(left)} left",
+        )
+        return record
 
     def write(self, record: dict, line: str) -> None:
         """Append `record` to the log, and show `line`: in the progress bar on a terminal, printed elsewhere."""
-        if not self.enabled:
+        if not self.processes.is_main:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -348,9 +414,10 @@ class RunLog:
         else:
             self.bar.set_description_str(line)
 
-    def close(self) -> None:
-        """End the progress bar."""
+    def close(self) -> str:
+        """End the progress bar; how long this part of the run took, in words."""
         self.bar.close()
+        return duration(time.perf_counter() - self.start)
 
 
 def read_log(directory: Path) -> list[dict]:
@@ -406,7 +473,8 @@ class Meters:
 
     def read(self, processes: Processes) -> dict:
         """Means since the last reading, over updates and processes: loss (None if all were skipped), last gradient norm."""
-        loss, skipped, in_row, norm = processes.mean([self.loss, self.skipped, self.skipped_in_row, self.grad_norm])
+        sums = processes.sum([self.loss, self.skipped, self.skipped_in_row, self.grad_norm])
+        loss, skipped, in_row, norm = (value / processes.world_size for value in sums)
         used = self.updates - round(skipped)
         self._reset()
         if skipped:
@@ -417,15 +485,6 @@ class Meters:
             "skipped_updates": round(skipped),
             "skipped_in_row": round(in_row),
         }
-
-
-def progress_line(record: dict, epochs: int, seconds_left: float) -> str:
-    """A log record as the line that people watch."""
-    loss = "no finite loss" if record["loss"] is None else f"loss {record['loss']:.4f}"
-    return (
-        f"epoch {record['epoch']:.2f}/{epochs}  {loss}  lr {record['lr']:.2e}  {record['images_per_second']:.0f} images/s  "
-        f"data wait {record['data_wait']:.0%}  {duration(seconds_left)} left"
-    )
 
 
 def stop_if_diverging(record: dict, directory: Path, limit: int = 10) -> None:
@@ -462,25 +521,41 @@ def save_figure(figure, path: Path) -> None:
 
 
 def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str) -> None:
-    """One row per image, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1]."""
-    images = torch.stack(list(columns.values()), dim=1)  # (N, columns, 3, H, W)
+    """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+
+    Two images stand side by side in each row, to keep the figure from growing tall.
+    """
+    images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
-    gap = max(2, width // 32)
-    mosaic = make_grid(images.flatten(0, 1).cpu(), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, ...)
-    figure, axes = new_figure(1, 1, 2 * len(columns), 2 * len(images) * height / width + 0.7)
-    axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes[0, 0].set_xticks([gap + width / 2 + k * (width + gap) for k in range(len(columns))], columns, fontsize=13)
+    gap = max(2, width // 24)
+    halves = [half for half in (images[0::2], images[1::2]) if len(half)]
+    mosaics, ticks, left = [], [], 0
+    for half in halves:
+        mosaic = make_grid(half.flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
+        mosaic = F.pad(mosaic, (0, 2 * gap, 0, (len(halves[0]) - len(half)) * (height + gap)), value=1.0)
+        ticks += [left + gap + width / 2 + k * (width + gap) for k in range(len(columns))]
+        left += mosaic.shape[2]
+        mosaics.append(mosaic)
+    figure, axes = new_figure(1, 1, 1.7 * len(ticks), 1.7 * len(halves[0]) * height / width + 0.8)
+    axes[0, 0].imshow(torch.cat(mosaics, dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes[0, 0].set_xticks(ticks, list(columns) * len(halves), fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
     axes[0, 0].set_yticks([])
     axes[0, 0].spines[:].set_visible(False)
-    axes[0, 0].set_xlabel(caption, fontsize=10)
+    axes[0, 0].set_xlabel(caption, fontsize=11)
     save_figure(figure, path)
 
 
-def plot_curve(path: Path, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, title: str) -> None:
-    """A single line."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, colour-blind-safe
+
+
+def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str) -> None:
+    """One line per entry of `curves`: label -> (x, y); a single line needs no legend."""
     figure, axes = new_figure(1, 1, 6, 3.6)
-    axes[0, 0].plot(x, y, color="#0072b2", linewidth=1.5)
+    for (label, (x, y)), colour in zip(curves.items(), COLOURS):
+        axes[0, 0].plot(x, y, color=colour, linewidth=1.5, marker="o" if len(x) < 3 else None, label=label)
     axes[0, 0].set(xlabel=x_label, ylabel=y_label, title=title)
     axes[0, 0].grid(alpha=0.3)
+    if len(curves) > 1:
+        axes[0, 0].legend()
     save_figure(figure, path)

@@ -5,6 +5,7 @@ Nothing random here has a hidden state. The order of an epoch depends on (seed, 
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,14 @@ from tqdm import tqdm
 
 from common import Processes, UserError, mix_seed
 
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_STATISTICS = {
+# Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
+STATISTICS = {
+    "embedded": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-EMBEDDED_STATISTICS = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-DATA_SETS = ("embedded", "cifar10", "cifar100", "folder")
+DATA_SETS = tuple(STATISTICS)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
 
@@ -157,6 +159,12 @@ class Images(Dataset):
             tensor = self.transform(image)
         return tensor, -1 if self.labels is None else int(self.labels[at]), index if failed else -1
 
+    def subset(self, indices: list[int]) -> "Images":
+        """The same with fewer items."""
+        items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices]
+        labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return Images(items, labels, self.classes, self.transform, self.statistics, self.seed)
+
     def _open(self, index):
         item = self.items[index]
         if isinstance(item, np.ndarray):
@@ -198,10 +206,11 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
     A folder without DIR/train is taken whole, for both splits. Labels are the first folder below the split's, and None when
     an image lies in no such folder.
     """
+    statistics = STATISTICS[data_set]
     if data_set == "embedded":
         count, salt = (4000, 0) if split == "train" else (1000, 1)
-        return Images(*draw_images(count, salt), SHAPES, transform, EMBEDDED_STATISTICS, seed)
-    if data_set in CIFAR_STATISTICS:
+        return Images(*draw_images(count, salt), SHAPES, transform, statistics, seed)
+    if data_set != "folder":
         kind, root = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data_set], data_path or "data"
         try:
             cifar = kind(root, train=split == "train", download=True)
@@ -209,7 +218,7 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
             raise UserError(
                 f"{data_set} is not in {root} and could not be downloaded ({error}); give its folder as --data_path"
             ) from None
-        return Images(cifar.data, cifar.targets, cifar.classes, transform, CIFAR_STATISTICS[data_set], seed)
+        return Images(cifar.data, cifar.targets, cifar.classes, transform, statistics, seed)
 
     root = Path(data_path)
     if not root.is_dir():
@@ -223,10 +232,10 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
         raise UserError(f"no images under {root}; files must end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
     if any(len(part) == 1 for part in parts):
-        return Images(paths, None, None, transform, IMAGENET_STATISTICS, seed)
+        return Images(paths, None, None, transform, statistics, seed)
     classes = sorted({part[0] for part in parts})
     labels = [classes.index(part[0]) for part in parts]
-    return Images(paths, labels, classes, transform, IMAGENET_STATISTICS, seed)
+    return Images(paths, labels, classes, transform, statistics, seed)
 
 
 def pretrain_transform(size: int) -> v2.Transform:
@@ -238,6 +247,84 @@ def pretrain_transform(size: int) -> v2.Transform:
             v2.PILToTensor(),
         ]
     )
+
+
+def training_transform(
+    size: int,
+    statistics: tuple,
+    min_crop: float = 0.08,
+    interpolation: str = "bicubic",
+    aa: str | None = None,
+    color_jitter: float | None = None,
+    reprob: float = 0.0,
+    remode: str = "pixel",
+    recount: int = 1,
+) -> v2.Transform:
+    """Augmentation for classification; the arguments are finetune.py's flags."""
+    mode = v2.InterpolationMode(interpolation)
+    if size <= 32:  # as the authors do: crops of so small an image would leave little
+        steps = [v2.Resize((size, size), interpolation=mode), v2.RandomCrop(size, padding=4)]
+    else:
+        steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=mode)]
+    steps.append(v2.RandomHorizontalFlip())
+    if aa:
+        steps.append(automatic_augmentation(aa))
+    elif color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    steps.append(v2.PILToTensor())
+    if reprob:
+        steps.append(v2.RandomApply([EraseBytes(statistics, remode, recount)] * recount, p=reprob))
+    return v2.Compose(steps)
+
+
+def automatic_augmentation(name: str) -> v2.Transform:
+    """timm's names for automatic augmentation -> torchvision's transforms; ValueError for one that torchvision lacks.
+
+    "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2). timm also draws the
+    magnitude around m with deviation mstd, which torchvision does not.
+    """
+    kind = name.split("-")[0]
+    if kind == "rand":
+        values = dict(re.findall(r"-([a-z]+)([\d.]+)", name))
+        return v2.RandAugment(
+            num_ops=int(values.get("n", 2)), magnitude=round(3 * float(values.get("m", 9))), num_magnitude_bins=31
+        )
+    if kind in ("original", "v0"):
+        return v2.AutoAugment()
+    if kind == "trivial":
+        return v2.TrivialAugmentWide()
+    raise ValueError(f"no automatic augmentation {name!r}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
+
+
+class EraseBytes(v2.RandomErasing):
+    """torchvision's RandomErasing on images that are still bytes: what it fills in is drawn on the normalised scale."""
+
+    def __init__(self, statistics: tuple, mode: str, count: int):
+        # timm divides the erased area among `count` rectangles.
+        super().__init__(p=1.0, scale=(0.02 / count, 1 / 3 / count), value=0 if mode == "const" else "random")
+        self.mode, (self.mean, self.std) = mode, (torch.tensor(values).view(3, 1, 1) for values in statistics)
+
+    def make_params(self, flat_inputs: list) -> dict:
+        """As torchvision's, with the values converted to bytes."""
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            v = params["v"].float()
+            if self.mode == "rand":  # one colour for the whole rectangle
+                v = torch.randn(3, 1, 1)
+            params["v"] = ((v * self.std + self.mean) * 255).clamp(0, 255).to(torch.uint8)
+        return params
+
+
+def evaluation_transform(size: int, crop_pct: float | None = None, interpolation: str = "bicubic") -> v2.Transform:
+    """Short side to size / crop_pct, then the central square; crop_pct 1 warps the whole image to the square instead.
+
+    By default 224 / 256 below 384 pixels and 1 from there on, as published.
+    """
+    mode = v2.InterpolationMode(interpolation)
+    crop_pct = crop_pct or (224 / 256 if size < 384 else 1.0)
+    if crop_pct == 1:
+        return v2.Compose([v2.Resize((size, size), interpolation=mode), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(round(size / crop_pct), interpolation=mode), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def center_transform(size: int) -> v2.Transform:
@@ -283,7 +370,21 @@ class EpochSampler:
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
-def make_loader(images: Images, sampler: EpochSampler, num_workers: int, pin_memory: bool) -> DataLoader:
+class ShardSampler:
+    """Batches of (0, index) that give every item to exactly one rank, in order and without repetition: for evaluation."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, world_size: int):
+        self.indices, self.batch_size = range(rank, length, world_size), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+
+
+def make_loader(images: Images, sampler: EpochSampler | ShardSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of (uint8 images (B, 3, S, S), labels (B,), failed (B,)) batches, with workers that outlive the epoch."""
     return DataLoader(
         images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0

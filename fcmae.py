@@ -167,7 +167,7 @@ def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Gener
         "original": imgs,
         "visible": imgs.masked_fill(hidden, 0),
         "prediction": prediction,
-        "prediction + visible": torch.where(hidden, prediction, imgs),
+        "pasted": torch.where(hidden, prediction, imgs),
     }
 
 

@@ -9,8 +9,6 @@ Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, c
 
 import argparse
 import math
-import os
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -40,12 +38,6 @@ DEFAULTS = {
     "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
 }
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
-
-# What may differ between a checkpoint and the command that continues it.
-MAY_DIFFER = {
-    "output_dir", "device", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq", "save_ckpt_num", "num_workers",
-    "pin_mem", "compile", "log_every", "backend", "data_path", "batch_size", "amp",
-}  # fmt: skip
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -157,9 +149,7 @@ def main(args: argparse.Namespace) -> None:
     if batch_size == 0:
         raise UserError(f"{len(images)} images are too few for {world_size} processes; lower torchrun's --nproc_per_node")
     sampler = EpochSampler(len(images), batch_size, processes.rank, world_size, args.seed)
-    workers = args.num_workers
-    if workers is None:
-        workers = min(8, max(1, os.cpu_count() // processes.local_world_size)) if args.data_set == "folder" else 0
+    workers = common.count_workers(args.num_workers, args.data_set, processes)
     loader = common.TimedLoader(make_loader(images, sampler, workers, args.pin_mem and device.type == "cuda"))
     unreadable = Unreadable(images)
 
@@ -173,7 +163,6 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     mae.to(device, memory_format=torch.channels_last)
-    parameters = list(mae.parameters())
 
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch
@@ -183,18 +172,13 @@ def main(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         common.parameter_groups(mae, args.weight_decay), lr=peak_lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu")
     )
-    # The scaler also skips updates whose gradient is not finite, on a GPU without waiting. Only float16 needs its scale.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0)
+    scaler = common.make_scaler(device, amp_dtype)
 
     # --- resume
     config = vars(args) | {"images": len(images), "images_per_forward": batch_size * world_size}
     first_epoch, first_update, log_lines = args.start_epoch, 0, 0
-    checkpoint = common.choose_checkpoint(output_dir, args.resume, args.auto_resume)
-    if checkpoint:
-        state = common.load_file(checkpoint)
-        if not {"model", "optimizer", "config"} <= state.keys():
-            raise UserError(f"{checkpoint} is not a pre-training checkpoint; give a checkpoint-<epoch>.pth of pretrain.py")
-        common.check_same_run(checkpoint, state["config"], config, MAY_DIFFER)
+    state = common.load_run(output_dir, args, config, "pretrain.py")
+    if state:
         mae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -208,19 +192,17 @@ def main(args: argparse.Namespace) -> None:
     if world_size > 1:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
 
-    total, done = updates * args.epochs, updates * first_epoch + first_update
     if processes.is_main:
-        print(f"{args.model} with decoder: {sum(p.numel() for p in parameters):,} parameters")
+        print(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
         patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
         print(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
         print(f"{images_per_update} images per update, {updates} updates per epoch, {args.epochs} epochs, lr {peak_lr:.2e}")
         print(f"{world_size} x {device.type}, {'float32' if amp_dtype is None else args.amp or amp_dtype}, into {output_dir}")
-        if checkpoint:
-            print(f"continuing from {checkpoint} at epoch {first_epoch}")
+        if state:
+            print(f"continuing from {state['path']} at epoch {first_epoch}")
         common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
     samples = sample_images(args) if processes.is_main else None
-    log = common.RunLog(output_dir, total, done, log_lines, processes.is_main)
-    start, first_done = time.perf_counter(), done
+    log = common.RunLog(output_dir, updates, args.epochs, updates * first_epoch + first_update, log_lines, processes)
 
     # --- train
     mae.train()
@@ -251,40 +233,25 @@ def main(args: argparse.Namespace) -> None:
             if not last:
                 continue
 
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            if args.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
-            scaler.step(optimizer)
-            scaler.update(None if amp_dtype == torch.float16 else 1.0)
-            optimizer.zero_grad()
-            meters.end_update(grad_norm)
-            done += 1
+            meters.end_update(common.apply_update(optimizer, scaler, args.clip_grad, amp_dtype))
             log.advance()
-
-            if done % args.log_every == 0 or update + 1 == updates:  # the only place where the host waits for the device
+            if log.done % args.log_every == 0 or update + 1 == updates:
                 unreadable.check(processes)
-                seconds, waited = loader.lap()
-                record = {"epoch": round(done / updates, 4), "update": done, "lr": lr}
-                speed = round(meters.updates * images_per_update / seconds, 1)
-                record |= meters.read(processes)
-                record |= {"images_per_second": speed, "data_wait": round(waited / seconds, 3)}
-                record |= {"unreadable_images": len(unreadable.indices), "seconds": round(time.perf_counter() - start, 1)}
-                left = (time.perf_counter() - start) / (done - first_done) * (total - done)
-                log.write(record, common.progress_line(record, args.epochs, left))
+                record = log.report(meters, loader, images_per_update, lr, len(unreadable.indices))
                 common.stop_if_diverging(record, output_dir)
 
         first_update = 0
         if processes.is_main and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
             if args.save_ckpt:
                 state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"epoch": epoch + 1, "update": 0, "log_lines": log.lines, "config": config, "versions": common.versions()}
+                state |= {"epoch": epoch + 1, "update": 0, "log_lines": log.lines}
+                state |= {"stage": "pretrain.py", "config": config, "versions": common.versions()}
                 common.save_checkpoint(output_dir, epoch + 1, state, args.save_ckpt_num)
             common.save_tensors(output_dir / "encoder.pth", {"model": encoder.state_dict(), "config": config})
             draw(mae, samples.to(device), images.statistics, output_dir, args.seed)
-    log.close()
+    took = log.close()
     if processes.is_main:
-        print(f"finished {args.epochs} epochs, {common.duration(time.perf_counter() - start)} of them now; in {output_dir}:")
+        print(f"finished {args.epochs} epochs after {took}; in {output_dir}:")
         print("  encoder.pth (weights for fine-tuning), reconstructions.png, loss.png, log.jsonl, config.json")
 
 
@@ -308,8 +275,10 @@ def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, 
         f"{mae.mask_ratio:.0%} of the patches hidden{given}",
     )
     records = [record for record in common.read_log(output_dir) if record["loss"] is not None]
-    x, y = [record["epoch"] for record in records], [record["loss"] for record in records]
-    common.plot_curve(output_dir / "loss.png", x, y, "epoch", "mean squared error on hidden patches", "Pre-training loss")
+    curve = [record["epoch"] for record in records], [record["loss"] for record in records]
+    common.plot_curves(
+        output_dir / "loss.png", {"loss": curve}, "epoch", "mean squared error on hidden patches", "Pre-training loss"
+    )
 
 
 if __name__ == "__main__":

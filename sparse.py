@@ -45,8 +45,8 @@ class Sites:
         """Every cell divided into 2 x 2: row r becomes rows 4r .. 4r + 3."""
         n, height, width = self.grid
         y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
-        dy, dx = self.cell.new_tensor([0, 0, 1, 1]), self.cell.new_tensor([0, 1, 0, 1])
-        cell = (2 * y[:, None] + dy) * (2 * width) + 2 * x[:, None] + dx  # (A, 1) -> (A, 4)
+        child = torch.arange(4, device=self.cell.device)
+        cell = (2 * y[:, None] + child // 2) * (2 * width) + 2 * x[:, None] + child % 2  # (A, 1) -> (A, 4)
         return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts])
 
     @cached_property
@@ -78,7 +78,10 @@ class SparseTensor:
 
     def dense(self) -> torch.Tensor:
         """(N, C, H, W), zero at hidden sites."""
-        return _to_grid(self.features, self.sites.row, self.sites.grid)
+        n, height, width = self.sites.grid
+        x = self.features.new_zeros(n * height * width, self.features.shape[1])
+        x = x.index_copy(0, self.sites.cell, self.features)  # (A, C) -> (N * H * W, C)
+        return x.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 # --- submanifold 7x7 depthwise convolution ----------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, si
 
 def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
     """The same function as `reference_conv`, through a zero-filled grid and a dense depthwise convolution. (A, C) -> (A, C)."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
     return _SubmanifoldConv.apply(x, weight, sites.row, sites.cell, sites.grid) + bias
 

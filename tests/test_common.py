@@ -110,10 +110,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     (tmp_path / "checkpoint-best.pth").write_bytes(b"")
     assert [path.name for path in common.find_checkpoints(tmp_path)] == ["checkpoint-10.pth", "checkpoint-11.pth"]
     assert common.load_file(tmp_path / "checkpoint-11.pth") == {"epoch": 11}
-    assert common.choose_checkpoint(tmp_path, None, True).name == "checkpoint-11.pth"
-    assert common.choose_checkpoint(tmp_path, "other.pth", True).name == "other.pth"
-    with pytest.raises(UserError, match="already holds a run"):
-        common.choose_checkpoint(tmp_path, None, False)
 
 
 class Code:
@@ -136,10 +132,10 @@ def test_files_that_are_no_checkpoints_are_named_and_no_code_runs(tmp_path, caps
 
 def test_the_log_drops_lines_that_the_checkpoint_does_not_know(tmp_path):
     processes = common.Processes(0, 1, torch.device("cpu"))
-    log = common.RunLog(tmp_path, 10, 0, 0, processes.is_main)
+    log = common.RunLog(tmp_path, 5, 2, 0, 0, processes)
     for step in range(4):
         log.write({"step": step}, f"step {step}")
-    log = common.RunLog(tmp_path, 10, 2, 2, processes.is_main)
+    log = common.RunLog(tmp_path, 5, 2, 2, 2, processes)
     log.write({"step": "two"}, "")
     assert common.read_log(tmp_path) == [{"step": 0}, {"step": 1}, {"step": "two"}]
 

@@ -147,7 +147,7 @@ def test_cifar_comes_from_torchvision_with_its_own_statistics(name, classes, mon
     monkeypatch.setattr(data.datasets, "CIFAR10", Fake)
     monkeypatch.setattr(data.datasets, "CIFAR100", Fake)
     images = load_images(name, None, "train", center_transform(32))
-    assert images.statistics == data.CIFAR_STATISTICS[name] and len(images.classes) == classes
+    assert images.statistics == data.STATISTICS[name] and len(images.classes) == classes
     assert images[0, 4][1] == 4
 
 
@@ -206,7 +206,7 @@ def test_the_order_is_the_same_however_it_is_divided():
 
 def test_normalise_and_denormalise_are_inverse():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    x = data.normalise(pixels, data.IMAGENET_STATISTICS, torch.device("cpu"))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.IMAGENET_STATISTICS)
+    x = data.normalise(pixels, data.STATISTICS["folder"], torch.device("cpu"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.STATISTICS["folder"])
     torch.testing.assert_close(x, (pixels / 255 - mean) / std)
-    torch.testing.assert_close(data.denormalise(x, data.IMAGENET_STATISTICS), pixels / 255, rtol=0, atol=1e-6)
+    torch.testing.assert_close(data.denormalise(x, data.STATISTICS["folder"]), pixels / 255, rtol=0, atol=1e-6)

@@ -282,8 +282,14 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_differences(photographs
     run(photographs, tmp_path, epochs=1)
     with pytest.raises(common.UserError, match=r"--epochs 1 \(now 2\), --mask_ratio 0.6 \(now 0.5\)"):
         run(photographs, tmp_path, epochs=2, mask_ratio=0.5)
-    with pytest.raises(common.UserError, match="not a pre-training checkpoint"):
+    with pytest.raises(common.UserError, match="not a checkpoint-<epoch>.pth of pretrain.py"):
         run(photographs, tmp_path / "other", epochs=1, resume=tmp_path / "encoder.pth")
+
+
+def test_a_new_run_never_mixes_with_an_old_one(photographs, tmp_path):
+    run(photographs, tmp_path, epochs=1)
+    with pytest.raises(common.UserError, match="already holds a run"):
+        run(photographs, tmp_path, epochs=1, auto_resume="false")
 
 
 def test_scripts_fail_in_one_line_from_the_shell():
