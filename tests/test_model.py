@@ -5,6 +5,7 @@ import timm
 import torch
 
 from model import GRN, MODELS, SIZES, ConvNeXt
+from weights import from_native
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
 
@@ -72,29 +73,6 @@ def test_grn_does_not_overflow_in_half_precision():
     torch.testing.assert_close(y.float(), grn(x), rtol=2e-3, atol=0)
 
 
-def timm_weights(state: dict, target: dict) -> dict:
-    """Our keys -> timm's, by the table of weight layouts."""
-    renamed = {}
-    for key, value in state.items():
-        for ours, theirs in (
-            ("downsample_layers.0.", "stem."),
-            *((f"downsample_layers.{i}.", f"stages.{i}.downsample.") for i in (1, 2, 3)),
-            (".grn.gamma", ".mlp.grn.weight"),
-            (".grn.beta", ".mlp.grn.bias"),
-            (".dwconv.", ".conv_dw."),
-            (".pwconv1.", ".mlp.fc1."),
-            (".pwconv2.", ".mlp.fc2."),
-        ):
-            key = key.replace(ours, theirs)
-        if key.startswith("stages.") and "downsample" not in key:
-            _, i, j, rest = key.split(".", 3)
-            key = f"stages.{i}.blocks.{j}.{rest}"
-        key = {"norm.weight": "head.norm.weight", "norm.bias": "head.norm.bias"}.get(key, key)
-        key = {"head.weight": "head.fc.weight", "head.bias": "head.fc.bias"}.get(key, key)
-        renamed[key] = value.reshape(target[key].shape)
-    return renamed
-
-
 @pytest.mark.parametrize(
     "name", [f"{v}_{s}" for v in ("convnextv2", "convnext") for s in ("atto", "femto", "pico", "nano", "tiny")]
 )
@@ -104,9 +82,9 @@ def test_logits_equal_timms_with_the_same_weights(name):
     depths, dims = SIZES[name.split("_")[1]]
     # Built from the sizes, because timm's small V1 models differ from the paper's family in their stem and LayerScale.
     theirs = timm.models.ConvNeXt(
-        depths=depths, dims=dims, num_classes=10, use_grn=v2, ls_init_value=None if v2 else 1e-6
+        depths=depths, dims=dims, num_classes=10, use_grn=v2, ls_init_value=None if v2 else 1e-6, conv_mlp=dims[0] < 96
     ).eval()  # fmt: skip
-    theirs.load_state_dict(timm_weights(ours.state_dict(), theirs.state_dict()))
+    theirs.load_state_dict(from_native(ours.state_dict(), "timm"))
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         assert relative_error(ours(x), theirs(x)) < 1e-5
@@ -115,7 +93,7 @@ def test_logits_equal_timms_with_the_same_weights(name):
 def test_timms_own_v2_configuration_is_ours():
     theirs = timm.create_model("convnextv2_atto", num_classes=10).eval()
     ours = randomised(MODELS["convnextv2_atto"](num_classes=10)).eval()
-    theirs.load_state_dict(timm_weights(ours.state_dict(), theirs.state_dict()))
+    theirs.load_state_dict(from_native(ours.state_dict(), "timm"))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(ours(x), theirs(x)) < 1e-5
