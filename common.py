@@ -28,10 +28,10 @@ class UserError(Exception):
     """A mistake that the user can mend: one line with the value, the constraint and the fix. Scripts exit with status 2."""
 
 
-def run_script(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call `main(args)`; a UserError becomes one line on standard error and exit status 2, an interrupt status 130."""
+def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[], argparse.Namespace]) -> None:
+    """Call `main(get_args())`; a UserError becomes one line on standard error and exit status 2, an interrupt status 130."""
     try:
-        main(args)
+        main(get_args())
     except UserError as error:
         _exit_with(2, str(error))
     except KeyboardInterrupt:

@@ -278,7 +278,7 @@ def training_transform(
 
 
 def automatic_augmentation(name: str) -> v2.Transform:
-    """timm's names for automatic augmentation -> torchvision's transforms; ValueError for one that torchvision lacks.
+    """timm's names for automatic augmentation -> torchvision's transforms; UserError for one that torchvision lacks.
 
     "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2). timm also draws the
     magnitude around m with deviation mstd, which torchvision does not.
@@ -286,14 +286,13 @@ def automatic_augmentation(name: str) -> v2.Transform:
     kind = name.split("-")[0]
     if kind == "rand":
         values = dict(re.findall(r"-([a-z]+)([\d.]+)", name))
-        return v2.RandAugment(
-            num_ops=int(values.get("n", 2)), magnitude=round(3 * float(values.get("m", 9))), num_magnitude_bins=31
-        )
+        magnitude = round(3 * float(values.get("m", 9)))  # torchvision counts to 30 where timm counts to 10
+        return v2.RandAugment(num_ops=int(values.get("n", 2)), magnitude=magnitude, num_magnitude_bins=31)
     if kind in ("original", "v0"):
         return v2.AutoAugment()
     if kind == "trivial":
         return v2.TrivialAugmentWide()
-    raise ValueError(f"no automatic augmentation {name!r}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
+    raise UserError(f"no automatic augmentation {name!r}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
 
 
 class EraseBytes(v2.RandomErasing):

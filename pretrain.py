@@ -282,4 +282,4 @@ def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, 
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args())
+    common.run_script(main, get_args)

@@ -287,18 +287,22 @@ def _network(depths: tuple, dims: tuple, version: int, **_) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def read_content(path: str | Path) -> dict:
+    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, in the authors' own checkpoints
+        return common.load_file(path)
+
+
 def read_file(path: str | Path, ema: bool = False) -> State:
-    """The state dict in a .safetensors file, or in any other by torch.load, in whatever layout; code in it is never run.
+    """The state dict in a file, in whatever layout.
 
     Looks inside "model", "state_dict" and "module"; with `ema`, inside "model_ema" or "state_dict_ema" for the averaged
     weights. UserError for a file that cannot be read or holds no state dict.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        content = _read_safetensors(path)
-    else:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, in the authors' own checkpoints
-            content = common.load_file(path)
+    content = read_content(path)
     top = ", ".join(str(key) for key in list(content)[:5])
     if ema:
         averaged = [content[key] for key in ("model_ema", "state_dict_ema") if isinstance(content.get(key), dict)]
@@ -379,4 +383,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args())
+    common.run_script(main, get_args)

@@ -273,7 +273,7 @@ def test_bad_input_is_one_line_and_status_2(name, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(pretrain, "load_images", pretrain.load_images if "--data_path" in words else lambda *args: range(100))
     base = [] if "--output_dir" in words else ["--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit) as exit:
-        common.run_script(pretrain.main, pretrain.get_args(base + words))
+        common.run_script(pretrain.main, lambda: pretrain.get_args(base + words))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and expected in error and error.startswith("pretrain.py: ")
 

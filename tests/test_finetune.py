@@ -1,0 +1,423 @@
+"""Claims about finetune.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import finetune
+from data import Images, draw_images, evaluation_transform, training_transform
+from model import MODELS, ConvNeXt
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"seconds", "images_per_second", "data_wait"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """Three classes: 12 training images and 7 validation images in class folders."""
+    root = tmp_path_factory.mktemp("shapes")
+    images, labels = draw_images(100, seed=0, size=32)
+    for label, name in enumerate(("disc", "ring", "crescent")):
+        for i, image in enumerate(images[labels == label][:7]):
+            split = "train" if i < 4 else "val"
+            if not (split == "val" and label and i == 6):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A pre-trained encoder, as pretrain.py writes it."""
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    net = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
+    common.save_tensors(path, {"model": net.state_dict(), "config": {"input_size": 16}})
+    return path
+
+
+def flags(folder, output_dir, **more) -> list[str]:
+    chosen = dict(data_path=folder, output_dir=output_dir, model="convnextv2_atto", input_size=16, stem_stride=1, batch_size=4, epochs=2,
+                  warmup_epochs=1, lr=1e-3, num_workers=0, log_every=1, device="cpu", aa="none", reprob=0) | more  # fmt: skip
+    return [word for name, value in chosen.items() for word in (f"--{name}", *(value if isinstance(value, list) else [str(value)]))]
+
+
+def run(*args, **more) -> dict:
+    args = finetune.get_args(flags(*args, **more))
+    finetune.main(args)
+    return common.load_file(common.find_checkpoints(Path(args.output_dir))[-1])
+
+
+def log_without_times(output_dir):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in common.read_log(output_dir)]
+
+
+# --- recipes, layers, optimiser
+
+# The published table, column by column as it is printed: A F P N T B L H.
+IN1K = """
+blr 2e-4 2e-4 2e-4 2e-4 8e-4 6.25e-4 6.25e-4 1.25e-3
+epochs 600 600 600 600 300 100 100 50
+warmup_epochs 0 0 0 0 40 20 20 10
+weight_decay .3 .05 .3 .3 .05 .05 .05 .05
+layer_decay .9 .9 .9 .9 .9 .6 .6 .75
+drop_path .1 0 0 .1 .2 .1 .2 .3
+mixup 0 .3 .3 .5 .8 .8 .8 .8
+cutmix 0 .3 .3 .5 1 1 1 1
+smoothing .2 .2 .2 .2 .1 .1 .1 .1
+"""
+IN22K_TO_IN1K = """
+layer_decay .9 .9 .8 .8 .85
+drop_path .1 .1 .2 .3 .5
+epochs 90 90 30 30 30
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes", "table"),
+    [
+        ("in1k", "atto femto pico nano tiny base large huge", IN1K),
+        ("in22k_to_in1k", "nano tiny base large huge", IN22K_TO_IN1K),
+        (
+            "in22k",
+            "nano tiny base large huge",
+            "layer_decay .9 .9 .8 .8 .8\ndrop_path 0 0 .1 .1 .3\nblr 2.5e-4 2.5e-4 2.5e-4 2.5e-4 2.5e-4",
+        ),
+    ],
+)
+def test_recipes_equal_the_published_tables(recipe, sizes, table):
+    for line in table.strip().splitlines():
+        name, *values = line.split()
+        for size, value in zip(sizes.split(), values):
+            args = finetune.get_args(["--recipe", recipe, "--model", f"convnextv2_{size}", "--data_path", "x"])
+            assert getattr(args, name) == float(value), (size, name)
+
+
+def test_a_recipe_is_complete_and_flags_win():
+    args = finetune.get_args(
+        [
+            "--recipe",
+            "in1k",
+            "--model",
+            "convnextv2_base",
+            "--data_path",
+            "x",
+            "--mixup",
+            "0.1",
+            "--epochs",
+            "7",
+            "--warmup_epochs",
+            "1",
+        ]
+    )
+    assert (args.mixup, args.epochs, args.cutmix, args.layer_decay_type, args.model_ema) == (0.1, 7, 1.0, "group", True)
+    assert (args.reprob, args.aa, args.min_lr, args.model_ema_decay, args.opt_betas) == (
+        0.25,
+        "rand-m9-mstd0.5-inc1",
+        1e-6,
+        0.9999,
+        (0.9, 0.999),
+    )
+
+
+def test_head_scale_follows_the_start():
+    assert finetune.get_args(["--data_path", "x"]).head_init_scale == 1.0
+    assert finetune.get_args(["--data_path", "x", "--head_init_scale", "0.5"]).head_init_scale == 0.5
+
+
+# Written out by hand from the rule: id of downsample layer i, then of the blocks of stage i.
+SINGLE = {
+    "atto": ([1, 3, 5, 11], [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]], 13),
+    "tiny": ([1, 4, 7, 16], [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18]], 19),
+    "base": ([1, 4, 7, 34], [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]], 37),
+}
+GROUP = ([0, 2, 3, 12], [[1] * 3, [2] * 3, [3 + j // 3 for j in range(27)], [12] * 3], 13)
+
+
+@pytest.mark.parametrize(("size", "kind"), [("atto", "single"), ("tiny", "single"), ("base", "single"), ("base", "group")])
+def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
+    downsample, blocks, last = GROUP if kind == "group" else SINGLE[size]
+    with torch.device("meta"):
+        net = MODELS[f"convnextv2_{size}"]()
+    expected = {}
+    for name, _ in net.named_parameters():
+        part, i, j, *_ = [*name.split("."), 0, 0]
+        expected[name] = downsample[int(i)] if part == "downsample_layers" else blocks[int(i)][int(j)] if part == "stages" else last
+        assert finetune.layer_id(name, net.depths, kind) == expected[name], name
+    names = {id(p): name for name, p in net.named_parameters()}
+    seen = set()
+    for group in finetune.layer_groups(net, 0.05, 0.9, kind):
+        for p in group["params"]:
+            name = names[id(p)]
+            seen.add(name)
+            assert group["lr_scale"] == pytest.approx(0.9 ** (last - expected[name]))
+            assert group["weight_decay"] == (0.05 if p.ndim > 1 and "grn" not in name else 0.0)
+    assert seen == set(expected)
+
+
+def test_groups_are_refused_for_depths_they_were_not_made_for():
+    with pytest.raises(common.UserError, match=r"group was made for depths \(3, 3, 27, 3\), not \(2, 2, 6, 2\)"):
+        finetune.layer_groups(MODELS["convnextv2_atto"](), 0.05, 0.9, "group")
+
+
+def test_the_moving_average_equals_a_loop():
+    net = ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), num_classes=2)
+    ema = finetune.averaged(net, decay=0.3)
+    generator, expected = torch.Generator().manual_seed(0), None
+    for t in range(6):
+        for p in net.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+        weight = net.head.weight.detach().clone()
+        decay = min(0.3, (1 + t) / (10 + t))
+        expected = weight if t == 0 else decay * expected + (1 - decay) * weight
+        ema.update_parameters(net)
+    torch.testing.assert_close(ema.module.head.weight, expected)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1), (0, 1, 1), (0.8, 1, 1), (0.8, 1, 0.5)])
+def test_mixed_targets_sum_to_one_and_match_the_pixels(mixup, cutmix, prob):
+    args = finetune.get_args(["--data_path", "x", "--mixup", str(mixup), "--cutmix", str(cutmix), "--mixup_prob", str(prob)])
+    mix = finetune.make_mixing(args, classes=4)
+    labels = torch.arange(4)
+    imgs = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).contiguous()  # channel c is the share of image c
+    mixed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = mix(imgs, labels)
+        if y.ndim == 1:
+            continue
+        mixed += 1
+        torch.testing.assert_close(y.sum(dim=1), torch.ones(4))
+        torch.testing.assert_close(x.mean(dim=(2, 3)), y, atol=1e-5, rtol=0)
+    assert mixed == 20 if prob == 1 else 0 < mixed < 20
+
+
+def test_no_mixing_without_alphas():
+    assert finetune.make_mixing(finetune.get_args(["--data_path", "x"]), 4) is None
+
+
+def test_label_smoothing_is_the_formula():
+    logits, labels = torch.randn(5, 7), torch.randint(7, (5,))
+    soft = torch.full((5, 7), 0.1 / 7)
+    soft[torch.arange(5), labels] += 0.9
+    expected = -(soft * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, labels, label_smoothing=0.1), expected)
+
+
+# --- data
+
+
+def test_few_labels_are_balanced_seeded_and_nested():
+    images = Images(np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1), [k % 3 for k in range(60)], ["a", "b", "c"], None, None)
+
+    def chosen(n, seed):
+        subset = finetune.few_labels(images, n, seed)
+        assert [subset.labels.count(k) for k in range(3)] == [n] * 3
+        assert [int(item.item()) % 3 for item in subset.items] == subset.labels
+        return {int(item.item()) for item in subset.items}
+
+    assert chosen(4, 0) == chosen(4, 0) < chosen(9, 0)
+    assert chosen(4, 1) != chosen(4, 0)
+    with pytest.raises(common.UserError, match="--labels_per_class 21 is more than the 20"):
+        finetune.few_labels(images, 21, 0)
+
+
+@pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5-inc1", "rand-m5-n1", "original", "trivial"])
+def test_training_augmentation_makes_bytes_of_the_right_size(aa):
+    statistics = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
+    for size in (32, 40):
+        for remode in ("pixel", "rand", "const"):
+            transform = training_transform(size, statistics, aa=aa, color_jitter=0.4, reprob=1.0, remode=remode, recount=2)
+            x = transform(Image.fromarray(np.full((50, 60, 3), 7, dtype=np.uint8)))
+            assert x.shape == (3, size, size) and x.dtype == torch.uint8
+            assert (x != x[:, :1, :1]).any()
+
+
+def test_evaluation_crops_below_384_and_warps_from_there_on():
+    picture = np.zeros((256, 512, 3), dtype=np.uint8)
+    picture[:, :64] = 255  # seen only when the whole image is warped
+    small, large = (evaluation_transform(size)(Image.fromarray(picture)) for size in (224, 384))
+    assert small.shape == (3, 224, 224) and not small.any() and large.shape == (3, 384, 384) and large[:, :, :40].all()
+    assert evaluation_transform(224, crop_pct=1.0)(Image.fromarray(picture)).any()
+
+
+# --- training
+
+
+@pytest.mark.parametrize(
+    "more", [dict(), dict(update_freq=2, mixup=0.8, cutmix=1.0, drop_path=0.3, model_ema="true", aa="rand-m9")]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path, monkeypatch, more):
+    whole = run(shapes, tmp_path / "whole", epochs=3, **more)
+    with monkeypatch.context() as patch:
+        calls, report = [], common.RunLog.report
+        patch.setattr(common.RunLog, "report", lambda *args: report(*args) if len(calls) < 4 and not calls.append(0) else stop())
+        with pytest.raises(KeyboardInterrupt):
+            run(shapes, tmp_path / "parts", epochs=3, **more)
+    parts = run(shapes, tmp_path / "parts", epochs=3, **more)
+    for name in ("model", "model_ema"):
+        for key, value in whole.get(name, {}).items():
+            assert torch.equal(value, parts[name][key]), key
+    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
+    assert ("model_ema" in whole) == ("model_ema" in more)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys):
+    state = run(shapes, tmp_path, epochs=2, model_ema="true")
+    assert {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"} == {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert state["classes"] == ["crescent", "disc", "ring"] and state["config"]["nb_classes"] == 3
+    last = [record for record in common.read_log(tmp_path) if "val_top1" in record][-1]
+
+    finetune.main(
+        finetune.get_args(
+            ["--eval", "--resume", str(tmp_path / "checkpoint-2.pth"), "--data_path", str(shapes), "--crop_pct", "0.875"]
+        )
+    )
+    out = capsys.readouterr().out
+    for name, key in (("model", "val"), ("model_ema", "val_ema")):
+        top1, top5, loss = map(
+            float, re.search(rf"^{name}: top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 7 images", out, re.M).groups()
+        )
+        assert (top1, loss) == pytest.approx((last[f"{key}_top1"], last[f"{key}_loss"]), abs=0.006) and top5 == 100
+
+    picture = next((shapes / "val/disc").iterdir())
+    finetune.main(
+        finetune.get_args(["--predict", str(picture), str(shapes / "val/ring"), "--resume", str(tmp_path / "checkpoint-best.pth")])
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    assert len(lines) == 3 and lines[0].startswith(f"{picture}: ")
+    shares = [float(share) for share in re.findall(r"(?:disc|ring|crescent) ([\d.]+)%", lines[0])]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares, reverse=True)
+
+
+def test_evaluation_by_two_processes_counts_every_image_once(shapes, tmp_path, capsys):
+    run(shapes, tmp_path, epochs=1)
+    words = [
+        "--eval",
+        "--resume",
+        str(tmp_path / "checkpoint-1.pth"),
+        "--data_path",
+        str(shapes),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+    ]
+    capsys.readouterr()
+    finetune.main(finetune.get_args(words))
+    alone = capsys.readouterr().out
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
+    together = subprocess.run([*torchrun, *words], capture_output=True, text=True)
+    assert together.stdout == alone and "on 7 images" in alone, together.stderr
+
+
+def test_pretrained_weights_are_loaded_and_named(shapes, encoder, tmp_path, capsys):
+    args = finetune.get_args(["--data_path", str(shapes), "--finetune", str(encoder)])
+    assert (args.model, args.stem_stride, args.input_size, args.head_init_scale) == ("convnextv2_atto", 1, 16, 0.001)
+    state = run(shapes, tmp_path, finetune=encoder, epochs=1, lr=1e-12)
+    before = common.load_file(encoder)["model"]
+    for key, value in before.items():
+        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-6)
+    assert str(encoder) in capsys.readouterr().out
+
+
+def test_a_head_of_matching_shape_is_kept(shapes, tmp_path):
+    first = run(shapes, tmp_path / "first", epochs=1)
+    second = run(shapes, tmp_path / "second", epochs=1, lr=1e-12, finetune=tmp_path / "first/checkpoint-1.pth")
+    torch.testing.assert_close(second["model"]["head.weight"], first["model"]["head.weight"], rtol=0, atol=1e-6)
+
+
+def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):
+    state = run(shapes, tmp_path, finetune=encoder, linear_probe="true", epochs=2, lr=1e-2)
+    before = common.load_file(encoder)["model"]
+    assert all(torch.equal(state["model"][key], value) for key, value in before.items())
+    assert len(state["optimizer"]["state"]) == 2
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(shapes, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
+    result = subprocess.run([*torchrun, *flags(shapes, tmp_path / "two", batch_size=2)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], common.load_file(tmp_path / "two/checkpoint-2.pth")["model"]
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
+
+
+def test_v1_sgd_and_half_precision_train(shapes, tmp_path):
+    run(shapes, tmp_path / "v1", model="convnext_atto", opt="sgd", clip_grad=1, epochs=1)
+    run(shapes, tmp_path / "bf16", use_amp="true", epochs=1, labels_per_class=2, opt="adam")
+
+
+def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):
+    words = f"""--model convnextv2_atto --batch_size 4 --update_freq 2 --blr 6.25e-4 --epochs 1 --warmup_epochs 0 --layer_decay_type single
+        --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --model_ema True
+        --model_ema_eval True --use_amp True --finetune {encoder} --data_path {shapes} --output_dir {tmp_path} --data_set image_folder
+        --nb_classes 3 --auto_resume true --dist_eval true --num_workers 0 --input_size 16 --stem_stride 1""".split()
+    finetune.main(finetune.get_args(words))
+    assert "val_ema_top1" in common.read_log(tmp_path)[-1]
+
+
+# --- mistakes
+
+
+def bad_input(tmp_path, shapes, encoder) -> dict[str, tuple[list[str], str]]:
+    for split in ("train", "val"):
+        for name in ("a", "b") if split == "train" else ("a", "c"):
+            (tmp_path / "odd" / split / name).mkdir(parents=True)
+            (tmp_path / "odd" / split / name / "x.png").write_bytes(next((shapes / "val/disc").iterdir()).read_bytes())
+    (tmp_path / "text.pth").write_text("hello")
+    mae = {
+        "model": {"encoder." + key: value for key, value in common.load_file(encoder)["model"].items()},
+        "optimizer": {},
+        "config": {},
+    }
+    common.save_tensors(tmp_path / "pretraining.pth", mae)
+    folder = ["--data_path", str(shapes)]
+    return {
+        "no such model": ([*folder, "--model", "convnextv2_tony"], "did you mean convnextv2_tiny"),
+        "no such folder": (["--data_path", "/no/such"], "/no/such does not exist"),
+        "no classes": (["--data_path", str(shapes / "val/disc")], "train/<class>/"),
+        "other classes in val": (["--data_path", str(tmp_path / "odd")], "lack the class b"),
+        "no such weights": ([*folder, "--finetune", "/no/such.pth"], "/no/such.pth"),
+        "text as weights": ([*folder, "--finetune", str(tmp_path / "text.pth")], "text.pth"),
+        "evaluation without checkpoint": ([*folder, "--eval"], "--eval needs --resume"),
+        "prediction without checkpoint": (["--predict", "x.jpg"], "--predict needs --resume"),
+        "evaluation of pre-training": ([*folder, "--eval", "--resume", str(tmp_path / "pretraining.pth")], "no classifier but an encoder"),
+        "evaluation of an encoder": ([*folder, "--eval", "--resume", str(encoder)], "no classifier but an encoder"),
+        "resuming pre-training": ([*folder, "--resume", str(tmp_path / "pretraining.pth"), "--input_size", "16", "--stem_stride", "1"], "--finetune"),
+        "too few classes": ([*folder, "--nb_classes", "2", "--input_size", "32"], "--nb_classes 2"),
+        "too many labels": ([*folder, "--labels_per_class", "100", "--input_size", "32"], "--labels_per_class 100"),
+        "groups for atto": ([*folder, "--model", "convnextv2_atto", "--layer_decay", "0.9", "--layer_decay_type", "group"], "group was made"),
+        "recipe without that size": ([*folder, "--recipe", "in22k", "--model", "convnextv2_atto"], "no settings for size atto"),
+        "no such augmentation": ([*folder, "--aa", "augmix-m5"], "augmix-m5"),
+        "scratch and weights": ([*folder, "--scratch", "--finetune", str(encoder)], "--scratch contradicts"),
+        "image below the patch": ([*folder, "--input_size", "16", "--stem_stride", "4"], "--input_size 16"),
+        "warm-up beyond the end": ([*folder, "--epochs", "2", "--warmup_epochs", "3"], "--warmup_epochs 3"),
+        "share above one": ([*folder, "--smoothing", "1.5"], "--smoothing"),
+        "weights of another stem": ([*folder, "--finetune", str(encoder), "--stem_stride", "2"], "stem"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_status_2(shapes, encoder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune.py"])
+    for name, (words, expected) in bad_input(tmp_path, shapes, encoder).items():
+        with pytest.raises(SystemExit) as exit:
+            argv = ["--output_dir", str(tmp_path / "out"), "--device", "cpu", *words]
+            common.run_script(finetune.main, lambda argv=argv: finetune.get_args(argv))
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.count("\n") == 1 and expected in error, f"{name}: {error}"
