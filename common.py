@@ -461,17 +461,17 @@ def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str) -> None:
-    """One row per image, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1]."""
+def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:
+    """One row per image, named in `rows`, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1]."""
     images = torch.stack(list(columns.values()), dim=1)  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
     gap = max(2, width // 32)
     mosaic = make_grid(images.flatten(0, 1).cpu(), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, ...)
-    figure, axes = new_figure(1, 1, 2 * len(columns), 2 * len(images) * height / width + 0.7)
+    figure, axes = new_figure(1, 1, 2 * len(columns) + 1.4 * bool(rows), 2 * len(images) * height / width + 0.7)
     axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].set_xticks([gap + width / 2 + k * (width + gap) for k in range(len(columns))], columns, fontsize=13)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
-    axes[0, 0].set_yticks([])
+    axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=10)
     save_figure(figure, path)
