@@ -520,15 +520,15 @@ def save_figure(figure, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str) -> None:
+def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:
     """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
-    Two images stand side by side in each row, to keep the figure from growing tall.
+    `rows` names the images, one to a row. Without names two stand side by side, to keep the figure from growing tall.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
     gap = max(2, width // 24)
-    halves = [half for half in (images[0::2], images[1::2]) if len(half)]
+    halves = [images] if rows else [half for half in (images[0::2], images[1::2]) if len(half)]
     mosaics, ticks, left = [], [], 0
     for half in halves:
         mosaic = make_grid(half.flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
@@ -536,11 +536,11 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str) -> N
         ticks += [left + gap + width / 2 + k * (width + gap) for k in range(len(columns))]
         left += mosaic.shape[2]
         mosaics.append(mosaic)
-    figure, axes = new_figure(1, 1, 1.7 * len(ticks), 1.7 * len(halves[0]) * height / width + 0.8)
+    figure, axes = new_figure(1, 1, 1.7 * len(ticks) + 1.4 * bool(rows), 1.7 * len(halves[0]) * height / width + 0.8)
     axes[0, 0].imshow(torch.cat(mosaics, dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].set_xticks(ticks, list(columns) * len(halves), fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
-    axes[0, 0].set_yticks([])
+    axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=11)
     save_figure(figure, path)

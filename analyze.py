@@ -1,0 +1,689 @@
+"""See what a network learned: the paper's figures and numbers from checkpoints.
+
+    python analyze.py reconstruct                                      # after `python pretrain.py`
+    python analyze.py collapse --checkpoint runs/v2 runs/v1 --label V2 V1
+    python analyze.py curves runs/*
+
+Each command writes a picture and, as CSV, the numbers behind it to --output_dir. Features are those of the dense network on
+whole, unmasked images. In a notebook, use the functions of the first three sections.
+
+Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimensions.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+import common
+import data
+import weights
+from common import BoolFlag, Parser, UserError, mix_seed, number, one_of
+from data import Images, center_transform, denormalise, load_images, normalise
+from fcmae import FCMAE, reconstruction_panels
+from model import Block, ConvNeXt
+
+STATISTICS = {"embedded": data.EMBEDDED_STATISTICS, "folder": data.IMAGENET_STATISTICS, **data.CIFAR_STATISTICS}
+INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")  # Okabe and Ito
+DEPTH_LABEL = "normalised layer index\n(0 first block, 1 last block)"
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def cosine_distance(features: torch.Tensor) -> torch.Tensor:
+    """Feature cosine distance of each image (paper Sec. 4): (N, H, W, C) or (N, L, C) -> (N,), NaN below two live channels.
+
+    The mean of (1 - cos(X_i, X_j)) / 2 over ordered pairs i != j of live channels, each map flattened to a vector: 0 when all
+    channels are alike, 1 for a pair of opposite ones, 0.5 when they are orthogonal. Dead channels, of norm zero, have no
+    direction and are left out; `dead_channels` counts them. The paper averages over all C^2 pairs, i = j included, which is
+    (C - 1) / C of this.
+
+    The sum of all cosines is the squared length of the sum of the unit vectors, so no C x C matrix is formed.
+    """
+    maps = _flat(features)  # (N, H, W, C) -> (N, L, C)
+    norms = torch.linalg.vector_norm(maps, dim=1, keepdim=True)  # (N, 1, C)
+    units = torch.where(norms == 0, 0, maps / norms)
+    live = (norms != 0).sum(dim=(1, 2))  # (N,)
+    cosines = units.sum(dim=2).square().sum(dim=1) - live  # (N, L) -> (N,): over ordered pairs i != j
+    return torch.where(live < 2, torch.nan, (1 - cosines / (live * (live - 1))) / 2)
+
+
+def dead_channels(features: torch.Tensor, threshold: float = 0.01) -> torch.Tensor:
+    """(N, H, W, C) -> (N, C) boolean: channels whose norm is at most `threshold` of the image's mean channel norm.
+
+    Relative, because the scale of a layer is arbitrary; a channel that is zero throughout is always dead.
+    """
+    norms = channel_norms(features)
+    return norms <= threshold * norms.mean(dim=1, keepdim=True)
+
+
+def saturated_channels(features: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
+    """(N, H, W, C) -> (N, C) boolean: channels stuck at one value, not dead, that say nothing about where things are.
+
+    Their standard deviation over space is at most `threshold` of their mean's magnitude, whatever its sign: GELU is flat near
+    its minimum of -0.17 too. Meaningless on a map of a single site.
+    """
+    std, mean = torch.std_mean(_flat(features), dim=1, correction=0)  # (N, L, C) -> (N, C)
+    return (std <= threshold * mean.abs()) & ~dead_channels(features)
+
+
+def channel_norms(features: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) -> (N, C): each channel's L2 norm over space, G(X) of GRN (paper Alg. 1)."""
+    return torch.linalg.vector_norm(_flat(features), dim=1)
+
+
+def mean_activity(features: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) -> (N, C): the mean over space of the positive part, never negative, as `selectivity` needs."""
+    return _flat(features).relu().mean(dim=1)
+
+
+def selectivity(activity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Class selectivity index of each channel: activity (N, C), not negative, and labels (N,) -> (C,).
+
+    (mu_max - mu_rest) / (mu_max + mu_rest): mu_max is the highest class mean of the activity, mu_rest the mean over the other
+    classes. 1 for a channel that answers to one class only, 0 for one that answers to all alike, NaN for one that is silent.
+    Raises ValueError for fewer than two classes.
+    """
+    classes = labels.unique()
+    if len(classes) < 2:
+        raise ValueError(f"{len(classes)} class among the images; selectivity compares at least two")
+    means = torch.stack([activity[labels == k].mean(dim=0) for k in classes])  # (K, C)
+    highest = means.amax(dim=0)
+    rest = (means.sum(dim=0) - highest) / (len(classes) - 1)
+    return (highest - rest) / (highest + rest)  # 0 / 0 is NaN: silent for every class
+
+
+def knn_accuracy(bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, k: int = 10) -> float:
+    """Share of `queries` (N, D) whose class (N,) wins the vote of the `k` nearest of `bank` (M, D), with labels (M,).
+
+    Nearest by cosine similarity s; a vote weighs exp(s / 0.07), as is usual for frozen features (Wu et al. 2018).
+    """
+    bank, right = nn.functional.normalize(bank, dim=1), 0
+    one_hot = nn.functional.one_hot(bank_labels).to(bank.dtype)  # (M, K)
+    for some, truth in zip(queries.split(512), labels.split(512)):
+        similarity, nearest = (nn.functional.normalize(some, dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)  # (n, k)
+        votes = ((similarity / 0.07).exp()[..., None] * one_hot[nearest]).sum(dim=1)  # (n, k, K) -> (n, K)
+        right += (votes.argmax(dim=1) == truth).sum().item()
+    return right / len(queries)
+
+
+def pca(features: torch.Tensor, components: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Principal components: (N, D) -> scores (N, components) and each component's share of the variance (components,).
+
+    Signs are fixed, so that equal features give equal pictures: the largest loading of each component is positive.
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    variances, axes = torch.linalg.eigh(centred.T @ centred)  # ascending: (D,), (D, D)
+    axes = axes.flip(1)[:, :components]
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    return (centred @ axes).to(features.dtype), (variances.flip(0)[:components] / variances.sum()).to(features.dtype)
+
+
+def _flat(features):
+    wide = torch.promote_types(features.dtype, torch.float32)  # sums of squares overflow float16
+    return features.flatten(1, -2).to(wide)  # (N, H, W, C) -> (N, L, C)
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXt:
+    """The encoder or classifier of any checkpoint that weights.py reads, in eval mode; UserError for anything else.
+
+    Depths, widths, version, stem and classes are those of the tensors.
+    """
+    native = weights.to_native(weights.read_file(path))
+    network = ConvNeXt(**weights.architecture(native))
+    weights.load_weights(network, native)
+    return network.to(device).eval()
+
+
+def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
+    """The autoencoder of a pre-training checkpoint, in eval mode; UserError when it holds no decoder."""
+    state, config = weights.read_file(path), read_config(path)
+    if "mask_token" not in state:
+        raise UserError(f"{path} holds no decoder, which reconstructing needs; give a checkpoint-<epoch>.pth of pretrain.py")
+    mae = FCMAE(
+        load_network(path),
+        mask_ratio=config.get("mask_ratio", 0.6),
+        decoder_depth=len({name.split(".")[1] for name in state if name.startswith("decoder.")}),
+        decoder_embed_dim=state["mask_token"].shape[1],
+        norm_pix_loss=config.get("norm_pix_loss", True),
+        backend="leaky" if config.get("backend") == "leaky" else "sparse",  # the others compute the same, slower
+    )
+    decoder = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("proj", "mask_token", "decoder", "pred")}
+    try:
+        mae.load_state_dict(decoder | {f"encoder.{name}": tensor for name, tensor in mae.encoder.state_dict().items()})
+    except RuntimeError as error:
+        raise UserError(f"{path} holds a decoder that does not fit its encoder: {error}") from None
+    return mae.to(device).eval()
+
+
+def read_config(path: str | Path) -> dict:
+    """The flags of the run that wrote a checkpoint; empty for files that do not say, other libraries' among them."""
+    try:
+        config = common.load_file(path).get("config")
+    except UserError:  # not torch's format; what cannot be read at all, weights.py refuses
+        config = None
+    return config if isinstance(config, dict) else {}
+
+
+def find_checkpoint(path: str) -> Path:
+    """A file as it is; of a run directory the best, else the newest checkpoint, else encoder.pth."""
+    file = Path(path)
+    if file.is_dir():
+        found = [*file.glob("checkpoint-best.pth"), *reversed(common.find_checkpoints(file)), *file.glob("encoder.pth")]
+        file = found[0] if found else file / "checkpoint-<epoch>.pth"
+    if not file.exists():
+        raise UserError(f"no checkpoint {file}; run `python pretrain.py` first, or name a file or run directory with --checkpoint")
+    return file
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Normalised images (B, 3, S, S) on `device` and their labels (B,), -1 without; may be iterated again and again."""
+
+    def __init__(self, images: Images, indices: list[int], statistics: tuple, batch_size: int, device: torch.device):
+        self.images, self.statistics, self.device = images, statistics, device
+        places = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
+        self.loader = data.make_loader(images, places, num_workers=0, pin_memory=False)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        unreadable = data.Unreadable(self.images)
+        for pixels, labels, failed in self.loader:
+            unreadable.note(failed)
+            yield normalise(pixels, self.statistics, self.device), labels
+
+
+def layer_names(model: ConvNeXt, where: str) -> list[str]:
+    """The layers that `where` stands for: a kind, "act", "grn" or "block", stands for those of all blocks, first to last.
+
+    "act" is after GELU and "grn" after GRN, both 4C wide (in V1, where nothing follows GELU, they are the same); "block" is the
+    output of the whole block, C wide; "norm" is the pooled and, with a head, normalised feature vector. "stages.2.1",
+    "stages.2.1.act" and "stages.2.1.grn" are single layers. UserError for any other name.
+    """
+    blocks = [f"stages.{i}.{j}" for i, depth in enumerate(model.depths) for j in range(depth)]
+    kinds = {"act": [f"{block}.act" for block in blocks], "grn": [f"{block}.grn" for block in blocks], "block": blocks}
+    names = {"norm", *blocks, *kinds["act"], *kinds["grn"]}
+    if where not in kinds and where not in names:
+        raise UserError(f"no layer {where!r}; choose norm, or one of {', '.join(blocks)}, alone or followed by .act or .grn")
+    return kinds.get(where, [where])
+
+
+@torch.no_grad()
+def collect_features(
+    model: ConvNeXt,
+    loader: Iterable,
+    where: str | Sequence[str],
+    measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    title: str = "images",
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Run `model` over `loader` and keep `measure` of every layer's features, on the CPU.
+
+    loader: batches of (images (B, 3, S, S), labels (B,)), for example `Batches`.
+    where: one or several names that `layer_names` knows.
+    measure: (B, H, W, C) -> (B, ...), or (B, D) -> (B, ...) for "norm". It runs as soon as a layer is computed, so only one
+        batch's features exist at a time. None keeps the features themselves: for few images.
+    Returns {layer: (N, ...)} in the network's order, and the labels (N,).
+    """
+    names = [name for part in ([where] if isinstance(where, str) else where) for name in layer_names(model, part)]
+    kept, labels = {name: [] for name in names}, []
+
+    def keep_as(name):
+        def hook(module, inputs, output):
+            features = output.permute(0, 2, 3, 1) if isinstance(module, Block) else output  # (B, C, H, W) -> (B, H, W, C)
+            kept[name].append((measure(features) if measure else features).cpu())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep_as(name)) for name in names]
+    try:
+        for imgs, some_labels in tqdm(loader, title, unit="batch", disable=not sys.stderr.isatty()):
+            model.forward_features(imgs)
+            labels.append(some_labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in kept.items()}, torch.cat(labels)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A network under study: its name and colour in figures, and the statistics that its images were normalised with."""
+
+    label: str
+    colour: str
+    statistics: tuple
+    model: ConvNeXt | FCMAE
+
+
+def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> list[Subject]:
+    """The networks of --checkpoint and --untrained. Data and image size that `args` leave open become those of the first."""
+    paths = [find_checkpoint(path) for path in args.checkpoint]
+    configs = [read_config(path) for path in paths]
+    if args.data_set is None:
+        args.data_set = "folder" if args.data_path else configs[0].get("data_set") or "embedded"
+        args.data_path = args.data_path or configs[0].get("data_path")
+    args.input_size = args.input_size or configs[0].get("input_size") or INPUT_SIZES[args.data_set]
+
+    names = [path.parent.name if path.stem.startswith(("checkpoint-", "encoder")) else path.stem for path in paths]
+    labels = args.label or (names if len(set(names)) == len(names) else [str(path) for path in paths])
+    models = [load(path, args.device) for path in paths]
+    if args.untrained:
+        torch.manual_seed(args.seed)
+        fresh = ConvNeXt(**weights.architecture(models[0].state_dict()))
+        labels, configs, models = [*labels, "untrained"], [*configs, configs[0]], [*models, fresh.to(args.device).eval()]
+    for label, model in zip(labels, models):
+        if model.in_chans != 3:
+            raise UserError(f"{label} takes images of {model.in_chans} channels, and the data sets here have 3")
+        if args.input_size % (patch := model.patch_size):
+            fitting = max(1, round(args.input_size / patch)) * patch
+            raise UserError(
+                f"--input_size {args.input_size} is no multiple of {label}'s patch size {patch}; try --input_size {fitting}"
+            )
+    statistics = [STATISTICS[config.get("data_set", args.data_set)] for config in configs]
+    return [Subject(*parts) for parts in zip(labels, cycle(COLOURS), statistics, models)]
+
+
+def choose_images(args: argparse.Namespace, usual: int, split: str = "val") -> tuple[Images, list[int]]:
+    """The images of --images or of the data set, and a seeded choice of indices: --num_images, or `usual` if there are."""
+    transform = center_transform(args.input_size)
+    if args.images:
+        images, source = Images([open_image(path) for path in args.images], None, None, transform, None), "--images"
+    else:
+        if args.data_set == "folder" and not (Path(args.data_path) / "val").is_dir():
+            split = "train"
+        images, source = load_images(args.data_set, args.data_path, split, transform), f"{args.data_set} ({split})"
+    count = args.num_images or (len(images) if args.images else min(usual, len(images)))
+    if count > len(images):
+        raise UserError(f"--num_images {count}, but {source} has {len(images)} images; ask for at most that many")
+    if args.command in ("selectivity", "embed") and images.labels is None:
+        raise UserError(f"{args.command} needs labels, and {args.data_path} has none; arrange it as DIR/val/<class>/<image>")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed("images", args.seed)))
+    print(f"{count} of {len(images)} images of {source} at {args.input_size} px, on {args.device}")
+    return images, sorted(order[:count].tolist())
+
+
+def open_image(path: str) -> np.ndarray:
+    """An image file as uint8 (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(data.to_rgb(image))
+    except Exception as error:  # damaged files raise nearly anything
+        raise UserError(f"cannot read the image {path} ({error}); give a picture such as a .jpg or .png") from None
+
+
+def study(args: argparse.Namespace, subject: Subject, images: Images, indices: list[int], where, measure=None):
+    """`collect_features` of one subject on chosen images."""
+    loader = Batches(images, indices, subject.statistics, args.batch_size, args.device)
+    return collect_features(subject.model, loader, where, measure, subject.label)
+
+
+def reconstruct(args: argparse.Namespace) -> None:
+    """Original, visible patches, prediction, and both together (paper Fig. 2)."""
+    subjects = open_subjects(args, load_mae)
+    images, indices = choose_images(args, usual=4)
+    columns, rows, table = {}, [], []
+    for index, ratio, subject in product(indices, args.mask_ratio or [None], subjects):
+        mae = subject.model
+        mae.mask_ratio = ratio or mae.mask_ratio
+        imgs = normalise(images[0, index][0][None], subject.statistics, args.device)  # (1, 3, S, S)
+        seed = mix_seed("mask", args.seed, index)  # the same for every ratio: what a lower one hides, a higher one hides too
+        try:
+            panels = reconstruction_panels(mae, imgs, torch.Generator().manual_seed(seed))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for title, panel in panels.items():
+            columns.setdefault(title, []).append(denormalise(panel, subject.statistics))
+        with torch.no_grad():
+            loss, _, mask = mae(imgs, generator=torch.Generator().manual_seed(seed))
+        rows.append((f"{subject.label}\n" if len(subjects) > 1 else "") + f"{mae.mask_ratio:.0%} hidden")
+        table.append([subject.label, index, mae.mask_ratio, mask.sum().item(), mask.numel(), loss.item()])
+    given = any(subject.model.norm_pix_loss for subject in subjects)
+    caption = "each patch's true mean and contrast are given,\nits structure is predicted (trained on normalised pixels)"
+    path = Path(args.output_dir) / "reconstruct.png"
+    common.plot_panels(path, {title: torch.cat(parts) for title, parts in columns.items()}, caption if given else "", rows)
+    write_table(args, ["checkpoint", "image", "mask_ratio", "hidden_patches", "patches", "loss"], table)
+
+
+def collapse(args: argparse.Namespace) -> None:
+    """Feature cosine distance, dead and saturated channels of the 4C-wide features against depth (paper Sec. 4, Fig. 4)."""
+    subjects = open_subjects(args)
+    images, indices = choose_images(args, usual=1000)
+
+    def measure(features):
+        shares = [100 * kind(features).float().mean(dim=1) for kind in (dead_channels, saturated_channels)]
+        return torch.stack([cosine_distance(features), *shares], dim=1)  # (N, 3)
+
+    figure, axes = common.new_figure(1, 3, 13, 4.8)
+    table = []
+    for subject in subjects:
+        kinds = {"act": "after GELU", "grn": "after GRN"} if subject.model.version == 2 else {"act": "after GELU"}
+        found, _ = study(args, subject, images, indices, list(kinds), measure)
+        for kind, tensor in kinds.items():
+            names = layer_names(subject.model, kind)
+            values, x = np.stack([found[name].numpy() for name in names]), normalised_index(len(names))  # (layers, N, 3)
+            mean, std = np.nanmean(values, axis=1), np.nanstd(values, axis=1)  # (layers, 3)
+            dashed = "--" if kind == "act" and len(kinds) == 2 else "-"
+            for k, axis in enumerate(axes[0]):
+                plot(axis, x, mean[:, k], f"{subject.label}, {tensor}", subject.colour, dashed)
+                low, high = mean[:, k] - std[:, k], mean[:, k] + std[:, k]
+                axis.fill_between(x, low.clip(min=0), high, color=subject.colour, alpha=0.12, linewidth=0)
+            table += [[subject.label, name, tensor, x[i], *mean[i], *std[i]] for i, name in enumerate(names)]
+    titles = ("feature cosine distance", "dead channels", "saturated channels")
+    scales = (
+        "0: all channels alike, 0.5: orthogonal",
+        "% (norm below 1% of the mean)",
+        "% (std below 10% of the mean)",
+    )
+    for axis, title, scale in zip(axes[0], titles, scales):
+        tidy(axis, DEPTH_LABEL, scale, title)
+        axis.set_ylim(bottom=min(axis.get_ylim()[0], 0.4) if axis is axes[0, 0] else 0)
+    finish(args, figure, f"mean and standard deviation over {len(indices)} images")
+    quantities = ("cosine_distance", "dead_percent", "saturated_percent")
+    names = [f"{quantity}_{kind}" for kind in ("mean", "std") for quantity in quantities]
+    write_table(args, ["checkpoint", "layer", "tensor", "normalised_index", *names], table)
+
+
+def activations(args: argparse.Namespace) -> None:
+    """64 channel maps of one layer as small squares, checkpoints side by side on the same image (paper Fig. 3)."""
+    subjects = open_subjects(args)
+    images, indices = choose_images(args, usual=1)
+    figure, axes = common.new_figure(len(indices), 1 + len(subjects), 4.6 * len(subjects) + 3.5, 0.4 + 4.1 * len(indices))
+    table = []
+    for row, subject in product(range(len(indices)), subjects):
+        axis, index = axes[row, 1 + subjects.index(subject)], indices[row]
+        layer = args.layer or f"stages.2.{subject.model.depths[2] - 1}.grn"
+        if layer == "norm" or layer_names(subject.model, layer) != [layer]:
+            raise UserError(f"--layer {layer} is not a single layer with maps; give one such as stages.2.0.grn")
+        maps = study(args, subject, images, [index], layer)[0][layer]  # (1, H, W, C)
+        dead, saturated = dead_channels(maps)[0].tolist(), saturated_channels(maps)[0].tolist()
+        for c, channel in enumerate(maps[0].unbind(-1)):
+            values = (channel.min(), channel.mean(), channel.max(), channel.norm())
+            table.append([subject.label, layer, index, c, *(value.item() for value in values), dead[c], saturated[c]])
+        shown = maps[0, :, :, :64].permute(2, 0, 1)[:, None]  # (64, 1, H, W)
+        low, high = shown.quantile(0.005).item(), shown.quantile(0.995).item()
+        mosaic = make_grid(shown, nrow=8, padding=1, pad_value=torch.nan)[0].numpy()
+        picture = axis.imshow(mosaic, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+        figure.colorbar(picture, ax=axis, shrink=0.8).set_label("activation", fontsize=12)
+        after = layer.replace(".grn", " after " + ("GRN" if subject.model.version == 2 else "GELU")).replace(".act", " after GELU")
+        axis.set_title(f"{subject.label}: {after}", fontsize=13)
+        axes[row, 0].imshow(images[0, index][0].permute(1, 2, 0).numpy())
+        axes[row, 0].set_title("image", fontsize=13)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    finish(args, figure, "the first 64 channels, all on one scale")
+    write_table(args, ["checkpoint", "layer", "image", "channel", "min", "mean", "max", "norm", "dead", "saturated"], table)
+
+
+def class_selectivity(args: argparse.Namespace) -> None:
+    """Class selectivity index of every block's output channels, as histograms (paper App. B)."""
+    subjects = open_subjects(args)
+    images, indices = choose_images(args, usual=1000)
+    depth = max(sum(subject.model.depths) for subject in subjects)
+    panels = min(12, depth)  # deeper networks show 12 blocks, evenly spaced; the table has them all
+    figure, axes = common.new_figure(-(-panels // 4), 4, 13, 1.4 + 2.3 * -(-panels // 4))
+    table, bins = [], np.linspace(0, 1, 21)
+    for subject in subjects:
+        activity, labels = study(args, subject, images, indices, "block", mean_activity)
+        try:
+            index = {name: selectivity(values, labels) for name, values in activity.items()}
+        except ValueError as error:
+            raise UserError(f"{error}; give a data set with more classes, or more --num_images") from None
+        table += [[subject.label, name, c, value] for name, values in index.items() for c, value in enumerate(values.tolist())]
+        names = list(index)
+        for axis, place in zip(axes.flat, normalised_index(panels)):
+            name = names[round(place * (len(names) - 1))]
+            values = index[name][~index[name].isnan()].numpy()
+            style = dict(bins=bins, weights=np.full(len(values), 100 / max(len(values), 1)), color=subject.colour)
+            axis.hist(values, histtype="stepfilled", alpha=0.2, **style)
+            axis.hist(values, histtype="step", linewidth=2, label=subject.label, **style)
+            axis.axvline(values.mean(), color=subject.colour, linestyle=":", linewidth=2)
+            tidy(axis, "", "", name if subject is subjects[0] else axis.get_title())
+    for axis in axes.flat[panels:]:
+        axis.set_axis_off()
+    for axis in axes[-1]:
+        axis.set_xlabel("class selectivity index", fontsize=12)
+    figure.supylabel("share of the block's output channels (%)", fontsize=13)
+    scale = "0: active for all classes alike, 1: for one class only; dotted: mean"
+    finish(args, figure, f"{scale} ({len(indices)} images of {len(labels.unique())} classes)")
+    write_table(args, ["checkpoint", "layer", "channel", "class_selectivity_index"], table)
+
+
+def grn(args: argparse.Namespace) -> None:
+    """What GRN does, against depth: relative norms N(G(X)), its parameters, and channel norms before and after."""
+    subjects = open_subjects(args)
+    for subject in subjects:
+        if subject.model.version != 2:
+            raise UserError(f"{subject.label} is a ConvNeXt V1, which has no GRN; give a V2 checkpoint")
+    images, indices = choose_images(args, usual=200)
+    figure, axes = common.new_figure(2, 2, 10, 7.5)
+    panels = {"N(G(X))": axes[0, 0], "gamma": axes[0, 1], "beta": axes[1, 0], "before": axes[1, 1], "after": axes[1, 1]}
+    table, levels = [], (5, 25, 50, 75, 95)
+    for subject in subjects:
+        norms, _ = study(args, subject, images, indices, ("act", "grn"), channel_norms)
+        found = {name: [] for name in panels}
+        for block in layer_names(subject.model, "block"):
+            before, layer = norms[f"{block}.act"], subject.model.get_submodule(f"{block}.grn")  # (N, 4C)
+            relative = before / (before.mean(dim=1, keepdim=True) + layer.eps)
+            for name, values in zip(panels, (relative, layer.gamma, layer.beta, before, norms[f"{block}.grn"])):
+                found[name].append(np.percentile(values.detach().cpu().numpy(), levels))
+                table.append([subject.label, block, name, *found[name][-1]])
+        for name, axis in panels.items():
+            points, x = np.stack(found[name]), normalised_index(len(found[name]))  # (layers, 5)
+            note, style = (", after GRN", "--") if name == "after" else ("", "-")
+            plot(axis, x, points[:, 2], subject.label + note, subject.colour, style)
+            for low, high in ((0, 4), (1, 3)):
+                axis.fill_between(x, points[:, low], points[:, high], color=subject.colour, alpha=0.12, linewidth=0)
+    for axis, label in zip(axes.flat, ("N(G(X)): norm / mean norm", "gamma", "beta", "channel norm before GRN\n(dashed: after)")):
+        tidy(axis, DEPTH_LABEL, label)
+    for axis in (axes[0, 0], axes[1, 1]):
+        axis.set_yscale("log", subs=(2, 5))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+    finish(args, figure, f"median, 25-75% and 5-95% of the channels, over {len(indices)} images")
+    write_table(args, ["checkpoint", "block", "quantity", *(f"percentile_{level}" for level in levels)], table)
+
+
+def curves(args: argparse.Namespace) -> None:
+    """Loss and accuracy of several runs, from their log.jsonl."""
+    runs = [Path(run) for run in args.runs if (Path(run) / "log.jsonl").exists()]
+    if not runs:
+        raise UserError(f"no log.jsonl in {', '.join(args.runs)}; run `python pretrain.py` first, or name run directories")
+    if args.label and len(args.label) != len(runs):
+        raise UserError(f"{len(args.label)} --label for {len(runs)} runs with a log.jsonl; give one each")
+    panels, table = {}, []
+    for run, label in zip(runs, args.label or map(str, runs)):
+        try:
+            records = common.read_log(run)
+            config = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
+        except ValueError as error:
+            raise UserError(f"log.jsonl or config.json in {run} is damaged ({error}); mend it, or leave that run out") from None
+        if args.x == "images" and "images" not in config:
+            raise UserError(f"{run} has no config.json with its number of images; use --x epoch")
+        scale = config["images"] if args.x == "images" else 1
+        for key in dict.fromkeys(key for record in records for key in record):
+            points = [(record["epoch"] * scale, record[key]) for record in records if record.get(key) is not None]
+            if points and (panel := panel_of(key, config)):
+                panels.setdefault(panel, []).append((label if key == "loss" else f"{label}, {key}", points))
+                table += [[label, key, *point] for point in points]
+    if not panels:
+        raise UserError(f"no loss or accuracy in the log.jsonl of {', '.join(args.runs)} yet; wait for the first lines")
+    figure, axes = common.new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
+    for axis, (panel, lines) in zip(axes[0], panels.items()):
+        for k, (name, points) in enumerate(lines):
+            plot(axis, *zip(*points), name, COLOURS[k % 8], ("-", "--", ":")[k // 8 % 3])
+        tidy(axis, {"epoch": "epochs", "images": "images seen"}[args.x], panel)
+        axis.legend(fontsize=10)
+    finish(args, figure, "")
+    write_table(args, ["run", "quantity", args.x, "value"], table)
+
+
+def panel_of(key: str, config: dict) -> str | None:
+    """The y axis on which a key of the log is drawn; None for the others."""
+    if key in ("loss", "train_loss"):
+        return "pre-training loss\n(squared error on hidden patches)" if "mask_ratio" in config else "training loss (cross-entropy)"
+    if key.endswith("loss"):
+        return "validation loss (cross-entropy)"
+    return "validation accuracy (%)" if any(word in key for word in ("accuracy", "top1", "acc1")) else None
+
+
+def embed(args: argparse.Namespace) -> None:
+    """Frozen features without training: k-nearest-neighbour accuracy, and a map of the first two principal components."""
+    subjects = open_subjects(args)
+    if args.data_set == "folder" and not (Path(args.data_path) / "val").is_dir():
+        raise UserError(f"embed seeks DIR/val's neighbours in DIR/train, and {args.data_path} has no val; arrange the folder so")
+    images, indices = choose_images(args, usual=1000)
+    bank = choose_images(argparse.Namespace(**vars(args) | {"num_images": None}), usual=args.bank_images, split="train")
+    if bank[0].classes != images.classes:
+        raise UserError(f"the class folders in {args.data_path}/train and {args.data_path}/val differ; make them the same")
+    figure, axes = common.new_figure(1, len(subjects), 4.8 * len(subjects), 5.6)
+    table = []
+    for subject, axis in zip(subjects, axes[0]):
+        (known, known_labels), (found, labels) = (study(args, subject, *part, "norm") for part in (bank, (images, indices)))
+        accuracy = 100 * knn_accuracy(known["norm"], known_labels, found["norm"], labels, args.neighbours)
+        points, share = pca(nn.functional.normalize(found["norm"], dim=1))  # on the sphere, where the neighbours are sought
+        for k, name in enumerate(images.classes[:16]):
+            x, y = points[labels == k].T.numpy()
+            axis.scatter(x, y, s=18, color=COLOURS[k % 8], marker="o" if k < 8 else "^", linewidth=0, label=name)
+        x_label, y_label = (f"{name} principal component ({part:.0%} of variance)" for name, part in zip(("1st", "2nd"), share))
+        tidy(axis, x_label, y_label, f"{subject.label}: {accuracy:.1f}% right")
+        print(f"{subject.label}: {accuracy:.1f}% of {len(indices)} images right by {args.neighbours} nearest neighbours")
+        for i, label, point in zip(indices, labels.tolist(), points.tolist()):
+            table.append([subject.label, accuracy, i, images.classes[label], *point])
+    chance = 100 / len(images.classes)
+    finish(args, figure, f"class by {args.neighbours} nearest of {len(bank[1])} training images; chance {chance:.1f}%")
+    write_table(args, ["checkpoint", "knn_accuracy", "image", "class", "pc1", "pc2"], table)
+
+
+# --- figures, tables, command line ------------------------------------------------------------------------------------
+
+
+def normalised_index(count: int) -> list[float]:
+    """Positions of `count` layers between 0, the first, and 1, the last."""
+    return [k / max(count - 1, 1) for k in range(count)]
+
+
+def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, linestyle: str) -> None:
+    """One line; if solid, its points are marked, unless they are many."""
+    marker = "o" if len(x) < 40 and linestyle == "-" else None
+    axis.plot(x, y, linestyle, color=colour, label=label, marker=marker, markersize=4, linewidth=2)
+
+
+def tidy(axis, x_label: str, y_label: str, title: str = "") -> None:
+    """Label one panel."""
+    axis.set_xlabel(x_label, fontsize=12)
+    axis.set_ylabel(y_label, fontsize=12)
+    axis.set_title(title, fontsize=12)
+    axis.tick_params(labelsize=11)
+    axis.grid(alpha=0.3)
+
+
+def finish(args: argparse.Namespace, figure, title: str) -> None:
+    """Write <command>.png with a title and, unless the panels have their own, one legend for all of them."""
+    figure.suptitle(title, fontsize=13)
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    if handles and not figure.axes[0].get_legend():
+        fitting = int(figure.get_figwidth() * 8 // (max(map(len, handles)) + 6))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(1, fitting), fontsize=12)
+    common.save_figure(figure, Path(args.output_dir) / f"{args.command}.png")
+
+
+def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -> None:
+    """Write <command>.csv, and say where picture and numbers are."""
+
+    def write(path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)])
+
+    path = Path(args.output_dir) / args.command
+    common.write_atomically(path.with_suffix(".csv"), write)
+    print(f"wrote {path}.png and {path}.csv")
+
+
+COMMANDS = {"reconstruct": reconstruct, "collapse": collapse, "activations": activations}
+COMMANDS |= {"selectivity": class_selectivity, "grn": grn, "curves": curves, "embed": embed}
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=", ".join(COMMANDS))
+    count, later = number(int, 1), argparse.SUPPRESS  # `later`: the default is found out once checkpoints are open
+    for name, command in COMMANDS.items():
+        about = command.__doc__.split("\n")[0]
+        add = commands.add_parser(name, help=about, description=about).add_argument
+        add("--output_dir", default="runs/analyze", metavar="DIR", help="where picture and table are written")
+        add("--label", nargs="+", default=later, metavar="NAME", help="names in the legend, one per checkpoint or run")
+        if name == "curves":
+            add("runs", nargs="+", metavar="DIR", help="run directories; those without a log.jsonl are left out")
+            add("--x", choices=("epoch", "images"), default="epoch", help="align runs by epochs or by images seen")
+            continue
+        files = dict(nargs="+", metavar="PATH")
+        add("--checkpoint", **files, default=["runs/pretrain"], help="weights in any layout, or run directories")
+        add("--data_set", type=one_of("data set", data.DATA_SETS), default=later, metavar="NAME", help=", ".join(data.DATA_SETS))
+        add("--data_path", default=later, metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")
+        add("--input_size", type=count, default=later, help="pixels per side of the network's input (default: as in training)")
+        add("--num_images", type=count, default=later, help="images to use (default: a few to show, up to 1,000 to measure)")
+        add("--batch_size", type=count, default=32, help="images per forward pass; lower it when memory runs out")
+        add("--device", default=later, help="cuda or cpu (default: cuda if there is one)")
+        add("--seed", type=number(int, 0), default=0, help="of the choice of images, of masks and of random weights")
+        if name in ("reconstruct", "activations"):
+            add("--images", **files, default=later, help="pictures of any size, instead of a data set")
+        if name == "reconstruct":
+            about = "shares of patches to hide, such as 0.3,0.6,0.9; a row each (default: as in training)"
+            add("--mask_ratio", "--mask_ratios", type=ratios, default=later, metavar="R[,R...]", help=about)
+        else:
+            add("--untrained", action=BoolFlag, default=later, help="add the first checkpoint's network with random weights")
+        if name == "activations":
+            add("--layer", default=later, metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
+        if name == "embed":
+            add("--neighbours", type=count, default=10, help="neighbours that vote")
+            add("--bank_images", type=count, default=4000, help="training images among which they are sought, at most")
+
+    unset = ["label", "data_set", "data_path", "input_size", "num_images", "device", "images", "mask_ratio", "layer", "untrained"]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(unset)))
+    if args.command != "curves" and args.label and len(args.label) != len(args.checkpoint):
+        parser.error(f"{len(args.label)} --label for {len(args.checkpoint)} --checkpoint; give one each")
+    if args.data_set == "folder" and not args.data_path:
+        parser.error("--data_set folder needs --data_path DIR")
+    if args.data_set == "embedded" and args.data_path:
+        parser.error(f"--data_set embedded takes no --data_path {args.data_path}; leave one of the two out")
+    return args
+
+
+def ratios(text: str) -> list[float]:
+    """An argparse type: numbers between 0 and 1, separated by commas."""
+    return [number(float, 0, 1, above=True)(part) for part in text.split(",")]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the command that `args` (from `get_args`) name."""
+    common.prepare_output_dir(args.output_dir)
+    args.device = common.setup_processes(args.device).device
+    COMMANDS[args.command](args)
+
+
+if __name__ == "__main__":
+    common.run_script(main, get_args)
