@@ -29,14 +29,12 @@ from tqdm import tqdm
 import common
 import data
 import weights
-from common import BoolFlag, Parser, UserError, mix_seed, number, one_of
+from common import COLOURS, BoolFlag, Parser, UserError, mix_seed, number, one_of
 from data import Images, center_transform, denormalise, load_images, normalise
 from fcmae import FCMAE, reconstruction_panels
 from model import Block, ConvNeXt
 
-STATISTICS = {"embedded": data.EMBEDDED_STATISTICS, "folder": data.IMAGENET_STATISTICS, **data.CIFAR_STATISTICS}
 INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")  # Okabe and Ito
 DEPTH_LABEL = "normalised layer index\n(0 first block, 1 last block)"
 
 
@@ -302,7 +300,7 @@ def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> li
             raise UserError(
                 f"--input_size {args.input_size} is no multiple of {label}'s patch size {patch}; try --input_size {fitting}"
             )
-    statistics = [STATISTICS[config.get("data_set", args.data_set)] for config in configs]
+    statistics = [data.STATISTICS[config.get("data_set", args.data_set)] for config in configs]
     return [Subject(*parts) for parts in zip(labels, cycle(COLOURS), statistics, models)]
 
 

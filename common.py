@@ -55,11 +55,19 @@ def mix_seed(purpose: str, *numbers: int) -> int:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """States a default once, and none where there is none."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or "default:" in action.help
+        return action.help if silent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which never guesses abbreviated flags."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> None:
         _exit_with(2, f"{message} (see --help)")
@@ -546,7 +554,16 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     save_figure(figure, path)
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, colour-blind-safe
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#f0e442",
+)  # Okabe and Ito: colour-blind-safe
 
 
 def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str) -> None:

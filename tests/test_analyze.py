@@ -222,7 +222,7 @@ def test_reconstruct_takes_the_loss_and_ratio_of_training(runs, tmp_path):
     pixels = data.center_transform(16)(Image.open(picture))[None]
     generator.manual_seed(common.mix_seed("mask", 0, 0))
     with torch.no_grad():
-        loss, _, _ = mae(data.normalise(pixels, data.IMAGENET_STATISTICS, torch.device("cpu")), generator=generator)
+        loss, _, _ = mae(data.normalise(pixels, data.STATISTICS["folder"], torch.device("cpu")), generator=generator)
     assert float(row["mask_ratio"]) == 0.5 and float(row["loss"]) == pytest.approx(loss.item(), rel=1e-4)
 
 
@@ -324,7 +324,7 @@ def test_bad_input_is_one_line_and_status_2(name, runs, tmp_path, capsys, monkey
     Path("damaged/log.jsonl").write_text('{"epoch": 1, "lo')
     with pytest.raises(SystemExit) as exit:
         common.run_script(
-            analyze.main, analyze.get_args([*words.split(), *(["--output_dir", str(tmp_path)] if " " in words else [])])
+            analyze.main, lambda: analyze.get_args([*words.split(), *(["--output_dir", str(tmp_path)] if " " in words else [])])
         )
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("\n") == 1 and expected in error and error.startswith("analyze.py: ")
@@ -335,4 +335,4 @@ def test_flags_without_defaults_are_filled_from_the_first_checkpoint(runs):
     args.device = torch.device("cpu")
     subject = analyze.open_subjects(args)[0]
     assert (args.data_set, args.input_size, subject.label) == ("folder", 16, "v2")
-    assert subject.statistics == data.IMAGENET_STATISTICS and isinstance(args, argparse.Namespace)
+    assert subject.statistics == data.STATISTICS["folder"] and isinstance(args, argparse.Namespace)
