@@ -57,20 +57,22 @@ def _draw_chunk(seed, chunk, size):
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
 
-    picture = _texture(rng, x, y)
+    ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
+    picture = _texture(rng, x, y, ground)
     for small in (True, True, False):  # two small shapes as clutter, then the one that counts
         kinds = rng.integers(len(SHAPES), size=n) if small else labels
-        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.45, 0.75)
-        reach = 0.9 if small else 0.3
+        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.5, 0.8)
+        reach = 0.9 if small else 0.25
         u, v = _turn(x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi))
         inside = np.empty_like(picture[..., :1])
         for k in range(len(SHAPES)):
             chosen = kinds == k
             distance = _distance(SHAPES[k], u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
             inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
-        picture += inside * (_texture(rng, u, v) - picture)
+        colour = (ground + rng.uniform(0.35, 0.65, size=ground.shape)) % 1  # far from the ground's in every channel
+        picture += inside * (_texture(rng, u, v, colour.astype(np.float32)) - picture)
     tilt_x, tilt_y = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
-    picture *= (1 + 0.25 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
+    picture *= (1 + 0.2 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
     return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels
 
 
@@ -82,17 +84,16 @@ def _turn(x, y, angle):
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
-def _texture(rng, x, y):
-    """Two colours mixed by plain, striped, checked or dotted periodic patterns: (n, S, S) coordinates -> (n, S, S, 3)."""
+def _texture(rng, x, y, colour):
+    """A colour (n, 1, 1, 3), plain or varied a little by stripes, checks or dots: (n, S, S) coordinates -> (n, S, S, 3)."""
     n = len(x)
     u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
     frequency, phase = _uniform(rng, n, 6, 16), _uniform(rng, n, 0, 2 * np.pi)
     a, b = np.sin(frequency * u + phase), np.sin(frequency * v)
     kind = rng.integers(4, size=(n, 1, 1))
-    pattern = np.select([kind == 0, kind == 1, kind == 2], [0.2 * u, a, 1.5 * a * b], default=(a + b) * 1.5 - 1)
-    mix = np.clip(0.5 + pattern, 0, 1)[..., None]
-    first, second = rng.uniform(0.05, 0.95, size=(2, n, 1, 1, 3)).astype(np.float32)
-    return first + mix * (second - first)
+    pattern = np.select([kind == 0, kind == 1, kind == 2], [0.4 * u, a, 1.5 * a * b], default=(a + b) * 1.5 - 1)
+    second = rng.uniform(-0.3, 0.3, size=(n, 1, 1, 3)).astype(np.float32)
+    return colour + np.clip(pattern, -1, 1)[..., None] * second
 
 
 def _distance(shape, u, v):
