@@ -1,0 +1,368 @@
+"""How fast is it? Interleaved measurements in one process, so that a noisy machine disturbs all candidates alike.
+
+    python bench.py                    # encoder, forward and backward: sparse, reference, masked, leaky, dense unmasked
+    python bench.py step               # the whole pre-training step, optimiser included
+    python bench.py sweep              # time against the share of visible patches
+    python bench.py data               # the input pipeline, images per second and worker
+    python bench.py finetune           # the dense training step against timm's model
+    python bench.py heap               # what keeping the heap mapped buys on a CPU
+
+Prints a table and writes CSV, and pictures where there is something to see, to --output_dir.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import common
+from common import BoolFlag, Parser, UserError, number, one_of
+from data import EpochSampler, list_images, load_images, make_loader, pretrain_transform
+from fcmae import FCMAE, random_mask
+from model import MODELS
+
+TASKS = ("encoder", "step", "sweep", "data", "finetune", "heap")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add, count = parser.add_argument, number(int, 1)
+    add("task", nargs="?", choices=TASKS, default="encoder", help="what to measure")
+    add(
+        "--model",
+        type=one_of("model", MODELS),
+        nargs="+",
+        default=["convnextv2_atto", "convnextv2_tiny"],
+        metavar="NAME",
+        help="sizes",
+    )
+    add("--batch_size", type=count, nargs="+", default=[16, 8], help="images, one number for all models or one for each")
+    add("--input_size", type=count, default=224, help="pixels per side")
+    add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
+    add("--mask_ratio", type=number(float, 0, 1, above=True), default=0.6, help="share of the patches to hide")
+    add("--amp", choices=("none", "bf16", "fp16"), nargs="+", default=["none", "bf16"], help="autocast types")
+    add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
+    add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
+    add("--data_path", default=None, metavar="DIR", help="folder of images for `data`")
+    add("--num_workers", type=number(int, 0), nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
+    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
+    add("--output_dir", default="runs/bench", metavar="DIR", help="where CSV and pictures go")
+    args = parser.parse_args(argv)
+    if len(args.batch_size) not in (1, len(args.model)):
+        parser.error(f"--batch_size has {len(args.batch_size)} numbers for {len(args.model)} models; give one, or one for each")
+    args.batch_size = args.batch_size * (len(args.model) if len(args.batch_size) == 1 else 1)
+    if args.task == "data" and not args.data_path:
+        parser.error("data needs --data_path DIR, a folder of images")
+    return args
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each candidate, over rounds in which every candidate runs once."""
+
+    def seconds(call):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for call in candidates.values():  # warm-up: allocations, kernel choice, compilation
+        seconds(call)
+        seconds(call)
+    rounds = [{name: seconds(call) for name, call in candidates.items()} for _ in range(repeats)]
+    return {name: statistics.median(r[name] for r in rounds) for name in candidates}
+
+
+def memory(call: Callable[[], None], device: torch.device) -> float:
+    """MiB: on a GPU the peak beyond what was allocated before; elsewhere the tensors that autograd keeps for backward."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values()) / 2**20
+
+
+def trainer(loss: Callable[[], torch.Tensor], finish: Callable[[], None], amp: str, device: torch.device) -> Callable[[], None]:
+    """A call that runs forward under autocast, backward, and `finish`, which clears the gradients."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+    def call():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            value = loss()
+        value.backward()
+        finish()
+
+    return call
+
+
+def encoder_candidates(name: str, batch: int, args, amp: str, device: torch.device, mask_ratio: float, backends) -> dict:
+    """Forward and backward of the encoder by each backend, and of the same dense network without a mask."""
+    imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(memory_format=torch.channels_last)
+    grid = args.input_size // (8 * args.stem_stride)
+    mask = random_mask(batch, grid, grid, mask_ratio)
+    candidates = {}
+    for backend in backends:
+        torch.manual_seed(0)
+        encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+        if backend == "dense":
+            network = encoder.to(device, memory_format=torch.channels_last)
+            run = torch.compile(network) if args.compile else network
+            loss = lambda run=run: run(imgs).float().square().mean()  # noqa: E731
+        else:
+            network = FCMAE(encoder, mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
+            run = torch.compile(network.forward_encoder) if args.compile else network.forward_encoder
+            loss = lambda run=run: run(imgs, mask).float().square().mean()  # noqa: E731
+        candidates[backend] = trainer(loss, network.zero_grad, amp, device)
+    return candidates
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def bench_encoder(args, device) -> list[dict]:
+    """Time and memory of the encoder by backend. The limit is the dense unmasked step times the share of visible patches."""
+    grid = args.input_size // (8 * args.stem_stride)
+    visible = int(grid * grid * (1 - args.mask_ratio)) / grid**2
+    rows = []
+    for name, batch in zip(args.model, args.batch_size):
+        for amp in args.amp:
+            candidates = encoder_candidates(
+                name, batch, args, amp, device, args.mask_ratio, ("sparse", "reference", "masked", "leaky", "dense")
+            )
+            seconds = interleaved(candidates, args.repeats, device)
+            for backend, call in candidates.items():
+                rows.append(
+                    {
+                        "model": name,
+                        "batch": batch,
+                        "amp": amp,
+                        "backend": backend,
+                        "ms": round(1e3 * seconds[backend], 1),
+                        "images/s": round(batch / seconds[backend], 1),
+                        "of masked": round(seconds[backend] / seconds["masked"], 3),
+                        "of limit": round(seconds[backend] / (visible * seconds["dense"]), 3),
+                        "MiB": round(memory(call, device)),
+                    }
+                )
+    return rows
+
+
+def bench_step(args, device) -> list[dict]:
+    """The whole FCMAE step: masking, encoder, decoder, loss, backward, AdamW."""
+    rows = []
+    for name, batch in zip(args.model, args.batch_size):
+        for amp in args.amp:
+            imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
+            candidates = {}
+            for backend in ("sparse", "masked", "leaky"):
+                encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+                mae = FCMAE(encoder, args.mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
+                optimizer = torch.optim.AdamW(common.parameter_groups(mae, 0.05), fused=True)
+                run = torch.compile(mae) if args.compile else mae
+
+                def finish(optimizer=optimizer):
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+                candidates[backend] = trainer(lambda run=run, imgs=imgs: run(imgs)[0], finish, amp, device)
+            seconds = interleaved(candidates, args.repeats, device)
+            rows += [
+                {"model": name, "batch": batch, "amp": amp, "backend": backend, "ms": round(1e3 * s, 1), "images/s": round(batch / s, 1),
+                 "of masked": round(s / seconds["masked"], 3), "MiB": round(memory(candidates[backend], device))}
+                for backend, s in seconds.items()
+            ]  # fmt: skip
+    return rows
+
+
+def bench_sweep(args, device) -> list[dict]:
+    """Sparse encoder time against the share of visible patches, beside masked and dense."""
+    rows = []
+    name, batch, amp = args.model[0], args.batch_size[0], args.amp[0]
+    for hidden in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05):
+        candidates = encoder_candidates(name, batch, args, amp, device, hidden, ("sparse", "masked", "dense"))
+        seconds = interleaved(candidates, args.repeats, device)
+        grid = args.input_size // (8 * args.stem_stride)
+        visible = int(grid * grid * (1 - hidden)) / grid**2
+        rows += [
+            {"model": name, "amp": amp, "visible": round(visible, 3), "backend": b, "ms": round(1e3 * s, 1)}
+            for b, s in seconds.items()
+        ]
+    return rows
+
+
+def bench_data(args, device) -> list[dict]:
+    """Images per second that the pre-training pipeline delivers, by worker count and image size."""
+    rows = []
+    paths = list_images(Path(args.data_path))
+    for size in (args.input_size, 2 * args.input_size):
+        for workers in args.num_workers:
+            images = load_images("folder", args.data_path, "train", pretrain_transform(size))
+            sampler = EpochSampler(len(images), min(32, len(images)), 0, 1, 0)
+            loader = make_loader(images, sampler, workers, False)
+            start = time.perf_counter()
+            seen = sum(len(pixels) for pixels, _, _ in loader)
+            speed = seen / (time.perf_counter() - start)
+            rows.append(
+                {
+                    "files": len(paths),
+                    "size": size,
+                    "workers": workers,
+                    "images/s": round(speed, 1),
+                    "per worker": round(speed / max(workers, 1), 1),
+                }
+            )
+    return rows
+
+
+def bench_finetune(args, device) -> list[dict]:
+    """Forward, backward and AdamW of the classifier, beside timm's model of the same size, both in channels_last."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("bench.py finetune compares with timm, which is not installed; pip install timm") from None
+    rows = []
+    for name, batch in zip(args.model, args.batch_size):
+        for amp in args.amp:
+            imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(
+                memory_format=torch.channels_last
+            )
+            labels = torch.arange(batch, device=device) % 1000
+            candidates = {}
+            for library, make in (("ours", MODELS[name]), ("timm", lambda name=name: timm.create_model(name))):
+                net = make().to(device, memory_format=torch.channels_last).train()
+                run = torch.compile(net) if args.compile else net
+                loss = lambda run=run, imgs=imgs, labels=labels: nn.functional.cross_entropy(run(imgs).float(), labels)  # noqa: E731
+                candidates[library] = trainer(loss, net.zero_grad, amp, device)
+            seconds = interleaved(candidates, args.repeats, device)
+            rows += [
+                {"model": name, "batch": batch, "amp": amp, "library": library, "ms": round(1e3 * s, 1),
+                 "of timm": round(s / seconds["timm"], 3), "MiB": round(memory(candidates[library], device))}
+                for library, s in seconds.items()
+            ]  # fmt: skip
+    return rows
+
+
+HEAP = """
+import sys, time, torch
+sys.path.insert(0, {folder!r})
+import common
+from fcmae import FCMAE
+from model import MODELS
+if {keep}: common.keep_heap_mapped()
+torch.manual_seed(0)
+mae = FCMAE(MODELS[{model!r}](num_classes=0), backend={backend!r}).to(memory_format=torch.channels_last)
+imgs, times = torch.randn({batch}, 3, 224, 224), []
+for _ in range(5):
+    start = time.perf_counter()
+    mae(imgs)[0].backward()
+    mae.zero_grad()
+    times.append(time.perf_counter() - start)
+print(sorted(times[1:])[1])
+"""
+
+
+def bench_heap(args, device) -> list[dict]:
+    """A pre-training step with glibc's defaults and with `common.keep_heap_mapped`, in processes of their own, taken in turn."""
+    rows = []
+    for name, batch in zip(args.model, args.batch_size):
+        for backend in ("sparse", "masked"):
+            times = {True: [], False: []}
+            for _ in range(3):
+                for keep in times:
+                    code = HEAP.format(folder=str(Path(__file__).parent), keep=keep, model=name, batch=batch, backend=backend)
+                    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+                    times[keep].append(float(output))
+            kept, default = (statistics.median(times[keep]) for keep in (True, False))
+            rows.append({"model": name, "batch": batch, "backend": backend, "default ms": round(1e3 * default), "kept ms": round(1e3 * kept),
+                         "ratio": round(default / kept, 2)})  # fmt: skip
+    return rows
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def print_table(rows: list[dict]) -> None:
+    """Align the rows under their names."""
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def draw_bars(path: Path, rows: list[dict]) -> None:
+    """The paper's Figure 6: throughput and memory of each backend, by model and type."""
+    groups = list(dict.fromkeys((row["model"], row["amp"]) for row in rows))
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    figure, axes = common.new_figure(1, 2, 11, 4)
+    for axis, value, label in ((axes[0, 0], "images/s", "images per second"), (axes[0, 1], "MiB", "memory, MiB")):
+        for k, (backend, colour) in enumerate(zip(backends, common.COLOURS)):
+            heights = [
+                next(row[value] for row in rows if (row["model"], row["amp"], row["backend"]) == (*group, backend))
+                for group in groups
+            ]
+            axis.bar(
+                [g + k * 0.8 / len(backends) for g in range(len(groups))], heights, 0.8 / len(backends), color=colour, label=backend
+            )
+        names = [f"{model.removeprefix('convnextv2_')}\n{amp}" for model, amp in groups]
+        axis.set_xticks([g + 0.4 - 0.4 / len(backends) for g in range(len(groups))], names)
+        axis.set_ylabel(label)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle("Encoder, forward and backward")
+    common.save_figure(figure, path)
+
+
+def draw_sweep(path: Path, rows: list[dict]) -> None:
+    """Milliseconds against the share of visible patches, a line per backend."""
+    curves = {}
+    for row in rows:
+        x, y = curves.setdefault(row["backend"], ([], []))
+        x.append(row["visible"])
+        y.append(row["ms"])
+    title = f"{rows[0]['model']}, {rows[0]['amp']}: encoder, forward and backward"
+    common.plot_curves(path, curves, "share of visible patches", "milliseconds", title)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure what `args` (from `get_args`) ask for."""
+    processes = common.setup_processes(args.device)
+    output_dir = common.prepare_output_dir(args.output_dir)
+    rows = globals()[f"bench_{args.task}"](args, processes.device)
+    print_table(rows)
+    path = output_dir / f"{args.task}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    if args.task == "encoder":
+        draw_bars(path.with_suffix(".png"), rows)
+    elif args.task == "sweep":
+        draw_sweep(path.with_suffix(".png"), rows)
+    name = torch.cuda.get_device_name() if processes.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}; median of {args.repeats} rounds; {path}")
+
+
+if __name__ == "__main__":
+    common.run_script(main, get_args)
