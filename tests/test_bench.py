@@ -1,0 +1,72 @@
+"""Claims about bench.py: every task measures what it says. Times themselves are never asserted."""
+
+import csv
+
+import pytest
+import torch
+from test_data import save
+
+import bench
+from fcmae import FCMAE
+from model import ConvNeXt
+
+SMALL = [
+    "--model",
+    "convnextv2_atto",
+    "--batch_size",
+    "1",
+    "--input_size",
+    "32",
+    "--stem_stride",
+    "1",
+    "--amp",
+    "none",
+    "--repeats",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.mark.parametrize(("task", "rows"), [("encoder", 5), ("step", 3), ("sweep", 24), ("finetune", 2)])
+def test_every_task_writes_its_table(task, rows, tmp_path, capsys):
+    bench.main(bench.get_args([task, *SMALL, "--output_dir", str(tmp_path)]))
+    with open(tmp_path / f"{task}.csv") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == rows and all(float(row["ms"]) > 0 for row in table)
+    assert (tmp_path / f"{task}.png").exists() == (task in ("encoder", "sweep"))
+    assert f"{task}.csv" in capsys.readouterr().out
+
+
+def test_the_input_pipeline_is_measured_on_a_folder(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"images/{i}.jpg")
+    bench.main(
+        bench.get_args(
+            [
+                "data",
+                "--data_path",
+                str(tmp_path / "images"),
+                "--num_workers",
+                "0",
+                "--input_size",
+                "16",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+    )
+    assert (tmp_path / "data.csv").read_text().count("\n") == 3
+
+
+def test_sparse_keeps_less_for_backward_than_masked():
+    encoder = ConvNeXt((1, 1, 1, 1), (8, 16, 32, 64), num_classes=0, stem_stride=1)
+    imgs, kept = torch.randn(2, 3, 64, 64), {}
+    for backend in ("sparse", "masked"):
+        mae = FCMAE(encoder, mask_ratio=0.75, backend=backend, decoder_embed_dim=8)
+        mask = torch.ones(2, 8, 8, dtype=torch.bool)
+        mask[:, :4, :4] = False
+        kept[backend] = bench.memory(
+            lambda mae=mae, mask=mask: mae.forward_encoder(imgs, mask).sum().backward(), torch.device("cpu")
+        )
+    assert kept["sparse"] < 0.5 * kept["masked"]
