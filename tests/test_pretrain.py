@@ -71,8 +71,19 @@ def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys):
 
 
 def test_the_loss_falls_below_that_of_predicting_the_mean(photographs, tmp_path):
-    run(photographs, tmp_path, epochs=25, lr=4e-3, warmup_epochs=2)
-    assert common.read_log(tmp_path)[-1]["loss"] < 0.9
+    run(
+        photographs,
+        tmp_path,
+        epochs=40,
+        batch_size=6,
+        lr=2e-3,
+        warmup_epochs=4,
+        decoder_embed_dim=64,
+        save_ckpt_freq=40,
+        log_every=20,
+    )
+    losses = [record["loss"] for record in common.read_log(tmp_path)[-10:]]
+    assert sum(losses) / len(losses) < 0.93  # the mean of each normalised patch, 0, has a loss of 1
 
 
 @pytest.mark.parametrize("update_freq", [1, 2])
