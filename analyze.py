@@ -664,10 +664,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(unset)))
     if args.command != "curves" and args.label and len(args.label) != len(args.checkpoint):
         parser.error(f"{len(args.label)} --label for {len(args.checkpoint)} --checkpoint; give one each")
-    if args.data_set == "folder" and not args.data_path:
-        parser.error("--data_set folder needs --data_path DIR")
-    if args.data_set == "embedded" and args.data_path:
-        parser.error(f"--data_set embedded takes no --data_path {args.data_path}; leave one of the two out")
+    if args.data_set:
+        data.choose_data_set(args.data_set, args.data_path)
     return args
 
 

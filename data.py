@@ -201,6 +201,15 @@ def list_images(directory: Path) -> list[str]:
     return sorted(found)
 
 
+def choose_data_set(data_set: str | None, data_path: str | None) -> str:
+    """The data set that --data_set and --data_path mean together; UserError when they contradict each other."""
+    if data_set == "folder" and not data_path:
+        raise UserError("--data_set folder needs --data_path DIR")
+    if data_set == "embedded" and data_path:
+        raise UserError(f"--data_set embedded takes no --data_path {data_path}; leave one of the two out")
+    return data_set or ("folder" if data_path else "embedded")
+
+
 def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0) -> Images:
     """The "train" or "val" images of a data set; UserError when there are none.
 

@@ -30,6 +30,7 @@ from data import (
     Images,
     ShardSampler,
     Unreadable,
+    choose_data_set,
     evaluation_transform,
     list_images,
     load_images,
@@ -268,11 +269,7 @@ GENERAL = dict(
 def fill_in_defaults(args: argparse.Namespace, parser: Parser) -> None:
     """Complete the flags that were not given: from the recipe, the weights' own configuration, the data set, in this order."""
     synonyms = {"image_folder": "folder", "IMNET": "folder", "CIFAR": "cifar100"}
-    args.data_set = synonyms.get(args.data_set, args.data_set) or ("folder" if args.data_path else "embedded")
-    if args.data_set == "folder" and not args.data_path and not (args.eval and args.eval_data_path) and not args.predict:
-        parser.error("--data_set folder needs --data_path DIR")
-    if args.data_set == "embedded" and args.data_path:
-        parser.error(f"--data_set embedded takes no --data_path {args.data_path}; leave one of the two out")
+    args.data_set = choose_data_set(synonyms.get(args.data_set, args.data_set), args.data_path or args.eval_data_path)
     if (args.eval or args.predict) and not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
     if args.scratch and args.finetune:

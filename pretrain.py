@@ -22,6 +22,7 @@ from data import (
     EpochSampler,
     Unreadable,
     center_transform,
+    choose_data_set,
     denormalise,
     load_images,
     make_loader,
@@ -115,11 +116,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log_every", type=count, default=20, help="updates between lines of the log")
 
     args = parser.parse_args(argv)
-    args.data_set = args.data_set or ("folder" if args.data_path else "embedded")
-    if args.data_set == "folder" and not args.data_path:
-        parser.error("--data_set folder needs --data_path DIR")
-    if args.data_set == "embedded" and args.data_path:
-        parser.error(f"--data_set embedded takes no --data_path {args.data_path}; leave one of the two out")
+    args.data_set = choose_data_set(args.data_set, args.data_path)
     for name, value in DEFAULTS[args.data_set].items():
         setattr(args, name, getattr(args, name, value))
     if args.input_size % (8 * args.stem_stride):

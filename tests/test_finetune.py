@@ -361,6 +361,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(shapes, tmp_path):
 def test_v1_sgd_and_half_precision_train(shapes, tmp_path):
     run(shapes, tmp_path / "v1", model="convnext_atto", opt="sgd", clip_grad=1, epochs=1)
     run(shapes, tmp_path / "bf16", use_amp="true", epochs=1, labels_per_class=2, opt="adam")
+    for name in ("v1", "bf16"):
+        assert common.read_log(tmp_path / name)[-1]["val_loss"] > 0
 
 
 def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):

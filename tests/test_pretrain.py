@@ -154,6 +154,7 @@ def test_mixed_precision_trains_and_resumes(photographs, tmp_path, amp):
 
 def test_v1_trains(photographs, tmp_path):
     run(photographs, tmp_path, model="convnext_atto", norm_pix_loss="false", epochs=1)
+    assert common.read_log(tmp_path)[-1]["loss"] > 0
 
 
 def test_clipping_bounds_the_update(photographs, tmp_path):
@@ -203,12 +204,14 @@ def test_unreadable_files_are_counted_in_the_log_and_too_many_stop_the_run(photo
 @pytest.mark.parametrize("more", [dict(batch_size=100), dict(batch_size=1, epochs=1), dict(num_workers=2)])
 def test_edges_simply_work(photographs, tmp_path, more):
     run(photographs, tmp_path, **more)
+    assert common.read_log(tmp_path)[-1]["loss"] > 0
 
 
 def test_one_image_is_enough(photographs, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/one.png").write_bytes((photographs / "0.png").read_bytes())
     run(tmp_path / "images", tmp_path / "out")
+    assert common.read_log(tmp_path / "out")[-1]["loss"] > 0
 
 
 def test_defaults_follow_the_data_and_flags_win():
