@@ -103,7 +103,7 @@ DEFAULTS = {
         crop_pct=1.0,
     ),
     "embedded": dict(
-        model="convnextv2_atto", input_size=48, stem_stride=1, batch_size=32, epochs=3, blr=2.4e-3, aa=None, reprob=0.0,
+        model="convnextv2_atto", input_size=48, stem_stride=1, batch_size=32, epochs=3, blr=8e-3, aa=None, reprob=0.0,
         crop_pct=1.0, min_crop=0.35,
     ),
 }  # fmt: skip
