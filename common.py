@@ -125,6 +125,34 @@ def count_workers(num_workers: int | None, data_set: str, processes: "Processes"
     return min(8, max(1, os.cpu_count() // processes.local_world_size))
 
 
+def add_run_flags(parser: Parser, output_dir: str) -> None:
+    """The flags about a run itself, the same for both training scripts."""
+    count = number(int, 1)
+    add = parser.add_argument_group("run").add_argument
+    add("--amp", choices=("none", "bf16", "fp16"), default=None, help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
+    add("--compile", action=BoolFlag, default=False, help="torch.compile the network: a minute of start-up for faster steps")
+    add("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
+    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
+    add(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="of everything random: weights, order, crops, masks, mixing, --labels_per_class",
+    )
+    add(
+        "--resume",
+        default=None,
+        metavar="FILE",
+        help="continue from this checkpoint; finetune.py evaluates or predicts with it too",
+    )
+    add("--auto_resume", action=BoolFlag, default=True, help="continue from the newest checkpoint in --output_dir, if any")
+    add("--start_epoch", type=number(int, 0), default=0, help="first epoch, when not resuming")
+    add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
+    add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
+    add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
+    add("--log_every", type=count, default=20, help="updates between lines of the log")
+
+
 # --- processes and devices --------------------------------------------------------------------------------------------
 
 
@@ -201,8 +229,8 @@ def main_process_first() -> Iterator[None]:
 def keep_heap_mapped() -> None:
     """Keep freed memory instead of returning it to the system after every operation.
 
-    With glibc's defaults each large temporary is mapped, zeroed page by page and unmapped again, which made a training
-    step on CPU about half as fast (`python tests/heap.py`). Elsewhere than on glibc this does nothing.
+    With glibc's defaults each large temporary is mapped, zeroed page by page and unmapped again; `python bench.py heap` measures
+    what that costs a training step. Elsewhere than on glibc this does nothing.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -237,22 +237,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--use_amp", action=BoolFlag, default=None, help="mixed precision in bf16, or fp16 on GPUs without it; as the authors' flag"
     )
-    add("--amp", choices=("none", "bf16", "fp16"), default=None, help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
-    add("--compile", action=BoolFlag, default=False, help="torch.compile the network: a minute of start-up for faster steps")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="runs/finetune", metavar="DIR", help="where everything is written")
-    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
-    add("--seed", type=number(int, 0), default=0, help="of the head, order, crops, mixing, stochastic depth and --labels_per_class")
-    add("--resume", default=None, metavar="FILE", help="continue from, evaluate or predict with this checkpoint")
-    add("--auto_resume", action=BoolFlag, default=True, help="continue from the newest checkpoint in --output_dir, if any")
-    add("--start_epoch", type=number(int, 0), default=0, help="first epoch, when not resuming")
-    add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
-    add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
-    add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep, besides the best")
+    add = parser.add_argument_group("evaluation while training").add_argument
     add("--eval_freq", type=count, default=1, help="epochs between evaluations; the last epoch always has one")
     add("--disable_eval", action=BoolFlag, default=False, help="do not evaluate while training")
-    add("--log_every", type=count, default=20, help="updates between lines of the log")
+    common.add_run_flags(parser, "runs/finetune")
 
     args = parser.parse_args(argv)
     fill_in_defaults(args, parser)

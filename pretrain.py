@@ -99,21 +99,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min_lr", type=number(float, 0), default=0.0, help="learning rate at the end of the cosine")
     add("--weight_decay", type=number(float, 0), default=0.05, help="AdamW's weight decay")
     add("--clip_grad", type=positive, default=None, help="clip the gradient's norm to this (default: no clipping)")
-    add("--amp", choices=("none", "bf16", "fp16"), default=None, help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
-    add("--compile", action=BoolFlag, default=False, help="torch.compile the network: a minute of start-up for faster steps")
 
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--output_dir", default="runs/pretrain", metavar="DIR", help="where everything is written")
-    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order, crops and masks")
-    add("--resume", default=None, metavar="FILE", help="continue from this checkpoint")
-    add("--auto_resume", action=BoolFlag, default=True, help="continue from the newest checkpoint in --output_dir, if any")
-    add("--start_epoch", type=number(int, 0), default=0, help="first epoch, when not resuming")
-    add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
-    add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints and pictures")
-    add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
-    add("--log_every", type=count, default=20, help="updates between lines of the log")
+    common.add_run_flags(parser, "runs/pretrain")
 
     args = parser.parse_args(argv)
     args.data_set = choose_data_set(args.data_set, args.data_path)
