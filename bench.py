@@ -28,6 +28,11 @@ from data import EpochSampler, list_images, load_images, make_loader, pretrain_t
 from fcmae import FCMAE, random_mask
 from model import MODELS
 
+try:
+    import timm  # only to compare with
+except ImportError:
+    timm = None
+
 TASKS = ("encoder", "step", "sweep", "data", "finetune", "heap")
 
 
@@ -118,15 +123,18 @@ def trainer(loss: Callable[[], torch.Tensor], finish: Callable[[], None], amp: s
 
 
 def encoder_candidates(name: str, batch: int, args, amp: str, device: torch.device, mask_ratio: float, backends) -> dict:
-    """Forward and backward of the encoder by each backend, and of the same dense network without a mask."""
+    """Forward and backward of the encoder by each backend; "dense" is the same network without a mask, "timm" timm's."""
     imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(memory_format=torch.channels_last)
     grid = args.input_size // (8 * args.stem_stride)
     mask = random_mask(batch, grid, grid, mask_ratio)
     candidates = {}
     for backend in backends:
         torch.manual_seed(0)
-        encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
-        if backend == "dense":
+        if backend == "timm":
+            encoder = timm.create_model(name, num_classes=0, global_pool="")
+        else:
+            encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+        if backend in ("dense", "timm"):
             network = encoder.to(device, memory_format=torch.channels_last)
             run = torch.compile(network) if args.compile else network
             loss = lambda run=run: run(imgs).float().square().mean()  # noqa: E731
@@ -142,15 +150,17 @@ def encoder_candidates(name: str, batch: int, args, amp: str, device: torch.devi
 
 
 def bench_encoder(args, device) -> list[dict]:
-    """Time and memory of the encoder by backend. The limit is the dense unmasked step times the share of visible patches."""
+    """Time and memory of the encoder by backend. The limit is the unmasked step times the share of visible patches.
+
+    The unmasked step is timm's where timm is installed and has the model, otherwise that of our own dense network.
+    """
     grid = args.input_size // (8 * args.stem_stride)
     visible = int(grid * grid * (1 - args.mask_ratio)) / grid**2
+    backends = ["sparse", "reference", "masked", "leaky", "dense"] + ["timm"] * (timm is not None and args.stem_stride == 4)
     rows = []
     for name, batch in zip(args.model, args.batch_size):
         for amp in args.amp:
-            candidates = encoder_candidates(
-                name, batch, args, amp, device, args.mask_ratio, ("sparse", "reference", "masked", "leaky", "dense")
-            )
+            candidates = encoder_candidates(name, batch, args, amp, device, args.mask_ratio, backends)
             seconds = interleaved(candidates, args.repeats, device)
             for backend, call in candidates.items():
                 rows.append(
@@ -162,7 +172,7 @@ def bench_encoder(args, device) -> list[dict]:
                         "ms": round(1e3 * seconds[backend], 1),
                         "images/s": round(batch / seconds[backend], 1),
                         "of masked": round(seconds[backend] / seconds["masked"], 3),
-                        "of limit": round(seconds[backend] / (visible * seconds["dense"]), 3),
+                        "of limit": round(seconds[backend] / (visible * seconds[backends[-1]]), 3),
                         "MiB": round(memory(call, device)),
                     }
                 )
@@ -238,10 +248,8 @@ def bench_data(args, device) -> list[dict]:
 
 def bench_finetune(args, device) -> list[dict]:
     """Forward, backward and AdamW of the classifier, beside timm's model of the same size, both in channels_last."""
-    try:
-        import timm
-    except ImportError:
-        raise UserError("bench.py finetune compares with timm, which is not installed; pip install timm") from None
+    if timm is None:
+        raise UserError("bench.py finetune compares with timm, which is not installed; pip install timm")
     rows = []
     for name, batch in zip(args.model, args.batch_size):
         for amp in args.amp:

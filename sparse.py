@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GRN, Block, ConvNeXt, check_images
+from model import Block, ConvNeXt, check_images, depthwise_conv, depthwise_weight_grad
 
 
 class Sites:
@@ -111,41 +111,14 @@ class _SubmanifoldConv(torch.autograd.Function):
     def forward(ctx, x, weight, row, cell, grid):
         ctx.save_for_backward(x, weight, row, cell)
         ctx.grid = grid
-        return _grid_conv(x, weight, row, cell, grid)
+        return _to_rows(depthwise_conv(_to_grid(x, row, grid), weight), cell)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, row, cell = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _grid_conv(grad, weight.flip(2, 3), row, cell, ctx.grid)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _grid_conv_weight_grad(x, grad, row, ctx.grid)
-        return grad_x, grad_weight, None, None, None
-
-
-def _grid_conv(x, weight, row, cell, grid):
-    with torch.autocast(x.device.type, enabled=False):  # the caller has chosen the type
-        y = F.conv2d(_to_grid(x, row, grid), weight, padding=3, groups=x.shape[1])  # (N, C, H, W)
-    return y.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
-
-
-def _grid_conv_weight_grad(x, grad, row, grid):
-    n, height, width = grid
-    channels = x.shape[1]
-    image, kernel = (_to_grid(t, row, grid).contiguous() for t in (x, grad))  # (N, C, H, W)
-    with torch.autocast(x.device.type, enabled=False):
-        if x.device.type == "cuda" or x.dtype == torch.float64:
-            _, grad_weight, _ = torch.ops.aten.convolution_backward(
-                kernel, image, x.new_empty(channels, 1, 7, 7), None,
-                [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False],
-            )  # fmt: skip
-            return grad_weight
-        # Exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image and
-        # channel. PyTorch's own depthwise weight gradient is several times slower on CPU.
-        groups = n * channels
-        y = F.conv2d(image.view(1, groups, height, width), kernel.view(groups, 1, height, width), padding=3, groups=groups)
-    return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
+        grad = _to_grid(grad, row, ctx.grid)  # (A, C) -> (N, C, H, W)
+        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3)), cell)
+        return grad_x, depthwise_weight_grad(_to_grid(x, row, ctx.grid), grad), None, None, None
 
 
 def _with_zero_row(x):
@@ -157,45 +130,8 @@ def _to_grid(x, row, grid):
     return _with_zero_row(x).index_select(0, row).view(n, height, width, -1).permute(0, 3, 1, 2)  # (A, C) -> (N, C, H, W)
 
 
-# --- GELU and GRN of the visible sites --------------------------------------------------------------------------------
-
-
-class _GeluGRN(torch.autograd.Function):
-    """`GRN(gelu(h))` of (N, S, F) hidden activations, S sites per image, F = 4C: `GRN.forward` written out with its gradient.
-
-    These tensors are the widest of the network, so passes over them and copies of them are what counts: the output of GELU
-    is computed again in backward instead of stored, and its buffer becomes the gradient's.
-    """
-
-    @staticmethod
-    def forward(ctx, h, gamma, beta, eps):
-        x = F.gelu(h)
-        wide = torch.promote_types(h.dtype, torch.float32)
-        g = x.to(wide).square().sum(dim=1, keepdim=True).sqrt()  # (N, S, F) -> (N, 1, F)
-        ctx.save_for_backward(h, g, gamma)
-        ctx.eps = eps
-        n = g / (g.mean(dim=-1, keepdim=True) + eps)
-        return torch.addcmul(beta.to(h.dtype), x, (gamma * n + 1).to(h.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        h, g, gamma = ctx.saved_tensors
-        x = F.gelu(h)
-        spread = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
-        n = g / spread
-        # y = x * scale + beta, scale = gamma * n + 1, n_i = g_i / (mean_j g_j + eps), g_i = |x_i|
-        grad_scale = (grad.to(g.dtype) * x).sum(dim=1, keepdim=True)  # (N, S, F) -> (N, 1, F)
-        grad_n = grad_scale * gamma
-        grad_g = (grad_n - (grad_n * n).mean(dim=-1, keepdim=True)) / spread
-        through_norm = torch.where(g > 0, grad_g / g, 0)  # d g / d x = x / g, and 0 where a channel is zero
-        grad_x = x.mul_(through_norm.to(x.dtype)).addcmul_(grad, (gamma * n + 1).to(x.dtype))
-        grad_h = torch.ops.aten.gelu_backward(grad_x, h)
-        return grad_h, (grad_scale * n).sum(dim=0, keepdim=True), grad.sum(dim=(0, 1), keepdim=True), None
-
-
-def gelu_grn(h: torch.Tensor, grn: GRN) -> torch.Tensor:
-    """`grn(gelu(h))` for h (N, S, F): the same function as the modules', with fewer passes over memory."""
-    return _GeluGRN.apply(h, grn.gamma[0], grn.beta[0], grn.eps)
+def _to_rows(x, cell):
+    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
@@ -242,18 +178,13 @@ def _layer_norm(x, norm):  # `norm` may be a channels-first module, but rows end
 
 def _block_branch(block: Block, x: torch.Tensor, sites: Sites, reference: bool) -> torch.Tensor:
     conv = reference_conv if reference else submanifold_conv
-    mlp = block.mlp if reference or not isinstance(block.grn, GRN) else partial(_fast_mlp, block)
+    mlp = partial(block.mlp, fused=not reference)
     y = conv(x, block.dwconv.weight, block.dwconv.bias, sites)  # (A, C)
     if len(set(sites.counts)) == 1:  # always so in FCMAE: to the MLP and GRN the batch is a dense (N, 1, A / N, C) map
         y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])
         return block.drop_path(mlp(y)).view(x.shape)
     # Unequal counts: GRN's norm is over one image, so each image is a map of its own.
     return torch.cat([block.drop_path(mlp(y[None, None])).flatten(0, 2) for y in y.split(sites.counts)])
-
-
-def _fast_mlp(block: Block, x: torch.Tensor) -> torch.Tensor:
-    h = block.pwconv1(block.norm(x))  # (N, 1, S, C) -> (N, 1, S, 4C)
-    return block.pwconv2(gelu_grn(h.flatten(1, 2), block.grn)).unsqueeze(1)  # (N, S, 4C) -> (N, 1, S, C)
 
 
 def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -268,7 +199,8 @@ def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> tor
         hidden = upsample_mask(mask, 8 >> i)[:, None]  # (N, 1, H, W)
         x = downsample(x).masked_fill(hidden, 0)  # (N, dims[i], H, W)
         for block in stage:
-            y = block.dwconv(x).masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+            y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
+            y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
             y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
             y = block.grn(y.masked_fill(hidden.permute(0, 2, 3, 1), 0))
             y = block.pwconv2(y)  # (N, H, W, C)

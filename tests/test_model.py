@@ -3,8 +3,9 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
-from model import GRN, MODELS, SIZES, ConvNeXt
+from model import GRN, MODELS, SIZES, ConvNeXt, DepthwiseConv, gelu_grn
 from weights import from_native
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
@@ -57,6 +58,56 @@ def test_grn_is_algorithm_1_of_the_paper():
             gamma, beta = grn.gamma[0, 0, 0, c], grn.beta[0, 0, 0, c]
             expected[n, :, :, c] = gamma * x[n, :, :, c] * response + beta + x[n, :, :, c]
     torch.testing.assert_close(grn(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gelu_grn_equals_the_modules_and_finite_differences():
+    grn = randomised(GRN(6).double())
+    h = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(gelu_grn(h, grn), grn(F.gelu(h)))
+
+    def by_parameters(h, gamma, beta):
+        return torch.func.functional_call(_GeluGRN(grn), {"grn.gamma": gamma, "grn.beta": beta}, (h,))
+
+    assert torch.autograd.gradcheck(by_parameters, (h, *(p.detach().clone().requires_grad_() for p in grn.parameters())))
+
+
+class _GeluGRN(torch.nn.Module):
+    def __init__(self, grn):
+        super().__init__()
+        self.grn = grn
+
+    def forward(self, h):
+        return gelu_grn(h, self.grn)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_depthwise_convolution_equals_conv2d_and_its_gradients(autocast):
+    torch.manual_seed(0)
+    ours, theirs = DepthwiseConv(8), torch.nn.Conv2d(8, 8, 7, padding=3, groups=8).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, gradient = torch.randn(3, 8, 5, 9).contiguous(memory_format=torch.channels_last), torch.randn(3, 8, 5, 9)
+    results = []
+    for conv, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        image = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and conv is ours):
+            y = conv(image)
+        y.backward(gradient.to(y.dtype))
+        assert conv is theirs or y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        results.append([t.double() for t in (y, image.grad, conv.weight.grad, conv.bias.grad)])
+    for a, b in zip(*results):
+        assert relative_error(a, b) < (1e-2 if autocast else 1e-5)
+
+
+def test_a_training_step_equals_that_of_the_plain_modules():
+    """The fused and exchanged backward passes, against autograd through Conv2d, GELU and GRN in float64."""
+    net = randomised(ConvNeXt(**TINY, num_classes=5, stem_stride=1)).train()
+    plain = ConvNeXt(**TINY, num_classes=5, stem_stride=1).double().eval()  # eval: modules; float64: PyTorch's own convolution
+    plain.load_state_dict(net.state_dict())
+    imgs = torch.randn(2, 3, 24, 16)
+    for model in (net, plain):
+        model(imgs.to(model.head.weight.dtype)).square().sum().backward()
+    for (name, a), b in zip(net.named_parameters(), plain.parameters()):
+        assert relative_error(a.grad.double(), b.grad) < 1e-4, name
 
 
 def test_grn_starts_as_the_identity():

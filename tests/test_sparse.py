@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 from test_model import TINY, randomised, relative_error
 
-from model import GRN, ConvNeXt
+from model import ConvNeXt
 from sparse import (
     Sites,
     SparseTensor,
-    gelu_grn,
     masked_encoder,
     reference_conv,
     sparse_encoder,
@@ -88,29 +87,6 @@ def test_float32_weight_gradient_by_exchanged_roles_equals_float64(n):
         submanifold_conv(x.to(dtype), w, bias.to(dtype), sites).square().sum().backward()
         gradients.append(w.grad.double())
     assert relative_error(*gradients) < 1e-5
-
-
-def test_gelu_grn_equals_the_modules_and_finite_differences():
-    grn = randomised(GRN(6).double())
-    h = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(gelu_grn(h, grn), grn(F.gelu(h)[:, None])[:, 0])
-
-    def by_parameters(h, gamma, beta):
-        grn.gamma.data, grn.beta.data = gamma, beta
-        return torch.func.functional_call(_Call(grn), {"grn.gamma": gamma, "grn.beta": beta}, (h,))
-
-    assert torch.autograd.gradcheck(
-        by_parameters, (h, grn.gamma.detach().clone().requires_grad_(), grn.beta.detach().clone().requires_grad_())
-    )
-
-
-class _Call(torch.nn.Module):
-    def __init__(self, grn):
-        super().__init__()
-        self.grn = grn
-
-    def forward(self, h):
-        return gelu_grn(h, self.grn)
 
 
 # --- the sites
