@@ -34,15 +34,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 
 # --- the embedded dataset ---------------------------------------------------------------------------------------------
 
+TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
-_CHUNK = 50  # pictures drawn at once; a multiple of the number of shapes keeps the classes balanced
+_CHUNK = 50  # pictures drawn at once; a multiple of the number of textures keeps the classes balanced
 
 
 def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Draw `n` pictures of textured shapes on textured backgrounds: uint8 (n, size, size, 3) and their classes (n,).
 
-    The class is the large shape. Position, scale, rotation, colours, textures, light and a few small shapes of other
-    classes are nuisance. Textures are periodic and shapes convex or symmetric, so a hidden patch can be guessed.
+    The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with textures of
+    their own in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
         chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size), range(-(-n // _CHUNK))))
@@ -53,16 +54,16 @@ def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarr
 def _draw_chunk(seed, chunk, size):
     n = _CHUNK
     rng = np.random.default_rng([seed, chunk, size])
-    labels = rng.permutation(np.arange(n) % len(SHAPES))
+    labels = rng.permutation(np.arange(n) % len(TEXTURES))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
 
     ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
-    picture = _texture(rng, x, y, ground)
-    for small in (True, True, False):  # two small shapes as clutter, then the one that counts
-        kinds = rng.integers(len(SHAPES), size=n) if small else labels
-        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.5, 0.8)
-        reach = 0.9 if small else 0.25
+    picture = _texture(rng, x, y, ground, labels)
+    for small in (True, True, False):
+        kinds = rng.integers(len(SHAPES), size=n)
+        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.35, 0.6)
+        reach = 0.9 if small else 0.5
         u, v = _turn(x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi))
         inside = np.empty_like(picture[..., :1])
         for k in range(len(SHAPES)):
@@ -70,7 +71,8 @@ def _draw_chunk(seed, chunk, size):
             distance = _distance(SHAPES[k], u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
             inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
         colour = (ground + rng.uniform(0.35, 0.65, size=ground.shape)) % 1  # far from the ground's in every channel
-        picture += inside * (_texture(rng, u, v, colour.astype(np.float32)) - picture)
+        fill = _texture(rng, u, v, colour.astype(np.float32), rng.integers(len(TEXTURES), size=n))
+        picture += inside * (fill - picture)
     tilt_x, tilt_y = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
     picture *= (1 + 0.2 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
     return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels
@@ -84,16 +86,43 @@ def _turn(x, y, angle):
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
-def _texture(rng, x, y, colour):
-    """A colour (n, 1, 1, 3), plain or varied a little by stripes, checks or dots: (n, S, S) coordinates -> (n, S, S, 3)."""
+def _texture(rng, x, y, colour, kinds):
+    """(n, S, S) coordinates -> (n, S, S, 3): a colour (n, 1, 1, 3) varied by each picture's kind of pattern."""
     n = len(x)
     u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
-    frequency, phase = _uniform(rng, n, 6, 16), _uniform(rng, n, 0, 2 * np.pi)
+    frequency, phase = _uniform(rng, n, 8, 14), _uniform(rng, n, 0, 2 * np.pi)
+    pattern = np.empty_like(u)
+    for k, kind in enumerate(TEXTURES):
+        chosen = kinds == k
+        pattern[chosen] = _pattern(kind, u[chosen], v[chosen], frequency[chosen], phase[chosen])
+    contrast = rng.uniform(0.15, 0.4, size=(n, 1, 1, 3)) * rng.choice((-1, 1), size=(n, 1, 1, 3))
+    return colour + np.clip(pattern, -1, 1)[..., None] * contrast.astype(np.float32)
+
+
+def _pattern(kind, u, v, frequency, phase):
+    """About -1 to 1; what goes beyond is cut off, which makes flat areas with soft edges."""
     a, b = np.sin(frequency * u + phase), np.sin(frequency * v)
-    kind = rng.integers(4, size=(n, 1, 1))
-    pattern = np.select([kind == 0, kind == 1, kind == 2], [0.4 * u, a, 1.5 * a * b], default=(a + b) * 1.5 - 1)
-    second = rng.uniform(-0.3, 0.3, size=(n, 1, 1, 3)).astype(np.float32)
-    return colour + np.clip(pattern, -1, 1)[..., None] * second
+    match kind:
+        case "shading":
+            return 0.8 * u
+        case "stripes":
+            return 2 * a
+        case "checks":
+            return 4 * a * b
+        case "dots":
+            return 2.5 * (a + b) - 2.5
+        case "grid":
+            return 3 * np.maximum(np.abs(a), np.abs(b)) - 2.2
+        case "waves":
+            return 2 * np.sin(frequency * u + 2 * np.sin(frequency * v / 1.5))
+        case "rings":
+            return 2 * np.sin(frequency * np.hypot(u, v) + phase)
+        case "rays":
+            return 2 * np.sin(6 * np.arctan2(v, u) + phase)
+        case "dashes":
+            return 2 * a * (np.sin(frequency * v / 3) > 0)
+        case _:
+            return 1.4 * (np.sin(0.7 * frequency * u + phase) + np.sin(0.6 * frequency * v + 2 * u))
 
 
 def _distance(shape, u, v):

@@ -25,7 +25,7 @@ def shapes(tmp_path_factory) -> Path:
     """Three classes: 12 training images and 7 validation images in class folders."""
     root = tmp_path_factory.mktemp("shapes")
     images, labels = draw_images(100, seed=0, size=32)
-    for label, name in enumerate(("disc", "ring", "crescent")):
+    for label, name in enumerate(("stripes", "rings", "dots")):
         for i, image in enumerate(images[labels == label][:7]):
             split = "train" if i < 4 else "val"
             if not (split == "val" and label and i == 6):
@@ -280,7 +280,7 @@ def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys):
     assert {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"} == {
         p.name for p in tmp_path.iterdir()
     }
-    assert state["classes"] == ["crescent", "disc", "ring"] and state["config"]["nb_classes"] == 3
+    assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3
     last = [record for record in common.read_log(tmp_path) if "val_top1" in record][-1]
 
     finetune.main(
@@ -295,9 +295,9 @@ def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys):
         )
         assert (top1, loss) == pytest.approx((last[f"{key}_top1"], last[f"{key}_loss"]), abs=0.006) and top5 == 100
 
-    picture = next((shapes / "val/disc").iterdir())
+    picture = next((shapes / "val/stripes").iterdir())
     finetune.main(
-        finetune.get_args(["--predict", str(picture), str(shapes / "val/ring"), "--resume", str(tmp_path / "checkpoint-best.pth")])
+        finetune.get_args(["--predict", str(picture), str(shapes / "val/rings"), "--resume", str(tmp_path / "checkpoint-best.pth")])
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert len(lines) == 3 and lines[0].startswith(f"{picture}: ")
@@ -381,7 +381,7 @@ def bad_input(tmp_path, shapes, encoder) -> dict[str, tuple[list[str], str]]:
     for split in ("train", "val"):
         for name in ("a", "b") if split == "train" else ("a", "c"):
             (tmp_path / "odd" / split / name).mkdir(parents=True)
-            (tmp_path / "odd" / split / name / "x.png").write_bytes(next((shapes / "val/disc").iterdir()).read_bytes())
+            (tmp_path / "odd" / split / name / "x.png").write_bytes(next((shapes / "val/stripes").iterdir()).read_bytes())
     (tmp_path / "text.pth").write_text("hello")
     mae = {
         "model": {"encoder." + key: value for key, value in common.load_file(encoder)["model"].items()},
@@ -393,7 +393,7 @@ def bad_input(tmp_path, shapes, encoder) -> dict[str, tuple[list[str], str]]:
     return {
         "no such model": ([*folder, "--model", "convnextv2_tony"], "did you mean convnextv2_tiny"),
         "no such folder": (["--data_path", "/no/such"], "/no/such does not exist"),
-        "no classes": (["--data_path", str(shapes / "val/disc")], "train/<class>/"),
+        "no classes": (["--data_path", str(shapes / "val/stripes")], "train/<class>/"),
         "other classes in val": (["--data_path", str(tmp_path / "odd")], "lack the class b"),
         "no such weights": ([*folder, "--finetune", "/no/such.pth"], "/no/such.pth"),
         "text as weights": ([*folder, "--finetune", str(tmp_path / "text.pth")], "text.pth"),
