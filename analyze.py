@@ -13,6 +13,7 @@ Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimen
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -151,7 +151,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> ConvNe
 
 def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
     """The autoencoder of a pre-training checkpoint, in eval mode; UserError when it holds no decoder."""
-    state, config = weights.read_file(path), read_config(path)
+    state, config = weights.read_file(path), weights.read_config(path)
     if "mask_token" not in state:
         raise UserError(f"{path} holds no decoder, which reconstructing needs; give a checkpoint-<epoch>.pth of pretrain.py")
     mae = FCMAE(
@@ -170,22 +170,13 @@ def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
     return mae.to(device).eval()
 
 
-def read_config(path: str | Path) -> dict:
-    """The flags of the run that wrote a checkpoint; empty for files that do not say, other libraries' among them."""
-    try:
-        config = common.load_file(path).get("config")
-    except UserError:  # not torch's format; what cannot be read at all, weights.py refuses
-        config = None
-    return config if isinstance(config, dict) else {}
-
-
 def find_checkpoint(path: str) -> Path:
     """A file as it is; of a run directory the best, else the newest checkpoint, else encoder.pth."""
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):  # unlike Path's, never raises
         found = [*file.glob("checkpoint-best.pth"), *reversed(common.find_checkpoints(file)), *file.glob("encoder.pth")]
         file = found[0] if found else file / "checkpoint-<epoch>.pth"
-    if not file.exists():
+    if not os.path.exists(file):
         raise UserError(f"no checkpoint {file}; run `python pretrain.py` first, or name a file or run directory with --checkpoint")
     return file
 
@@ -279,10 +270,12 @@ class Subject:
 def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> list[Subject]:
     """The networks of --checkpoint and --untrained. Data and image size that `args` leave open become those of the first."""
     paths = [find_checkpoint(path) for path in args.checkpoint]
-    configs = [read_config(path) for path in paths]
+    configs = [weights.read_config(path) for path in paths]
     if args.data_set is None:
-        args.data_set = "folder" if args.data_path else configs[0].get("data_set") or "embedded"
-        args.data_path = args.data_path or configs[0].get("data_path")
+        trained = {} if args.data_path else configs[0]
+        args.data_path = args.data_path or trained.get("data_path")
+        name = trained.get("data_set")
+        args.data_set = data.choose_data_set(name if name in data.DATA_SETS else None, args.data_path)
     args.input_size = args.input_size or configs[0].get("input_size") or INPUT_SIZES[args.data_set]
 
     names = [path.parent.name if path.stem.startswith(("checkpoint-", "encoder")) else path.stem for path in paths]
@@ -300,7 +293,7 @@ def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> li
             raise UserError(
                 f"--input_size {args.input_size} is no multiple of {label}'s patch size {patch}; try --input_size {fitting}"
             )
-    statistics = [data.STATISTICS[config.get("data_set", args.data_set)] for config in configs]
+    statistics = [data.STATISTICS.get(config.get("data_set"), data.STATISTICS[args.data_set]) for config in configs]
     return [Subject(*parts) for parts in zip(labels, cycle(COLOURS), statistics, models)]
 
 
@@ -326,8 +319,7 @@ def choose_images(args: argparse.Namespace, usual: int, split: str = "val") -> t
 def open_image(path: str) -> np.ndarray:
     """An image file as uint8 (H, W, 3)."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(data.to_rgb(image))
+        return np.asarray(data.open_rgb(path))
     except Exception as error:  # damaged files raise nearly anything
         raise UserError(f"cannot read the image {path} ({error}); give a picture such as a .jpg or .png") from None
 
@@ -506,7 +498,7 @@ def grn(args: argparse.Namespace) -> None:
 
 def curves(args: argparse.Namespace) -> None:
     """Loss and accuracy of several runs, from their log.jsonl."""
-    runs = [Path(run) for run in args.runs if (Path(run) / "log.jsonl").exists()]
+    runs = [Path(run) for run in args.runs if os.path.exists(f"{run}/log.jsonl")]
     if not runs:
         raise UserError(f"no log.jsonl in {', '.join(args.runs)}; run `python pretrain.py` first, or name run directories")
     if args.label and len(args.label) != len(runs):
@@ -612,7 +604,7 @@ def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -
     """Write <command>.csv, and say where picture and numbers are."""
 
     def write(path):
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows([header, *([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)])
 
     path = Path(args.output_dir) / args.command
@@ -642,11 +634,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         add("--checkpoint", **files, default=["runs/pretrain"], help="weights in any layout, or run directories")
         add("--data_set", type=one_of("data set", data.DATA_SETS), default=later, metavar="NAME", help=", ".join(data.DATA_SETS))
         add("--data_path", default=later, metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")
-        add("--input_size", type=count, default=later, help="pixels per side of the network's input (default: as in training)")
+        add(
+            "--input_size",
+            type=common.image_side,
+            default=later,
+            help="pixels per side of the network's input (default: as in training)",
+        )
         add("--num_images", type=count, default=later, help="images to use (default: a few to show, up to 1,000 to measure)")
         add("--batch_size", type=count, default=32, help="images per forward pass; lower it when memory runs out")
         add("--device", default=later, help="cuda or cpu (default: cuda if there is one)")
-        add("--seed", type=number(int, 0), default=0, help="of the choice of images, of masks and of random weights")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the choice of images, of masks and of random weights")
         if name in ("reconstruct", "activations"):
             add("--images", **files, default=later, help="pictures of any size, instead of a data set")
         if name == "reconstruct":
@@ -671,7 +668,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def ratios(text: str) -> list[float]:
     """An argparse type: numbers between 0 and 1, separated by commas."""
-    return [number(float, 0, 1, above=True)(part) for part in text.split(",")]
+    return [number(float, 0, 1, above=True, below=True)(part) for part in text.split(",")]
 
 
 def main(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 
 import common
 from common import BoolFlag, Parser, UserError, number, one_of
-from data import EpochSampler, list_images, load_images, make_loader, pretrain_transform
+from data import EpochSampler, load_images, make_loader, pretrain_transform
 from fcmae import FCMAE, random_mask
 from model import MODELS
 
@@ -33,6 +33,7 @@ try:
 except ImportError:
     timm = None
 
+SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05)  # shares of hidden patches
 TASKS = ("encoder", "step", "sweep", "data", "finetune", "heap")
 
 
@@ -50,19 +51,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sizes",
     )
     add("--batch_size", type=count, nargs="+", default=[16, 8], help="images, one number for all models or one for each")
-    add("--input_size", type=count, default=224, help="pixels per side")
+    add("--input_size", type=common.image_side, default=224, help="pixels per side")
     add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
-    add("--mask_ratio", type=number(float, 0, 1, above=True), default=0.6, help="share of the patches to hide")
+    add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
     add("--amp", choices=("none", "bf16", "fp16"), nargs="+", default=["none", "bf16"], help="autocast types")
     add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
     add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
     add("--data_path", default=None, metavar="DIR", help="folder of images for `data`")
-    add("--num_workers", type=number(int, 0), nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
+    add("--num_workers", type=common.worker_count, nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
     add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     add("--output_dir", default="runs/bench", metavar="DIR", help="where CSV and pictures go")
     args = parser.parse_args(argv)
     if len(args.batch_size) not in (1, len(args.model)):
         parser.error(f"--batch_size has {len(args.batch_size)} numbers for {len(args.model)} models; give one, or one for each")
+    if args.task != "data":
+        common.check_grid(args, parser)
     args.batch_size = args.batch_size * (len(args.model) if len(args.batch_size) == 1 else 1)
     if args.task == "data" and not args.data_path:
         parser.error("data needs --data_path DIR, a folder of images")
@@ -210,7 +213,7 @@ def bench_sweep(args, device) -> list[dict]:
     """Sparse encoder time against the share of visible patches, beside masked and dense."""
     rows = []
     name, batch, amp = args.model[0], args.batch_size[0], args.amp[0]
-    for hidden in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05):
+    for hidden in SWEEP:
         candidates = encoder_candidates(name, batch, args, amp, device, hidden, ("sparse", "masked", "dense"))
         seconds = interleaved(candidates, args.repeats, device)
         grid = args.input_size // (8 * args.stem_stride)
@@ -225,7 +228,6 @@ def bench_sweep(args, device) -> list[dict]:
 def bench_data(args, device) -> list[dict]:
     """Images per second that the pre-training pipeline delivers, by worker count and image size."""
     rows = []
-    paths = list_images(Path(args.data_path))
     for size in (args.input_size, 2 * args.input_size):
         for workers in args.num_workers:
             images = load_images("folder", args.data_path, "train", pretrain_transform(size))
@@ -236,7 +238,7 @@ def bench_data(args, device) -> list[dict]:
             speed = seen / (time.perf_counter() - start)
             rows.append(
                 {
-                    "files": len(paths),
+                    "files": len(images),
                     "size": size,
                     "workers": workers,
                     "images/s": round(speed, 1),
@@ -357,6 +359,12 @@ def main(args: argparse.Namespace) -> None:
     """Measure what `args` (from `get_args`) ask for."""
     processes = common.setup_processes(args.device)
     output_dir = common.prepare_output_dir(args.output_dir)
+    grid = args.input_size // (8 * args.stem_stride)
+    for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
+        try:
+            random_mask(1, grid, grid, ratio)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     rows = globals()[f"bench_{args.task}"](args, processes.device)
     print_table(rows)
     path = output_dir / f"{args.task}.csv"

@@ -7,11 +7,13 @@ import json
 import math
 import os
 import platform
+import re
+import socket
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +32,36 @@ class UserError(Exception):
 
 def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[], argparse.Namespace]) -> None:
     """Call `main(get_args())`; a UserError becomes one line on standard error and exit status 2, an interrupt status 130."""
+    with suppress(AttributeError):  # a notebook's standard output has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # of file and class names that the terminal's lacks
     try:
         main(get_args())
     except UserError as error:
         _exit_with(2, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        _exit_with(
+            2, "out of memory; lower --batch_size (--update_freq keeps the update as it is), --input_size or the model's size"
+        )
     except KeyboardInterrupt:
         _exit_with(130, "interrupted; the same command continues from the last checkpoint")
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+        for directory in _made_directories:
+            with suppress(OSError):  # it is in use
+                directory.rmdir()
 
 
 def _exit_with(status: int, message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {one_line(message.strip())}", file=sys.stderr)
     sys.exit(status)
+
+
+def one_line(text: str | Path) -> str:
+    """A message or a file's name, which may hold line breaks, on one line."""
+    return re.sub(r"\s*[\n\r]\s*", " ", str(text))
 
 
 def mix_seed(purpose: str, *numbers: int) -> int:
@@ -71,6 +89,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         _exit_with(2, f"{message} (see --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["an argument", *words], words):
+            if not word or re.fullmatch("--[a-z_]+=", word):  # where a flag is optional, it would pass for one not given
+                self.error(f"{word.rstrip('=') or before} has an empty value; was a shell variable not set?")
+        return super().parse_known_args(words, namespace)
 
 
 class BoolFlag(argparse.BooleanOptionalAction):
@@ -102,20 +127,59 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """An argparse type for an int or float in [low, high], or in (low, high] when `above`."""
+def number(
+    kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """An argparse type for an int or float in [low, high]; without `low` itself when `above`, without `high` when `below`.
+
+    No `high` is 10**9 for an int, and any finite number for a float.
+    """
+    high = high if high is not None else 10**9 if kind is int else sys.float_info.max
 
     def check(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not low <= value <= high or (above and value == low) or not math.isfinite(value):
-            lower = f"more than {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} must be {lower}" + (f" and at most {high}" if high < math.inf else ""))
+        if not low <= value <= high or (above and value == low) or (below and value == high):
+            lower = f"{'more than' if above else 'at least'} {low}"
+            upper = " and finite" if high == sys.float_info.max else f" and {'less than' if below else 'at most'} {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {lower}{upper}")
         return value
 
     return check
+
+
+# Larger numbers are slips: they would fill the memory.
+image_side, worker_count = number(int, 8, 4096), number(int, 0, 1024)
+
+
+def check_grid(args: argparse.Namespace, parser: Parser) -> None:
+    """A parser error unless the image divides into patches."""
+    patch = 8 * args.stem_stride
+    if args.input_size % patch:
+        parser.error(
+            f"--input_size {args.input_size} is not a multiple of the patch size {patch} (8 x --stem_stride); "
+            f"try --input_size {max(2, round(args.input_size / patch)) * patch}, or --stem_stride 1 for small images"
+        )
+
+
+def check_epochs(args: argparse.Namespace, parser: Parser) -> None:
+    """A parser error for warm-up or a start beyond the last epoch."""
+    if args.warmup_epochs > args.epochs:
+        parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}; lower it, or raise --epochs")
+    if args.start_epoch and args.start_epoch >= args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it, or raise --epochs")
+
+
+def peak_learning_rate(args: argparse.Namespace, images_per_update: int) -> float:
+    """--lr, or --blr for this many images; UserError if --min_lr is above it."""
+    peak = args.lr if args.lr is not None else args.blr * images_per_update / 256
+    if args.min_lr > peak:
+        raise UserError(
+            f"--min_lr {args.min_lr:g} is more than the learning rate {peak:g}, which should fall to it; lower --min_lr"
+        )
+    return peak
 
 
 def count_workers(num_workers: int | None, data_set: str, processes: "Processes") -> int:
@@ -135,7 +199,7 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     add(
         "--seed",
-        type=number(int, 0),
+        type=number(int, 0, 2**63 - 1),
         default=0,
         help="of everything random: weights, order, crops, masks, mixing, --labels_per_class",
     )
@@ -194,25 +258,53 @@ def setup_processes(device: str | None) -> Processes:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
+        if chosen.type not in ("cuda", "cpu"):
+            raise RuntimeError("neither cuda nor cpu")
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
     if chosen.type == "cpu":
         keep_heap_mapped()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [key for key in names if key not in os.environ]
-    if missing:
-        if len(missing) < len(names) and "WORLD_SIZE" in os.environ:
-            raise UserError(f"{', '.join(missing)} not set though WORLD_SIZE is; start several processes with torchrun")
+    described = torchrun_variables()
+    if described is None:
         return Processes(0, 1, chosen)
-    rank, world_size, local_rank = (int(os.environ[key]) for key in names[:3])
+    rank, world_size, local_rank = described
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower torchrun's --nproc_per_node")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
-    distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"process {rank} cannot meet the others at {where} ({str(error).splitlines()[0]}); see torchrun") from None
     return Processes(rank, world_size, chosen)
+
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+
+
+def torchrun_variables() -> tuple[int, int, int] | None:
+    """RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them, None for a single process; UserError when they are wrong."""
+    found = [key for key in TORCHRUN_VARIABLES[:3] if key in os.environ]
+    if not found:
+        return None
+    if missing := [key for key in TORCHRUN_VARIABLES if key not in os.environ]:
+        raise UserError(f"{', '.join(missing)} not set though {found[0]} is; unset it, or start several processes with torchrun")
+    numbers = {key: os.environ[key] for key in (*TORCHRUN_VARIABLES[:4], "LOCAL_WORLD_SIZE") if key in os.environ}
+    for key, text in numbers.items():
+        if not text.isdecimal():
+            raise UserError(f"{key}={text} is not a whole number; start several processes with torchrun, which sets it")
+    rank, world_size, local_rank, port = (int(numbers[key]) for key in TORCHRUN_VARIABLES[:4])
+    if rank >= world_size or int(numbers.get("LOCAL_WORLD_SIZE", 1)) < 1:
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world_size}; start several processes with torchrun, which sets both")
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else torchrun listens already
+        try:
+            socket.create_server(("", port)).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"MASTER_PORT={port} cannot be used ({error}); choose another, as by torchrun --master_port") from None
+    return rank, world_size, local_rank
 
 
 @contextmanager
@@ -296,10 +388,14 @@ def apply_update(
 # --- output directory: checkpoints and log ----------------------------------------------------------------------------
 
 
+_made_directories: list[Path] = []  # by this process for output, the deepest first; `run_script` removes those still empty
+
+
 def prepare_output_dir(path: str) -> Path:
     """Create the output directory and make sure that files can be written there."""
     directory = Path(path)
     try:
+        _made_directories[:] = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".write-test-{os.getpid()}"
         probe.write_text("")
@@ -353,9 +449,9 @@ def load_file(path: str | Path) -> dict:
     """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error})") from None
-    except Exception:  # torch raises many types for damaged and foreign files
+    except Exception as error:  # torch raises many types for damaged and foreign files
+        if isinstance(error, OSError) and error.filename:  # it could not be opened
+            raise UserError(f"cannot read {path} ({error.strerror})") from None
         raise UserError(
             f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
         ) from None
@@ -545,6 +641,8 @@ def duration(seconds: float) -> str:
 
 def new_figure(rows: int, columns: int, width: float, height: float):
     """A matplotlib figure and its axes (rows, columns), drawn without a display."""
+    if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's
+        os.environ.pop("MPLBACKEND", None)  # none is used here, and a name unknown to matplotlib would stop its import
     from matplotlib.figure import Figure  # not pyplot: no display, no global state, and imported only when a picture is due
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -552,7 +650,12 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a PNG atomically."""
+    """Write a PNG atomically, its texts as they are."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # folders' and classes' names are no formulas, and may hold what is no Unicode
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

@@ -7,6 +7,7 @@ Nothing random here has a hidden state. The order of an epoch depends on (seed, 
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import Processes, UserError, mix_seed
+from common import Processes, UserError, mix_seed, one_line
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
 STATISTICS = {
@@ -167,7 +168,7 @@ class Images(Dataset):
         seed: of the augmentation.
 
     An item is (image, label or -1, failed): `failed` is -1, or the index of a file that could not be read, in whose place
-    stands the next readable one.
+    stands the next readable one of a hundred, else a black picture.
     """
 
     def __init__(self, items, labels, classes, transform, statistics, seed: int = 0):
@@ -179,11 +180,12 @@ class Images(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
         epoch, index = place
-        at, image = index, self._open(index)
-        failed = image is None
-        while image is None:
-            at = (at + 1) % len(self)
-            image = Image.new("RGB", (8, 8)) if at == index else self._open(at)
+        places = ((index + k) % len(self) for k in range(min(100, len(self))))
+        found = ((at, image) for at in places if (image := self._open(at)) is not None)
+        at, image = next(found, (None, None))
+        failed = at != index
+        if image is None:
+            at, image = index, Image.new("RGB", (8, 8))
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lend it one of our own
             torch.default_generator.manual_seed(mix_seed("crop", self.seed, epoch, index))
             tensor = self.transform(image)
@@ -200,27 +202,42 @@ class Images(Dataset):
         if isinstance(item, np.ndarray):
             return Image.fromarray(item)
         try:
-            with Image.open(item) as image:
-                return to_rgb(image)
+            return open_rgb(item)
         except Exception:  # damaged files raise nearly anything, depending on the decoder
             return None
+
+
+def open_rgb(path: str) -> Image.Image:
+    """The first frame of an image file, as 8-bit RGB, and as it is stored: EXIF orientation is not applied.
+
+    Neither do torchvision's ImageFolder and timm, so accuracies compare. Raises nearly anything for a damaged file, for one that
+    declares more than twice Pillow's MAX_IMAGE_PIXELS (178 million in all, before they are allocated), and for what is no file.
+    """
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
+        with Image.open(path) as image:
+            return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too."""
     if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit values at 255
-        values = np.asarray(image, dtype=np.float64)
+        values = np.asarray(image, dtype=np.float32)
         top = 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
         image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def list_images(directory: Path) -> list[str]:
-    """All image files under a directory, sorted; links are followed, each folder once."""
+    """All image files under a directory, sorted; links are followed, each folder once; a warning names unreadable folders."""
     found, seen = [], set()
-    for folder, subfolders, files in os.walk(directory, followlinks=True):
+
+    def warn(error: OSError) -> None:
+        tqdm.write(f"warning: cannot read the folder {one_line(error.filename)} ({error.strerror})", file=sys.stderr)
+
+    for folder, subfolders, files in os.walk(directory, onerror=warn, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -240,10 +257,10 @@ def choose_data_set(data_set: str | None, data_path: str | None) -> str:
 
 
 def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0) -> Images:
-    """The "train" or "val" images of a data set; UserError when there are none.
+    """The "train" or "val" images of a data set; UserError when there are none, or none of a few can be read.
 
-    A folder without DIR/train is taken whole, for both splits. Labels are the first folder below the split's, and None when
-    an image lies in no such folder.
+    A folder with neither DIR/train nor DIR/val is taken whole, for both splits. Labels are the first folder below the split's,
+    and None when an image lies in no such folder.
     """
     statistics = STATISTICS[data_set]
     if data_set == "embedded":
@@ -260,21 +277,35 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
         return Images(cifar.data, cifar.targets, cifar.classes, transform, statistics, seed)
 
     root = Path(data_path)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # unlike Path's, never raises
         raise UserError(
-            f"--data_path {root} {'is not a directory' if root.exists() else 'does not exist'}; give a folder of images"
+            f"the folder {root} {'is not a directory' if os.path.exists(root) else 'does not exist'}; give a folder of images, "
+            f"as by --data_path DIR"
         )
-    if (root / "train").is_dir():
-        root = root / split
+    splits = [name for name in ("train", "val") if (root / name).is_dir()]
+    if splits and split not in splits:
+        raise UserError(f"{root} has a folder {splits[0]} and none named {split}; add {root / split}, or give another folder")
+    root = root / split if splits else root
     paths = list_images(root)
     if not paths:
         raise UserError(f"no images under {root}; files must end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
-    if any(len(part) == 1 for part in parts):
-        return Images(paths, None, None, transform, statistics, seed)
-    classes = sorted({part[0] for part in parts})
-    labels = [classes.index(part[0]) for part in parts]
-    return Images(paths, labels, classes, transform, statistics, seed)
+    labels = classes = None
+    if all(len(part) > 1 for part in parts):
+        classes = sorted({part[0] for part in parts})
+        number = {name: k for k, name in enumerate(classes)}
+        labels = [number[part[0]] for part in parts]
+    images = Images(paths, labels, classes, transform, statistics, seed)
+    check_readable(images, root)
+    return images
+
+
+def check_readable(images: Images, where: str | Path) -> None:
+    """UserError if none of up to eight files, spread over the data set, can be read."""
+    tried = range(0, len(images), -(-len(images) // 8))
+    if all(images._open(index) is None for index in tried):
+        others = f", nor the {len(tried) - 1} others tried under {where}" if len(tried) > 1 else ""
+        raise UserError(f"cannot read the image {images.items[0]}{others}; check files and permissions")
 
 
 def pretrain_transform(size: int) -> v2.Transform:
@@ -323,15 +354,18 @@ def automatic_augmentation(name: str) -> v2.Transform:
     magnitude around m with deviation mstd, which torchvision does not.
     """
     kind = name.split("-")[0]
-    if kind == "rand":
-        values = dict(re.findall(r"-([a-z]+)([\d.]+)", name))
-        magnitude = round(3 * float(values.get("m", 9)))  # torchvision counts to 30 where timm counts to 10
-        return v2.RandAugment(num_ops=int(values.get("n", 2)), magnitude=magnitude, num_magnitude_bins=31)
+    if re.fullmatch(r"rand(-(m|n|mstd|inc)\d+(\.\d+)?)*", name):
+        values = {key: float(value) for key, value in re.findall(r"-([a-z]+)([\d.]+)", name)}
+        magnitude, count = values.get("m", 9), values.get("n", 2)
+        if magnitude > 10 or count > 10:
+            raise UserError(f"--aa {name} has m (magnitude) {magnitude:g} and n (operations) {count:g}; both end at 10")
+        # torchvision counts to 30 where timm counts to 10
+        return v2.RandAugment(num_ops=int(count), magnitude=round(3 * magnitude), num_magnitude_bins=31)
     if kind in ("original", "v0"):
         return v2.AutoAugment()
     if kind == "trivial":
         return v2.TrivialAugmentWide()
-    raise UserError(f"no automatic augmentation {name!r}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
+    raise UserError(f"no automatic augmentation --aa {name}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
 
 
 class EraseBytes(v2.RandomErasing):
@@ -362,12 +396,23 @@ def evaluation_transform(size: int, crop_pct: float | None = None, interpolation
     crop_pct = crop_pct or (224 / 256 if size < 384 else 1.0)
     if crop_pct == 1:
         return v2.Compose([v2.Resize((size, size), interpolation=mode), v2.PILToTensor()])
-    return v2.Compose([v2.Resize(round(size / crop_pct), interpolation=mode), v2.CenterCrop(size), v2.PILToTensor()])
+    return central_square(size, round(size / crop_pct), mode)
 
 
 def center_transform(size: int) -> v2.Transform:
     """Short side to `size`, then the central square: nothing random."""
-    return v2.Compose([v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size), v2.PILToTensor()])
+    return central_square(size, size, v2.InterpolationMode.BICUBIC)
+
+
+def central_square(size: int, short_side: int, mode: v2.InterpolationMode) -> v2.Transform:
+    """The short side to `short_side`, then the central square of `size`."""
+    return v2.Compose([v2.Lambda(trim), v2.Resize(short_side, interpolation=mode), v2.CenterCrop(size), v2.PILToTensor()])
+
+
+def trim(image: Image.Image) -> Image.Image:
+    """The central part of a strip, at most 16 times as long as wide: enlarged whole, a line of pixels would fill the memory."""
+    longest = 16 * min(image.size)
+    return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def normalise(images: torch.Tensor, statistics: tuple, device: torch.device) -> torch.Tensor:
@@ -414,9 +459,6 @@ class ShardSampler:
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int):
         self.indices, self.batch_size = range(rank, length, world_size), batch_size
 
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self.indices), self.batch_size):
             yield [(0, index) for index in self.indices[start : start + self.batch_size]]
@@ -440,7 +482,8 @@ class Unreadable:
         for index in failed[failed >= 0].tolist():
             if index not in self.indices:
                 self.indices.add(index)
-                tqdm.write(f"warning: cannot read {self.images.items[index]}; the next image takes its place", file=sys.stderr)
+                name = one_line(self.images.items[index])
+                tqdm.write(f"warning: cannot read {name}; the next image takes its place", file=sys.stderr)
 
     def check(self, processes: Processes) -> None:
         """Share what every process found; UserError, in all of them, past the limit."""

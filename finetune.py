@@ -10,6 +10,7 @@ Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json an
 
 import argparse
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 
 import common
 import weights
-from common import BoolFlag, Parser, Processes, UserError, mix_seed, number, one_of
+from common import BoolFlag, Parser, Processes, UserError, mix_seed, number, one_line, one_of
 from data import (
     DATA_SETS,
     STATISTICS,
@@ -30,6 +31,7 @@ from data import (
     Images,
     ShardSampler,
     Unreadable,
+    check_readable,
     choose_data_set,
     evaluation_transform,
     list_images,
@@ -138,7 +140,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--finetune", default=None, metavar="FILE", help="weights to start from, of any layout that weights.py reads")
     add("--scratch", action=BoolFlag, default=False, help="start from random weights even if runs/pretrain/encoder.pth exists")
     add("--stem_stride", type=int, choices=(4, 2, 1), default=later, help="stride of the stem")
-    add("--nb_classes", type=count, default=None, help="number of classes (default: as many as the data have)")
+    add("--nb_classes", type=number(int, 1, 1_000_000), default=None, help="number of classes (default: as many as the data have)")
     add("--drop_path", type=share, default=later, help="stochastic depth rate of the last block")
     add(
         "--head_init_scale",
@@ -160,10 +162,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=", ".join(DATA_SETS),
     )
     add("--labels_per_class", type=count, default=None, help="train on this many images per class, chosen by --seed")
-    add("--input_size", type=count, default=later, help="pixels per side of the network's input")
+    add("--input_size", type=common.image_side, default=later, help="pixels per side of the network's input")
     add(
         "--num_workers",
-        type=number(int, 0),
+        type=common.worker_count,
         default=None,
         help="loading processes per training process (default: up to 8 for folders, else 0)",
     )
@@ -176,7 +178,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--crop_pct",
-        type=number(float, 0, 1, above=True),
+        type=number(float, 0.1, 1),
         default=later,
         help="evaluation: share of the short side kept (default: 224/256, 1 from 384 px on)",
     )
@@ -198,20 +200,22 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="pixel",
         help="erase with noise, one random colour, or the mean colour",
     )
-    add("--recount", type=count, default=1, help="rectangles to erase")
+    add("--recount", type=number(int, 1, 100), default=1, help="rectangles to erase")
     add("--mixup", type=number(float, 0), default=later, help="MixUp's alpha; 0: off")
     add("--cutmix", type=number(float, 0), default=later, help="CutMix's alpha; 0: off")
     add("--mixup_prob", type=share, default=1.0, help="probability of mixing a batch at all")
     add("--mixup_switch_prob", type=share, default=0.5, help="probability of CutMix when both are on")
     add("--smoothing", type=share, default=later, help="label smoothing")
 
-    add = parser.add_argument_group("optimisation").add_argument
+    group = parser.add_argument_group("optimisation")
+    add = group.add_argument
     add("--batch_size", type=count, default=later, help="images per process and forward pass")
     add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
     add("--epochs", type=count, default=later, help="passes over the data")
     add("--warmup_epochs", type=number(float, 0), default=later, help="epochs of linear warm-up")
-    add("--blr", type=positive, default=later, help="base learning rate per 256 images; lr = blr * batch / 256")
-    add("--lr", type=positive, default=None, help="learning rate itself, instead of --blr")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--blr", type=positive, default=later, help="base learning rate per 256 images; lr = blr * batch / 256")
+    either("--lr", type=positive, default=None, help="learning rate itself, instead of --blr")
     add("--min_lr", type=number(float, 0), default=1e-6, help="learning rate at the end of the cosine")
     add("--weight_decay", type=number(float, 0), default=later, help="weight decay of kernels and matrices")
     add(
@@ -228,8 +232,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--opt", choices=("adamw", "adam", "sgd"), default="adamw", help="optimiser")
     add("--opt_eps", type=positive, default=1e-8, help="epsilon of Adam and AdamW")
-    add("--opt_betas", type=share, nargs=2, default=(0.9, 0.999), help="betas of Adam and AdamW")
-    add("--momentum", type=share, default=0.9, help="Nesterov momentum of SGD")
+    add("--opt_betas", type=number(float, 0, 1, below=True), nargs=2, default=(0.9, 0.999), help="betas of Adam and AdamW")
+    add("--momentum", type=number(float, 0, 1, below=True), default=0.9, help="Nesterov momentum of SGD")
     add("--clip_grad", type=positive, default=None, help="clip the gradient's norm to this (default: no clipping)")
     add("--model_ema", action=BoolFlag, default=later, help="keep an exponential moving average of the weights")
     add("--model_ema_decay", type=share, default=0.9999, help="its decay; min(this, (1 + t) / (10 + t)) at update t")
@@ -261,6 +265,10 @@ def fill_in_defaults(args: argparse.Namespace, parser: Parser) -> None:
     args.data_set = choose_data_set(synonyms.get(args.data_set, args.data_set), args.data_path or args.eval_data_path)
     if (args.eval or args.predict) and not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
+    if args.eval and args.predict:
+        parser.error("--eval contradicts --predict; leave one of the two out")
+    if args.data_set == "folder" and not (args.data_path or args.eval or args.predict):
+        parser.error(f"--eval_data_path {args.eval_data_path} alone has no images to train on; give --data_path DIR, or --eval")
     if args.scratch and args.finetune:
         parser.error(f"--scratch contradicts --finetune {args.finetune}; leave one of the two out")
     ours = Path("runs/pretrain/encoder.pth")
@@ -277,7 +285,13 @@ def fill_in_defaults(args: argparse.Namespace, parser: Parser) -> None:
     defaults = GENERAL | DEFAULTS[args.data_set]
     file = args.resume if args.eval or args.predict else args.finetune
     if file:
-        defaults |= shape_of_weights(file)
+        found = shape_of_weights(file)
+        for name in ("model", "stem_stride") if args.eval or args.predict else ():
+            if getattr(args, name, found.get(name)) != found.get(name):
+                parser.error(
+                    f"--{name} {getattr(args, name)}, but {file} has {found.get(name, 'a size of its own')}; leave --{name} out"
+                )
+        defaults |= found
     model = getattr(args, "model", defaults["model"])
     if args.recipe:
         size = model.split("_")[1]
@@ -292,15 +306,17 @@ def fill_in_defaults(args: argparse.Namespace, parser: Parser) -> None:
     args.aa = None if args.aa in (None, "none") else args.aa
     if args.warmup_epochs is None:
         args.warmup_epochs = min(20.0, 0.05 * args.epochs)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    common.check_epochs(args, parser)
     if args.head_init_scale is None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
+    if args.amp is not None and args.use_amp is not None and args.use_amp != (args.amp != "none"):
+        parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
     if args.amp is None and args.use_amp is not None:
         args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
     if args.input_size < 8 * args.stem_stride:
         parser.error(
-            f"--input_size {args.input_size} is below the {8 * args.stem_stride} pixels that --stem_stride {args.stem_stride} needs"
+            f"--input_size {args.input_size} is below the {8 * args.stem_stride} pixels that --stem_stride {args.stem_stride} needs; "
+            f"raise it, or lower the stride"
         )
 
 
@@ -311,8 +327,8 @@ def shape_of_weights(path: str) -> dict:
     key = (shape["depths"], shape["dims"]), shape["version"]
     names = [name for name, make in MODELS.items() if (make.args, make.keywords["version"]) == key]
     found = {"stem_stride": shape["stem_stride"]} | ({"model": names[0]} if names else {})
-    config = weights.read_content(path).get("config", {})
-    return found | {name: config[name] for name in ("input_size",) if name in config}
+    size = weights.read_config(path).get("input_size")
+    return found | ({"input_size": size} if isinstance(size, int) else {})
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -391,8 +407,9 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
     train = val = None
     if not args.eval:
         train = load_images(args.data_set, args.data_path, "train", None, args.seed)
-        if train.labels is None or (args.data_set == "folder" and not (Path(args.data_path) / "train").is_dir()):
+        if args.data_set == "folder" and not (Path(args.data_path) / "train").is_dir():
             raise UserError(f"--data_path {args.data_path} has no train/<class>/ folders; fine-tuning needs labelled images")
+        check_labels(train)
         train.transform = training_transform(
             args.input_size, train.statistics, args.min_crop, args.train_interpolation, args.aa, args.color_jitter,
             args.reprob, args.remode, args.recount,
@@ -403,13 +420,19 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
             val = load_images("folder", args.eval_data_path, "val", transform)
         else:
             val = load_images(args.data_set, args.data_path, "val", transform)
-        if val.labels is None:
-            raise UserError(
-                f"{args.eval_data_path or args.data_path} has no val/<class>/ folders; evaluation needs labelled images"
-            )
+        check_labels(val)
     if train and val:
         check_classes(train.classes, val.classes)
     return train, val
+
+
+def check_labels(images: Images) -> None:
+    """UserError unless every image lies in a class folder."""
+    if images.labels is None:
+        loose = min(images.items, key=lambda path: path.count(os.sep))
+        raise UserError(
+            f"{loose} lies in no class folder, and labels are needed; arrange images as train/<class>/ and val/<class>/"
+        )
 
 
 def check_classes(expected: list[str], found: list[str]) -> None:
@@ -430,7 +453,9 @@ def few_labels(images: Images, count: int, seed: int) -> Images:
         chosen[int(images.labels[index])].append(index)
     small = min(chosen, key=lambda label: len(chosen[label]))
     if len(chosen[small]) < count:
-        raise UserError(f"--labels_per_class {count} is more than the {len(chosen[small])} images of class {images.classes[small]}")
+        raise UserError(
+            f"--labels_per_class {count} is more than the {len(chosen[small])} images of class {images.classes[small]}; lower it"
+        )
     return images.subset(sorted(index for indices in chosen.values() for index in indices[:count]))
 
 
@@ -444,20 +469,24 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
     """The classifiers of a checkpoint, "model" and where there is one "model_ema", ready to evaluate; and their class names."""
     content, networks = weights.read_content(path), {}
     for name in ("model", "model_ema"):
-        if name == "model" or name in content:
+        if name == "model" or content.get(name):
             native = weights.to_native(weights.read_file(path, ema=name == "model_ema"))
             shape = weights.architecture(native)
             if not shape["num_classes"]:
                 raise UserError(f"{path} holds no classifier but an encoder; train one with finetune.py --finetune {path}")
+            if shape["in_chans"] != 3:
+                raise UserError(f"{path} takes images of {shape['in_chans']} channels; images here have 3")
             networks[name] = ConvNeXt(**shape).to(device, memory_format=torch.channels_last).eval()
             weights.load_weights(networks[name], native)
-    return networks, content.get("classes")
+    classes = content.get("classes")
+    return networks, classes if isinstance(classes, list) and len(classes) == shape["num_classes"] else None
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and the cross-entropy, every image counted once, however many processes there are."""
     rank, world_size = (processes.rank, processes.world_size) if args.dist_eval else (0, 1)
+    unreadable = Unreadable(images)
     loader = make_loader(
         images,
         ShardSampler(len(images), args.batch_size, rank, world_size),
@@ -468,6 +497,7 @@ def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes
     net.eval()
     sums = torch.zeros(4, device=processes.device, dtype=torch.float64)
     for pixels, labels, failed in loader:
+        unreadable.note(failed)
         labels, readable = labels.to(processes.device), (failed < 0).to(processes.device)
         with torch.autocast(processes.device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = net(normalise(pixels, images.statistics, processes.device))  # (N, classes)
@@ -489,20 +519,26 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
     net = networks.get("model_ema", networks["model"])
     classes = classes or [f"class {k}" for k in range(net.num_classes)]
     paths = []
-    for path in map(Path, args.predict):
-        paths += list_images(path) if path.is_dir() else [str(path)]
+    for path in args.predict:
+        if not os.path.exists(path):
+            raise UserError(f"--predict {path} does not exist; give files or folders of images")
+        paths += list_images(path) if os.path.isdir(path) else [path]
     if not paths:
-        raise UserError(f"no images under {', '.join(args.predict)}")
-    statistics = STATISTICS[weights.read_content(args.resume).get("config", {}).get("data_set", "folder")]
+        raise UserError(f"no images under {', '.join(args.predict)}; give others with --predict")
+    statistics = STATISTICS.get(weights.read_config(args.resume).get("data_set"), STATISTICS["folder"])
     images = Images(paths, None, None, evaluation_transform(args.input_size, args.crop_pct), statistics)
+    check_readable(images, " and ".join(args.predict))
+    unreadable = Unreadable(images)
     for index, path in enumerate(paths):
         pixels, _, failed = images[0, index]
         if failed >= 0:
-            raise UserError(f"cannot read {path} as an image")
+            unreadable.note(torch.tensor([failed]))
+            continue
         with torch.no_grad():
             probabilities = net(normalise(pixels[None], statistics, processes.device))[0].softmax(dim=0)
         best = probabilities.topk(min(5, len(classes)))
-        print(f"{path}: " + ", ".join(f"{classes[k]} {p:.1%}" for p, k in zip(best.values.tolist(), best.indices.tolist())))
+        likeliest = ", ".join(f"{classes[k]} {p:.1%}" for p, k in zip(best.values.tolist(), best.indices.tolist()))
+        print(one_line(f"{path}: {likeliest}"))
 
 
 def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
@@ -513,7 +549,7 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
         check_classes(classes, val.classes)
     for name, net in networks.items():
         if len(val.classes) > net.num_classes:
-            raise UserError(f"{args.resume} has {net.num_classes} classes, the validation images {len(val.classes)}")
+            raise UserError(f"{args.resume} has {net.num_classes} classes, the validation images {len(val.classes)}; give others")
         result = evaluate(net, val, args, processes)
         if processes.is_main:
             print(
@@ -545,7 +581,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         images = few_labels(images, args.labels_per_class, args.seed)
     classes = args.nb_classes or len(images.classes)
     if classes < len(images.classes):
-        raise UserError(f"--nb_classes {classes} is fewer than the {len(images.classes)} classes of the data")
+        raise UserError(f"--nb_classes {classes} is fewer than the {len(images.classes)} classes of the data; leave it out")
     batch_size = min(args.batch_size, len(images) // world_size)
     if batch_size == 0:
         raise UserError(f"{len(images)} images are too few for {world_size} processes; lower torchrun's --nproc_per_node")
@@ -571,8 +607,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch
     updates = math.ceil(batches / args.update_freq)
-    images_per_update = batch_size * args.update_freq * world_size
-    peak_lr = args.lr if args.lr is not None else args.blr * images_per_update / 256
+    images_per_update = batch_size * min(args.update_freq, batches) * world_size
+    peak_lr = common.peak_learning_rate(args, images_per_update)
     optimizer = make_optimizer(args, layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type), peak_lr, device)
     scaler = common.make_scaler(device, amp_dtype)
 

@@ -58,10 +58,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=argparse.SUPPRESS,
         help=f"stride of the stem; a patch is 8 x this wide ({by_data})",
     )
-    add("--mask_ratio", type=number(float, 0, 1, above=True), default=0.6, help="share of the patches to hide")
+    add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
     add("--norm_pix_loss", action=BoolFlag, default=True, help="predict pixels normalised per patch")
-    add("--decoder_depth", type=number(int, 0), default=1, help="ConvNeXt V2 blocks of the decoder")
-    add("--decoder_embed_dim", type=count, default=argparse.SUPPRESS, help=f"width of the decoder ({by_data})")
+    add("--decoder_depth", type=number(int, 0, 100), default=1, help="ConvNeXt V2 blocks of the decoder")
+    add("--decoder_embed_dim", type=number(int, 1, 8192), default=argparse.SUPPRESS, help=f"width of the decoder ({by_data})")
     add(
         "--backend",
         type=one_of("backend", BACKENDS),
@@ -74,10 +74,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--data_path", default=None, metavar="DIR", help="folder of images, or where CIFAR lies; none: the embedded data")
     add("--data_set", type=one_of("data set", DATA_SETS), default=None, metavar="NAME", help=f"{', '.join(DATA_SETS)}")
-    add("--input_size", type=count, default=argparse.SUPPRESS, help=f"pixels per side of the network's input ({by_data})")
+    add(
+        "--input_size",
+        type=common.image_side,
+        default=argparse.SUPPRESS,
+        help=f"pixels per side of the network's input ({by_data})",
+    )
     add(
         "--num_workers",
-        type=number(int, 0),
+        type=common.worker_count,
         default=None,
         help="loading processes per training process (default: up to 8 for folders, else 0)",
     )
@@ -89,13 +94,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
     add("--epochs", type=count, default=argparse.SUPPRESS, help=f"passes over the data ({by_data})")
     add("--warmup_epochs", type=number(float, 0), default=None, help="epochs of linear warm-up (default: 40, or 5%% of short runs)")
-    add(
+    either = group.add_mutually_exclusive_group().add_argument
+    either(
         "--blr",
         type=positive,
         default=argparse.SUPPRESS,
         help=f"base learning rate per 256 images; lr = blr * batch / 256 ({by_data})",
     )
-    add("--lr", type=positive, default=None, help="learning rate itself, instead of --blr")
+    either("--lr", type=positive, default=None, help="learning rate itself, instead of --blr")
     add("--min_lr", type=number(float, 0), default=0.0, help="learning rate at the end of the cosine")
     add("--weight_decay", type=number(float, 0), default=0.05, help="AdamW's weight decay")
     add("--clip_grad", type=positive, default=None, help="clip the gradient's norm to this (default: no clipping)")
@@ -106,16 +112,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data_set = choose_data_set(args.data_set, args.data_path)
     for name, value in DEFAULTS[args.data_set].items():
         setattr(args, name, getattr(args, name, value))
-    if args.input_size % (8 * args.stem_stride):
-        patch = 8 * args.stem_stride
-        parser.error(
-            f"--input_size {args.input_size} is not a multiple of the patch size {patch} (8 x --stem_stride); "
-            f"try --input_size {max(2, round(args.input_size / patch)) * patch}, or --stem_stride 1 for small images"
-        )
+    common.check_grid(args, parser)
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40.0, 0.05 * args.epochs)
-    if args.warmup_epochs > args.epochs:
-        parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}")
+    common.check_epochs(args, parser)
     return args
 
 
@@ -151,8 +151,8 @@ def main(args: argparse.Namespace) -> None:
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch
     updates = math.ceil(batches / args.update_freq)
-    images_per_update = batch_size * args.update_freq * world_size
-    peak_lr = args.lr if args.lr is not None else args.blr * images_per_update / 256
+    images_per_update = batch_size * min(args.update_freq, batches) * world_size
+    peak_lr = common.peak_learning_rate(args, images_per_update)
     optimizer = torch.optim.AdamW(
         common.parameter_groups(mae, args.weight_decay), lr=peak_lr, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu")
     )

@@ -12,6 +12,7 @@ Shapes: C channels, o and i a convolution's output and input channels, K kernel 
 
 import argparse
 import math
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -154,6 +155,8 @@ def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
         value = value.flatten()  # (1, C) -> (C,)
     elif ".pwconv" in name and value.dim() == 4:
         value = value.flatten(1)  # (o, i, 1, 1) -> (o, i)
+    if value.dim() == 0 or value.numel() == 0:
+        raise TypeError("no channels")
     return value.contiguous()
 
 
@@ -296,6 +299,12 @@ def read_content(path: str | Path) -> dict:
         return common.load_file(path)
 
 
+def read_config(path: str | Path) -> dict:
+    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say. UserError for a damaged one."""
+    config = {} if Path(path).suffix == ".safetensors" else read_content(path).get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def read_file(path: str | Path, ema: bool = False) -> State:
     """The state dict in a file, in whatever layout.
 
@@ -371,7 +380,7 @@ def main(args: argparse.Namespace) -> None:
     if args.output.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
         raise UserError(f"OUT {args.output} must end in .pth, .pt, .bin or .safetensors")
     given = read_file(args.input, args.model_ema)
-    if args.output.exists() and args.output.samefile(args.input):
+    if os.path.exists(args.output) and args.output.samefile(args.input):  # unlike Path's, never raises
         raise UserError(f"OUT {args.output} is IN itself, which is never overwritten; choose another name")
     print(f"{args.input}: {describe(given)}")
     native = to_native(given)

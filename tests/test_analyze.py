@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -284,50 +283,6 @@ def test_the_network_is_the_one_that_was_saved(runs):
     assert network.num_classes == 2 and mae.encoder.version == 1 and not mae.norm_pix_loss and not mae.training
     saved = common.load_file(runs / "v1/checkpoint-3.pth")["model"]
     assert all(torch.equal(value, saved[key]) for key, value in mae.state_dict().items())
-
-
-BAD_INPUT = {
-    "no checkpoint": ("reconstruct --checkpoint nowhere", "run `python pretrain.py` first"),
-    "empty run directory": ("collapse --checkpoint flat", "run `python pretrain.py` first"),
-    "not a checkpoint": ("collapse --checkpoint flat/0.png", "flat/0.png"),
-    "no decoder": ("reconstruct --checkpoint v2/encoder.pth", "no decoder"),
-    "no such layer": (
-        "activations --checkpoint v2 --layer stages.9.0",
-        "stages.0.0, stages.1.0, stages.2.0, stages.2.1, stages.3.0",
-    ),
-    "a kind of layer": ("activations --checkpoint v2 --layer grn", "single layer"),
-    "unlabelled": ("selectivity --checkpoint v2 --data_path flat", "needs labels"),
-    "one class": ("selectivity --checkpoint v2 --data_path one", "more classes"),
-    "no training split": ("embed --checkpoint v2 --data_path flat", "has no val"),
-    "other classes in val": ("embed --checkpoint v2 --data_path odd", "class folders"),
-    "too few images": ("collapse --checkpoint v2 --num_images 25", "has 24 images"),
-    "too few pictures": ("reconstruct --checkpoint v2 --images flat/0.png --num_images 2", "has 1 images"),
-    "no such picture": ("reconstruct --checkpoint v2 --images nothing.png", "nothing.png"),
-    "no picture": ("reconstruct --checkpoint v2 --images v2/log.jsonl", "cannot read the image"),
-    "nothing visible": ("reconstruct --checkpoint v2 --mask_ratio 0.9", "no patch visible"),
-    "ratio above one": ("reconstruct --checkpoint v2 --mask_ratios 0.5,1.5", "1.5"),
-    "size off the grid": ("collapse --checkpoint v2 --input_size 20", "--input_size 16"),
-    "GRN of V1": ("grn --checkpoint v1", "no GRN"),
-    "labels and checkpoints": ("collapse --checkpoint v2 v1 --label A", "1 --label for 2"),
-    "no log": ("curves flat", "no log.jsonl"),
-    "damaged log": ("curves damaged", "damaged"),
-    "no such command": ("colapse", "collapse"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_status_2(name, runs, tmp_path, capsys, monkeypatch):
-    words, expected = BAD_INPUT[name]
-    monkeypatch.chdir(runs)
-    monkeypatch.setattr(sys, "argv", ["analyze.py"])
-    Path("damaged").mkdir(exist_ok=True)
-    Path("damaged/log.jsonl").write_text('{"epoch": 1, "lo')
-    with pytest.raises(SystemExit) as exit:
-        common.run_script(
-            analyze.main, lambda: analyze.get_args([*words.split(), *(["--output_dir", str(tmp_path)] if " " in words else [])])
-        )
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and expected in error and error.startswith("analyze.py: ")
 
 
 def test_flags_without_defaults_are_filled_from_the_first_checkpoint(runs):

@@ -160,12 +160,6 @@ def test_ten_skipped_updates_in_a_row_end_the_run_and_name_the_checkpoint(tmp_pa
         common.stop_if_diverging({"skipped_in_row": 10}, tmp_path)
 
 
-def test_half_set_torchrun_variables_are_named(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        common.setup_processes("cpu")
-
-
 def test_an_unusable_device_is_named():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}"):

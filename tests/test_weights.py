@@ -1,7 +1,6 @@
 """Claims about weights.py."""
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from common import UserError
 from fcmae import FCMAE
 from model import MODELS, SIZES, ConvNeXt
 
-ROOT = Path(__file__).parent.parent
 WRITTEN = ("authors", "timm", "hf", "mmpretrain")
 
 
@@ -408,11 +406,3 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path):
     assert_user_error("norm.bias", convert, tmp_path / "incomplete.pth", tmp_path / "b.pth", "--to", "timm")
     assert path.read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {"a.pth", "incomplete.pth", "link.pth"}
-
-
-def test_the_command_fails_in_one_line_from_the_shell(tmp_path):
-    command = [sys.executable, ROOT / "weights.py", tmp_path / "a.pth", tmp_path / "b.pth", "--to"]
-    for layout, words in (("tim", "did you mean timm?"), ("timm", "cannot read")):
-        result = subprocess.run([*command, layout], capture_output=True, text=True)
-        assert result.returncode == 2 and result.stdout == ""
-        assert result.stderr.count("\n") == 1 and words in result.stderr
