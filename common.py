@@ -3,19 +3,24 @@
 import argparse
 import ctypes
 import difflib
+import fcntl
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,20 +43,27 @@ def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[]
         main(get_args())
     except UserError as error:
         _exit_with(2, str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-            raise
-        _exit_with(
-            2, "out of memory; lower --batch_size (--update_freq keeps the update as it is), --input_size or the model's size"
-        )
     except KeyboardInterrupt:
         _exit_with(130, "interrupted; the same command continues from the last checkpoint")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            _exit_with(
+                2, "out of memory; lower --batch_size (--update_freq keeps the update as it is), --input_size or the model's size"
+            )
+        if not distributed.is_initialized() or not _tells_of_a_lost_process(error):
+            raise
+        lines = f"process {distributed.get_rank()} lost contact with another one, which has ended or cannot be reached ({error})"
+        _exit_with(1, f"{lines.splitlines()[0]}; the same command continues from the last checkpoint")
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
         for directory in _made_directories:
             with suppress(OSError):  # it is in use
                 directory.rmdir()
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _exit_with(status: int, message: str) -> None:
@@ -213,8 +225,29 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add("--start_epoch", type=number(int, 0), default=0, help="first epoch, when not resuming")
     add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
     add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
+    add("--save_every_steps", type=count, default=None, metavar="N", help="updates between checkpoints, inside epochs too")
+    add(
+        "--save_every_minutes",
+        type=number(float, 0, above=True),
+        default=None,
+        metavar="M",
+        help="minutes between checkpoints, inside epochs too",
+    )
     add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
+    add("--resume_anyway", action=BoolFlag, default=False, help="continue a run that was started with other settings")
     add("--log_every", type=count, default=20, help="updates between lines of the log")
+    add(
+        "--deterministic",
+        action=BoolFlag,
+        default=False,
+        help="the same bits from every run on a GPU too, by slower kernels (how much slower is not measured); CPU runs need it not",
+    )
+    add(
+        "--timeout_minutes",
+        type=number(float, 0, above=True),
+        default=10.0,
+        help="how long a process waits for another one that does not answer",
+    )
 
 
 # --- processes and devices --------------------------------------------------------------------------------------------
@@ -244,17 +277,44 @@ class Processes:
             distributed.all_reduce(stacked)
         return stacked.tolist()
 
+    def max(self, *values: int) -> list[int]:
+        """The largest over processes of each value, through the CPUs: it does not wait for a device."""
+        largest = torch.tensor(values)
+        if self.world_size > 1:
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return largest.tolist()
+
+    def gather(self, value: Any) -> list:
+        """Every process's value, in the order of ranks."""
+        gathered = [value] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(gathered, value)
+        return gathered
+
     def union(self, members: set) -> set:
         """The union of every process's set."""
-        if self.world_size == 1:
-            return members
-        gathered = [None] * self.world_size
-        distributed.all_gather_object(gathered, members)
-        return set().union(*gathered)
+        return set().union(*self.gather(members))
+
+    def from_main(self, decide: Callable[[], Any]) -> Any:
+        """What `decide()` returns in the main process, for all of them; a UserError that it raises there is raised in all."""
+        outcome = [None]
+        if self.is_main:
+            try:
+                outcome = [decide()]
+            except UserError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(outcome)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
 
 
-def setup_processes(device: str | None) -> Processes:
-    """Choose the device (CUDA when there is one, or as asked) and join the process group that torchrun describes."""
+def setup_processes(device: str | None, timeout_minutes: float = 10.0) -> Processes:
+    """Choose the device (CUDA when there is one, or as asked) and join the process group that torchrun describes.
+
+    A process that waits longer than `timeout_minutes` for another one ends; for one that has died on a CPU run it ends at once.
+    """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(name)
@@ -274,8 +334,9 @@ def setup_processes(device: str | None) -> Processes:
             raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower torchrun's --nproc_per_node")
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"  # on GPU runs decisions travel through the CPUs
     try:
-        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"process {rank} cannot meet the others at {where} ({str(error).splitlines()[0]}); see torchrun") from None
@@ -333,6 +394,14 @@ def keep_heap_mapped() -> None:
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def set_determinism(on: bool) -> None:
+    """Have torch choose operations that give the same bits every time, or raise where it has none."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = False
+
+
 def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
     """The autocast type of `--amp`; by default bfloat16 on GPUs that have it, float16 on older ones, none on CPUs."""
     if amp is None:
@@ -370,6 +439,11 @@ def make_scaler(device: torch.device, amp_dtype: torch.dtype | None) -> torch.am
     return torch.amp.GradScaler(device.type, init_scale=2.0**16 if amp_dtype == torch.float16 else 1.0)
 
 
+def guard(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss, whose gradient is NaN where the loss is not finite: gradients are shared, so all processes skip the update."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
 def apply_update(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None, amp_dtype: torch.dtype | None
 ) -> torch.Tensor:
@@ -385,7 +459,7 @@ def apply_update(
     return grad_norm
 
 
-# --- output directory: checkpoints and log ----------------------------------------------------------------------------
+# --- output directory: files, checkpoints and log ---------------------------------------------------------------------
 
 
 _made_directories: list[Path] = []  # by this process for output, the deepest first; `run_script` removes those still empty
@@ -397,12 +471,45 @@ def prepare_output_dir(path: str) -> Path:
     try:
         _made_directories[:] = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-test-{os.getpid()}"
+        probe = directory / f".write-test.{os.getpid()}.tmp"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to --output_dir {directory} ({error.strerror}); choose another --output_dir") from None
     return directory
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def run_directory(path: str, processes: Processes) -> Iterator[Path]:
+    """The output directory, kept from other runs until the block ends; signals then mean what they did before."""
+    with ExitStack() as stack:
+        processes.from_main(lambda: _lock(prepare_output_dir(path), stack))
+        for number in STOP_SIGNALS:
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        yield Path(path)
+
+
+def _lock(directory: Path, stack: ExitStack) -> None:
+    file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT)
+    stack.callback(os.close, file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers, which may live longer
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run is writing to --output_dir {directory}; wait for its end, or choose another one") from None
+    except OSError as error:
+        print(f"warning: cannot lock {directory} ({error.strerror}); start no second run there", file=sys.stderr)
+    stack.callback(_leave_no_lock_alone, directory)
+    for left_behind in directory.glob(".*.tmp"):
+        left_behind.unlink()
+
+
+def _leave_no_lock_alone(directory: Path) -> None:
+    with suppress(OSError):
+        if os.listdir(directory) == [".lock"]:  # the run ended before it wrote anything
+            os.unlink(directory / ".lock")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -427,32 +534,76 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
 
+_SEAL = b"sha256:"  # and 64 hexadecimal digits: the comment that ends the zip archive which torch.save writes
+_SEAL_LENGTH = len(_SEAL) + 64
+
+
 def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save` of plain types, atomically."""
-    write_atomically(path, lambda file: torch.save(content, file))
+    """`torch.save` of plain types, atomically, with the checksum of the file at its end, where torch.load passes over it."""
+
+    def write(file):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(f"torch.save failed: {str(error).splitlines()[0]}") from error
+        with open(file, "r+b") as archive:
+            archive.seek(-2, os.SEEK_END)
+            archive.write(_SEAL_LENGTH.to_bytes(2, "little"))  # an archive's last field, the length of its comment
+            archive.seek(0)
+            archive.write(_seal(archive, os.path.getsize(file)))
+
+    write_atomically(path, write)
 
 
-def save_checkpoint(directory: Path, epoch: int, state: dict, keep: int) -> None:
-    """Write `checkpoint-<epoch>.pth` and delete all but the newest `keep`."""
-    save_tensors(directory / f"checkpoint-{epoch}.pth", state)
-    for old in find_checkpoints(directory)[:-keep]:
-        old.unlink()
+def _seal(file, length: int) -> bytes:
+    """The seal of the first `length` bytes of an open file, which is left there."""
+    checksum = hashlib.sha256()
+    while length:
+        block = file.read(min(length, 1 << 20))
+        checksum.update(block)
+        length -= len(block)
+    return _SEAL + checksum.hexdigest().encode()
+
+
+def _is_sealed(path: str | Path) -> bool:
+    """Whether a file ends with a checksum, and so is certainly whole; ValueError when it is not that of the file."""
+    with open(path, "rb") as file:
+        length = max(0, os.path.getsize(path) - _SEAL_LENGTH)
+        file.seek(length)
+        seal = file.read()
+        file.seek(0)
+        if seal.startswith(_SEAL) and seal != _seal(file, length):
+            raise ValueError("damaged")
+    return seal.startswith(_SEAL)
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
-    """The directory's checkpoints, oldest first."""
-    numbered = [(path.stem.removeprefix("checkpoint-"), path) for path in directory.glob("checkpoint-*.pth")]
-    return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]
+    """The directory's `checkpoint-<epochs done>.pth` and `checkpoint-<epochs done>-<updates of the next>.pth`, oldest first."""
+    named = [(path.stem.split("-")[1:], path) for path in directory.glob("checkpoint-*.pth")]
+    return [path for _, path in sorted((list(map(int, place)), path) for place, path in named if all(n.isdecimal() for n in place))]
+
+
+def prune_checkpoints(directory: Path, keep: int, newest: Path | None = None) -> None:
+    """Delete all but the last `keep` checkpoints, and never `newest`."""
+    for old in find_checkpoints(directory)[:-keep]:
+        if old != newest:
+            old.unlink()
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
 
 
 def load_file(path: str | Path) -> dict:
     """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
+    sealed = False
     try:
+        sealed = _is_sealed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged and foreign files
         if isinstance(error, OSError) and error.filename:  # it could not be opened
             raise UserError(f"cannot read {path} ({error.strerror})") from None
-        raise UserError(
+        raise (UserError if sealed else DamagedFile)(
             f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
         ) from None
     if not isinstance(content, dict):
@@ -460,26 +611,27 @@ def load_file(path: str | Path) -> dict:
     return content
 
 
-# Flags that may change when a run is continued, because they do not change what it computes (`amp` and `device` only its rounding).
+# Flags that may change when a run is continued, because they do not change what it computes (`amp` and `device` only its rounding);
+# and how its updates are divided among processes and forward passes.
 RUN_FLAGS = {
     "output_dir", "device", "amp", "use_amp", "compile", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq",
     "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "backend", "dist_eval", "eval_freq",
+    "save_every_steps", "save_every_minutes", "resume_anyway", "deterministic", "timeout_minutes",
+    "update_freq", "processes", "images_per_forward", "images_per_epoch",
 }  # fmt: skip
 
 
-def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str) -> dict | None:
-    """The checkpoint to continue from: `--resume`, or with `--auto_resume` the newest one in `directory`; None for a new run.
+def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str, processes: Processes) -> dict:
+    """Where to continue: the checkpoint of `--resume`, or with `--auto_resume` the newest sound one in `directory`, or the beginning.
 
-    UserError if it belongs to another stage or to a run with other settings, or if a new run would mix with an old one.
+    The beginning has no "path". UserError if the checkpoint belongs to another stage or, without `--resume_anyway`, to a run with
+    other settings; or if a new run would mix with an old one.
     """
-    found = find_checkpoints(directory)
-    if found and not args.resume and not args.auto_resume:
-        raise UserError(f"--output_dir {directory} already holds a run; choose another one, delete it, or use --auto_resume")
-    path = args.resume or (found[-1] if found else None)
+    path = processes.from_main(lambda: args.resume or _newest_sound(directory, args))
     if path is None:
-        return None
+        return {"path": None, "epoch": args.start_epoch, "update": 0, "log": "", "meters": [], "unreadable": []}
     state = load_file(path)
-    if state.get("stage") != stage:
+    if state.get("stage") != stage or "meters" not in state:
         raise UserError(
             f"{path} is not a checkpoint-<epoch>.pth of {stage}, which alone can be continued; its weights load by --finetune"
         )
@@ -488,9 +640,115 @@ def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str
         name for name in sorted(config.keys() | saved.keys()) if name not in RUN_FLAGS and saved.get(name) != config.get(name)
     ]
     if differing:
-        fields = ", ".join(f"--{name} {saved.get(name)} (now {config.get(name)})" for name in differing)
-        raise UserError(f"{path} was written with {fields}; repeat those flags, or choose another --output_dir")
+        fields = ", ".join(f"{'--' * hasattr(args, name)}{name} {saved.get(name)} (now {config.get(name)})" for name in differing)
+        if not args.resume_anyway:
+            raise UserError(
+                f"{path} was written with {fields}; repeat those flags, choose another --output_dir, or mean it: --resume_anyway"
+            )
+        state["update"] = state["update"] * config["updates_per_epoch"] // saved["updates_per_epoch"]
+        if processes.is_main:
+            print(f"{path} was written with {fields}; continuing all the same")
+    if len(state["meters"]) != processes.world_size:
+        state["meters"] = [[sum(sums) / len(sums) for sums in zip(*state["meters"])]] * processes.world_size
+    if processes.is_main and any(saved[name] != config[name] for name in ("processes", "images_per_forward")):
+        drawn = "; mixing and stochastic depth draw other numbers" if stage == "finetune.py" else ""
+        before, now = (
+            f"{c['processes']} processes, {c['images_per_forward']} images per forward pass, {c['images_per_epoch']} per epoch"
+            for c in (saved, config)
+        )
+        print(f"{path} had {before}; now {now}: the same order of images, but sums round differently{drawn}")
     return state | {"path": str(path)}
+
+
+def _newest_sound(directory: Path, args: argparse.Namespace) -> Path | None:
+    """The newest checkpoint that can be read; what cannot is set aside under another name."""
+    found = find_checkpoints(directory)
+    if found and not args.auto_resume:
+        raise UserError(f"--output_dir {directory} already holds a run; choose another one, delete it, or use --auto_resume")
+    for path in reversed(found):
+        try:
+            load_file(path)
+        except DamagedFile:
+            path.rename(path.with_name(path.name + ".damaged"))
+            print(f"warning: {path} is damaged and was set aside as {path.name}.damaged", file=sys.stderr)
+        else:
+            prune_checkpoints(directory, args.save_ckpt_num)
+            return path
+    if found:
+        print(f"warning: no checkpoint in {directory} can be read; starting from the beginning", file=sys.stderr)
+    return None
+
+
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Take over a checkpoint's weights and moments, but not its optimiser's settings; UserError where shapes do not fit."""
+    settings = [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(state["model"])
+        if state["optimizer"]["param_groups"][0].keys() != optimizer.param_groups[0].keys():
+            raise ValueError("another optimiser")
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{state['path']} does not fit these settings: {error}; its weights alone load by --finetune") from None
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)
+    scaler.load_state_dict(state["scaler"])
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, at the ends of epochs and inside them, and ends the run after a signal.
+
+    SIGTERM, SIGINT and SIGUSR1 let the update in progress finish; `save` then ends the process with status 128 + the signal's
+    number. A second signal ends it at once.
+    """
+
+    def __init__(self, directory: Path, args: argparse.Namespace, processes: Processes, log: "RunLog", meters: "Meters"):
+        self.directory, self.args, self.processes, self.log, self.meters = directory, args, processes, log, meters
+        self.saved_at, self.received, self.agreed = time.monotonic(), 0, 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _) -> None:
+        if self.received:
+            return
+        self.received = number
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: ending after this update and a checkpoint; a second signal ends at once\n".encode())
+        time.sleep(0.5)  # a scheduler's signal may also arrive by way of torchrun: that is no second one
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def due(self) -> bool:
+        """Whether to save after this update, the same in every process; all must ask."""
+        steps, minutes = self.args.save_every_steps, self.args.save_every_minutes
+        late = self.processes.is_main and minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        self.agreed, late = self.processes.max(self.received, late)
+        return bool(self.agreed or late or (steps and self.log.done % steps == 0))
+
+    def due_at_end(self, epoch: int) -> bool:
+        """Whether to save at the end of `epoch`, the same in every process; all must ask."""
+        (self.agreed,) = self.processes.max(self.received)
+        return bool(self.agreed or (epoch + 1) % self.args.save_ckpt_freq == 0 or epoch + 1 == self.args.epochs)
+
+    def save(self, epoch: int, update: int, state: dict, unreadable: set[int]) -> None:
+        """Write `state` and the place in the run, `update` updates after `epoch` epochs. Every process must call it."""
+        state |= {"epoch": epoch, "update": update, "log": "".join(self.log.lines)}
+        state |= {"meters": self.processes.gather(self.meters.state()), "unreadable": sorted(self.processes.union(unreadable))}
+        skipping = any(skipped_in_row for *_, skipped_in_row in state["meters"])
+        if self.processes.is_main and self.args.save_ckpt and (self.agreed or not (update and skipping)):  # good ones stay longer
+            path = self.directory / (f"checkpoint-{epoch}-{update}.pth" if update else f"checkpoint-{epoch}.pth")
+            with self.log.writing("a checkpoint"):
+                save_tensors(path, state)
+                prune_checkpoints(self.directory, self.args.save_ckpt_num, path)
+            self.saved_at = time.monotonic()
+        if self.agreed:
+            self.log.bar.close()
+            self.processes.gather(None)  # nobody leaves before the checkpoint is written
+            found = find_checkpoints(self.directory)
+            if self.processes.is_main:
+                name = signal.Signals(self.agreed).name
+                where = f"continues from {found[-1]}" if found else "starts anew, as there is no checkpoint"
+                print(f"{name}: ended after update {self.log.done}; the same command {where}", flush=True)
+            sys.exit(128 + self.agreed)
 
 
 class RunLog:
@@ -499,18 +757,48 @@ class RunLog:
     Args:
         updates: updates per epoch.
         done: updates that earlier parts of the run have made.
-        lines: lines of the log that they wrote; what follows them, a resumed run writes again.
+        text: what they wrote to the log, which it begins with.
+
+    The whole log is kept in `lines`, and goes into checkpoints: what cannot be written now is written with the next line.
     """
 
-    def __init__(self, directory: Path, updates: int, epochs: int, done: int, lines: int, processes: Processes):
+    def __init__(self, directory: Path, updates: int, epochs: int, done: int, text: str, processes: Processes):
         self.path, self.updates, self.epochs, self.processes = directory / "log.jsonl", updates, epochs, processes
-        self.done = self.first_done = done
-        self.start, self.lines, quiet = time.perf_counter(), 0, not (processes.is_main and sys.stderr.isatty())
+        self.done = self.first_done = self.reported = done
+        self.lines, self.lines_written, self.size, self.unwritten = text.splitlines(keepends=True), 0, -1, set()
+        self.start, quiet = time.perf_counter(), not (processes.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=updates * epochs, initial=done, unit="update", disable=quiet, smoothing=0.05)
         if processes.is_main:
-            kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
-            write_atomically(self.path, lambda file: file.write_text("".join(kept)))
-            self.lines = len(kept)
+            self._flush()
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Where writing fails (a full disk, say), warn and go on: the next save tries again, and `close` tells what is missing."""
+        directory = self.path.parent
+        if not directory.exists():
+            tqdm.write(f"warning: {directory} has vanished; making it anew", file=sys.stderr)
+            with suppress(OSError):  # the write then fails as well
+                directory.mkdir()
+        try:
+            yield
+            self.unwritten.discard(name)
+        except OSError as error:
+            self.unwritten.add(name)
+            why = error.strerror or error
+            tqdm.write(f"warning: cannot write {name} to {directory} ({why}); the next save tries again", file=sys.stderr)
+
+    def _flush(self) -> None:
+        with self.writing("log.jsonl"):
+            if self.path.exists() and self.path.stat().st_size == self.size:
+                with open(self.path, "a") as file:
+                    file.write("".join(self.lines[self.lines_written :]))
+            else:  # lines of an earlier part that it did not live to save, half a line, or nothing
+                write_atomically(self.path, lambda file: file.write_text("".join(self.lines)))
+            self.lines_written, self.size = len(self.lines), self.path.stat().st_size
+
+    def records(self) -> list[dict]:
+        """What has been logged."""
+        return [json.loads(line) for line in self.lines]
 
     def advance(self) -> None:
         """Count one update."""
@@ -520,7 +808,7 @@ class RunLog:
     def report(self, meters: "Meters", loader: "TimedLoader", images_per_update: int, lr: float, unreadable_images: int) -> dict:
         """Log the updates since the last report. Every process must call it; it is where the host waits for the device."""
         seconds, waited = loader.lap()
-        speed = round(meters.updates * images_per_update / seconds, 1)
+        speed, self.reported = round((self.done - self.reported) * images_per_update / seconds, 1), self.done
         record = {"epoch": round(self.done / self.updates, 4), "update": self.done, "lr": lr} | meters.read(self.processes)
         elapsed = time.perf_counter() - self.start
         record |= {"images_per_second": speed, "data_wait": round(waited / seconds, 3)}
@@ -538,23 +826,30 @@ class RunLog:
         """Append `record` to the log, and show `line`: in the progress bar on a terminal, printed elsewhere."""
         if not self.processes.is_main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        self.lines += 1
+        self.lines.append(json.dumps(record) + "\n")
+        self._flush()
         if self.bar.disable:
             print(line, flush=True)
         else:
             self.bar.set_description_str(line)
 
     def close(self) -> str:
-        """End the progress bar; how long this part of the run took, in words."""
+        """End the progress bar; how long this part of the run took, in words. UserError if a file could not be written."""
         self.bar.close()
+        if "log.jsonl" in self.unwritten:
+            self._flush()
+        if self.unwritten:
+            missing, directory = ", ".join(sorted(self.unwritten)), self.path.parent
+            raise UserError(
+                f"could not write {missing} to {directory}; make room, and the same command continues from what is there"
+            )
         return duration(time.perf_counter() - self.start)
 
 
 def read_log(directory: Path) -> list[dict]:
-    """The records of a run's `log.jsonl`."""
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    """The records of a run's `log.jsonl`, without a last line that was cut short."""
+    lines = (directory / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class TimedLoader:
@@ -581,15 +876,25 @@ class TimedLoader:
 
 
 class Meters:
-    """Sums over updates, kept on the device: adding never waits for it, `read` does."""
+    """Sums over updates, kept on the device: adding never waits for it, `read` does.
 
-    def __init__(self, device: torch.device):
+    They continue those of an earlier part of the run, `states`, in which each rank has its own.
+    """
+
+    def __init__(self, device: torch.device, states: Sequence[list[float]] = (), rank: int = 0):
         self.zero = torch.zeros((), device=device)
         self.skipped_in_row = self.zero
         self._reset()
+        if states:
+            self.updates, *sums = states[rank]
+            self.loss, self.skipped, self.skipped_in_row = (self.zero + value for value in sums)
 
     def _reset(self):
         self.updates, self.update_loss, self.loss, self.skipped, self.grad_norm = 0, self.zero, self.zero, self.zero, self.zero
+
+    def state(self) -> list[float]:
+        """The sums of this process, from which another one can go on."""
+        return [self.updates, *torch.stack([self.loss, self.skipped, self.skipped_in_row]).tolist()]
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Add a forward pass's share of the update's loss."""

@@ -6,7 +6,9 @@ Nothing random here has a hidden state. The order of an epoch depends on (seed, 
 
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import Processes, UserError, mix_seed, one_line
+from common import STOP_SIGNALS, Processes, UserError, mix_seed, one_line
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
 STATISTICS = {
@@ -467,8 +469,21 @@ class ShardSampler:
 def make_loader(images: Images, sampler: EpochSampler | ShardSampler, num_workers: int, pin_memory: bool) -> DataLoader:
     """A loader of (uint8 images (B, 3, S, S), labels (B,), failed (B,)) batches, with workers that outlive the epoch."""
     return DataLoader(
-        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0
+        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_parent,
     )  # fmt: skip
+
+
+def _leave_signals_to_the_parent(_):
+    """In a worker: a signal that reaches all processes of a run must not end it, before the update that it works for."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def obey_the_parent():
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_parent, daemon=True).start()
 
 
 class Unreadable:

@@ -559,19 +559,20 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, evaluate or predict as `args` (from `get_args`) say."""
-    processes = common.setup_processes(args.device)
+    processes = common.setup_processes(args.device, args.timeout_minutes)
+    common.set_determinism(args.deterministic)
     if args.predict:
         predict(args, processes)
     elif args.eval:
         evaluate_checkpoint(args, processes)
     else:
-        train(args, processes)
+        with common.run_directory(args.output_dir, processes) as output_dir:
+            train(args, processes, output_dir)
 
 
-def train(args: argparse.Namespace, processes: Processes) -> None:
+def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
     """Train a classifier, evaluating after every epoch."""
     device, world_size = processes.device, processes.world_size
-    output_dir = common.prepare_output_dir(args.output_dir)
     amp_dtype = common.autocast_dtype(args.amp, device)
 
     # --- data
@@ -606,24 +607,23 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
 
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch
-    updates = math.ceil(batches / args.update_freq)
+    updates = math.ceil(batches / args.update_freq)  # per epoch
     images_per_update = batch_size * min(args.update_freq, batches) * world_size
     peak_lr = common.peak_learning_rate(args, images_per_update)
     optimizer = make_optimizer(args, layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type), peak_lr, device)
     scaler = common.make_scaler(device, amp_dtype)
 
     # --- resume
-    config = vars(args) | {"images": len(images), "images_per_forward": batch_size * world_size, "nb_classes": classes}
-    first_epoch, first_update, log_lines, best = args.start_epoch, 0, 0, -1.0
-    state = common.load_run(output_dir, args, config, "finetune.py")
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema:
+    config = vars(args) | {"images": len(images), "images_in_update": images_per_update, "updates_per_epoch": updates}
+    config |= {"processes": world_size, "images_per_forward": batch_size * world_size}
+    config |= {"images_per_epoch": batches * batch_size * world_size, "nb_classes": classes}
+    state = common.load_run(output_dir, args, config, "finetune.py", processes)
+    if state["path"]:
+        common.restore(state, net, optimizer, scaler)
+        if ema and "model_ema" in state:
             ema.module.load_state_dict(state["model_ema"])
             ema.n_averaged.fill_(state["ema_updates"])
-        first_epoch, first_update, log_lines, best = state["epoch"], state["update"], state["log_lines"], state["best"]
+    first_epoch, first_update, best = state["epoch"], state["update"], state.get("best", -1.0)
     if first_epoch >= args.epochs:
         if processes.is_main:
             print(f"{output_dir} has already finished its {args.epochs} epochs; choose another --output_dir for a new run")
@@ -650,14 +650,26 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
                 print(
                     f"the recipe has {args.images_per_update} images per update; the learning rate follows the {images_per_update} here"
                 )
-        if state:
-            print(f"continuing from {state['path']} at epoch {first_epoch}")
-        common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
-    log = common.RunLog(output_dir, updates, args.epochs, updates * first_epoch + first_update, log_lines, processes)
+        if state["path"]:
+            print(f"continuing from {state['path']} at epoch {first_epoch}, update {first_update}")
+    log = common.RunLog(output_dir, updates, args.epochs, updates * first_epoch + first_update, state["log"], processes)
+    meters = common.Meters(device, state["meters"], processes.rank)
+    unreadable.indices = set(state["unreadable"])
+    checkpoints = common.Checkpoints(output_dir, args, processes, log, meters)
+    about = {"classes": list(images.classes), "config": config, "versions": common.versions()}
+    if processes.is_main:
+        with log.writing("config.json"):
+            common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
+
+    def save(epoch: int, update: int) -> None:
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} | about
+        state |= {"stage": "finetune.py", "best": best}
+        if ema:
+            state |= {"model_ema": ema.module.state_dict(), "ema_updates": int(ema.n_averaged)}
+        checkpoints.save(epoch, update, state, unreadable.indices)
 
     # --- train
     network.train(not args.linear_probe)
-    meters = common.Meters(device)
     for epoch in range(first_epoch, args.epochs):
         sampler.epoch, sampler.first_batch = epoch, first_update * args.update_freq
         for batch, (pixels, labels, failed) in enumerate(loader, sampler.first_batch):
@@ -679,7 +691,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     logits = network(imgs)  # (N, classes)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
-                scaler.scale(loss / turns).backward()
+                scaler.scale(common.guard(loss) / turns).backward()
             meters.add_loss(loss.detach() / turns)
             if not last:
                 continue
@@ -692,6 +704,8 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
                 unreadable.check(processes)
                 record = log.report(meters, loader, images_per_update, lr, len(unreadable.indices))
                 common.stop_if_diverging(record, output_dir)
+            if checkpoints.due():
+                save(epoch, update + 1)
 
         # --- evaluate and save
         first_update = 0
@@ -713,19 +727,15 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             log.write(record, f"epoch {epoch + 1}/{args.epochs}  {shown}  best {best:.2f}%")
             loader.lap()  # evaluation is not training time
             if processes.is_main:
-                draw(output_dir)
-        if processes.is_main and args.save_ckpt:
-            about = {"classes": list(images.classes), "config": config, "versions": common.versions()}
-            if improved:
-                winner = max(scores, key=lambda name: scores[name]["top1"])
-                chosen = (ema.module if winner == "model_ema" else net).state_dict()
+                with log.writing("accuracy.png"):
+                    draw(output_dir, log.records())
+        if improved and processes.is_main and args.save_ckpt:  # before the checkpoint: after it, this is not written again
+            winner = max(scores, key=lambda name: scores[name]["top1"])
+            chosen = (ema.module if winner == "model_ema" else net).state_dict()
+            with log.writing("checkpoint-best.pth"):
                 common.save_tensors(output_dir / "checkpoint-best.pth", {"model": chosen, "epoch": epoch + 1, "top1": best} | about)
-            if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
-                state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"stage": "finetune.py", "epoch": epoch + 1, "update": 0, "log_lines": log.lines, "best": best} | about
-                if ema:
-                    state |= {"model_ema": ema.module.state_dict(), "ema_updates": int(ema.n_averaged)}
-                common.save_checkpoint(output_dir, epoch + 1, state, args.save_ckpt_num)
+        if checkpoints.due_at_end(epoch):
+            save(epoch + 1, 0)
     took = log.close()
     if processes.is_main:
         print(f"finished {args.epochs} epochs after {took}; in {output_dir}:")
@@ -736,9 +746,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         )
 
 
-def draw(output_dir: Path) -> None:
-    """Write accuracy.png from the log."""
-    records = [record for record in common.read_log(output_dir) if "val_top1" in record]
+def draw(output_dir: Path, records: list[dict]) -> None:
+    """Write accuracy.png from the log's records."""
+    records = [record for record in records if "val_top1" in record]
     curves = {"weights": ([r["epoch"] for r in records], [r["val_top1"] for r in records])}
     if "val_ema_top1" in records[-1]:
         curves["moving average"] = curves["weights"][0], [r["val_ema_top1"] for r in records]

@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import common
-from common import BoolFlag, Parser, UserError, mix_seed, number, one_of
+from common import BoolFlag, Parser, Processes, UserError, mix_seed, number, one_of
 from data import (
     DATA_SETS,
     EpochSampler,
@@ -121,9 +121,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as `args` (from `get_args`) say."""
-    processes = common.setup_processes(args.device)
+    processes = common.setup_processes(args.device, args.timeout_minutes)
+    common.set_determinism(args.deterministic)
+    with common.run_directory(args.output_dir, processes) as output_dir:
+        train(args, processes, output_dir)
+
+
+def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Train the autoencoder, writing its encoder and pictures with the checkpoints of epochs."""
     device, world_size = processes.device, processes.world_size
-    output_dir = common.prepare_output_dir(args.output_dir)
     amp_dtype = common.autocast_dtype(args.amp, device)
 
     # --- data
@@ -150,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
 
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch
-    updates = math.ceil(batches / args.update_freq)
+    updates = math.ceil(batches / args.update_freq)  # per epoch
     images_per_update = batch_size * min(args.update_freq, batches) * world_size
     peak_lr = common.peak_learning_rate(args, images_per_update)
     optimizer = torch.optim.AdamW(
@@ -159,14 +165,13 @@ def main(args: argparse.Namespace) -> None:
     scaler = common.make_scaler(device, amp_dtype)
 
     # --- resume
-    config = vars(args) | {"images": len(images), "images_per_forward": batch_size * world_size}
-    first_epoch, first_update, log_lines = args.start_epoch, 0, 0
-    state = common.load_run(output_dir, args, config, "pretrain.py")
-    if state:
-        mae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first_epoch, first_update, log_lines = state["epoch"], state["update"], state["log_lines"]
+    config = vars(args) | {"images": len(images), "images_in_update": images_per_update, "updates_per_epoch": updates}
+    config |= {"processes": world_size, "images_per_forward": batch_size * world_size}
+    config |= {"images_per_epoch": batches * batch_size * world_size}
+    state = common.load_run(output_dir, args, config, "pretrain.py", processes)
+    if state["path"]:
+        common.restore(state, mae, optimizer, scaler)
+    first_epoch, first_update = state["epoch"], state["update"]
     if first_epoch >= args.epochs:
         if processes.is_main:
             print(f"{output_dir} has already finished its {args.epochs} epochs; choose another --output_dir for a new run")
@@ -182,15 +187,24 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
         print(f"{images_per_update} images per update, {updates} updates per epoch, {args.epochs} epochs, lr {peak_lr:.2e}")
         print(f"{world_size} x {device.type}, {'float32' if amp_dtype is None else args.amp or amp_dtype}, into {output_dir}")
-        if state:
-            print(f"continuing from {state['path']} at epoch {first_epoch}")
-        common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
+        if state["path"]:
+            print(f"continuing from {state['path']} at epoch {first_epoch}, update {first_update}")
     samples = sample_images(args) if processes.is_main else None
-    log = common.RunLog(output_dir, updates, args.epochs, updates * first_epoch + first_update, log_lines, processes)
+    log = common.RunLog(output_dir, updates, args.epochs, updates * first_epoch + first_update, state["log"], processes)
+    meters = common.Meters(device, state["meters"], processes.rank)
+    unreadable.indices = set(state["unreadable"])
+    checkpoints = common.Checkpoints(output_dir, args, processes, log, meters)
+    about = {"stage": "pretrain.py", "config": config, "versions": common.versions()}
+    if processes.is_main:
+        with log.writing("config.json"):
+            common.save_json(output_dir / "config.json", config | {"versions": common.versions()})
+
+    def save(epoch: int, update: int) -> None:
+        state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} | about
+        checkpoints.save(epoch, update, state, unreadable.indices)
 
     # --- train
     mae.train()
-    meters = common.Meters(device)
     for epoch in range(first_epoch, args.epochs):
         sampler.epoch, sampler.first_batch = epoch, first_update * args.update_freq
         for batch, (pixels, _, failed) in enumerate(loader, sampler.first_batch):
@@ -212,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
             with nullcontext() if last or world_size == 1 else network.no_sync():
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     loss, _, _ = network(imgs, mask=masks[turn])
-                scaler.scale(loss / turns).backward()
+                scaler.scale(common.guard(loss) / turns).backward()
             meters.add_loss(loss.detach() / turns)
             if not last:
                 continue
@@ -223,16 +237,17 @@ def main(args: argparse.Namespace) -> None:
                 unreadable.check(processes)
                 record = log.report(meters, loader, images_per_update, lr, len(unreadable.indices))
                 common.stop_if_diverging(record, output_dir)
+            if checkpoints.due():
+                save(epoch, update + 1)
 
         first_update = 0
-        if processes.is_main and ((epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs):
-            if args.save_ckpt:
-                state = {"model": mae.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                state |= {"epoch": epoch + 1, "update": 0, "log_lines": log.lines}
-                state |= {"stage": "pretrain.py", "config": config, "versions": common.versions()}
-                common.save_checkpoint(output_dir, epoch + 1, state, args.save_ckpt_num)
-            common.save_tensors(output_dir / "encoder.pth", {"model": encoder.state_dict(), "config": config})
-            draw(mae, samples.to(device), images.statistics, output_dir, args.seed)
+        if checkpoints.due_at_end(epoch):
+            if processes.is_main:  # before the checkpoint: after it, nothing of this epoch would be written again
+                with log.writing("encoder.pth"):
+                    common.save_tensors(output_dir / "encoder.pth", {"model": encoder.state_dict(), "config": config})
+                with log.writing("pictures"):
+                    draw(mae, samples.to(device), images.statistics, output_dir, args.seed, log.records())
+            save(epoch + 1, 0)
     took = log.close()
     if processes.is_main:
         print(f"finished {args.epochs} epochs after {took}; in {output_dir}:")
@@ -247,8 +262,8 @@ def sample_images(args: argparse.Namespace, count: int = 8) -> torch.Tensor:
     return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
 
 
-def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, seed: int) -> None:
-    """Write reconstructions.png of uint8 `pixels` (N, 3, S, S), and loss.png from the log."""
+def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, seed: int, records: list[dict]) -> None:
+    """Write reconstructions.png of uint8 `pixels` (N, 3, S, S), and loss.png from the log's records."""
     mae.eval()
     panels = reconstruction_panels(mae, normalise(pixels, statistics, pixels.device), torch.Generator().manual_seed(seed))
     mae.train()
@@ -258,7 +273,7 @@ def draw(mae: FCMAE, pixels: torch.Tensor, statistics: tuple, output_dir: Path, 
         {title: denormalise(panel, statistics) for title, panel in panels.items()},
         f"{mae.mask_ratio:.0%} of the patches hidden{given}",
     )
-    records = [record for record in common.read_log(output_dir) if record["loss"] is not None]
+    records = [record for record in records if record["loss"] is not None]
     curve = [record["epoch"] for record in records], [record["loss"] for record in records]
     common.plot_curves(
         output_dir / "loss.png", {"loss": curve}, "epoch", "mean squared error on hidden patches", "Pre-training loss"

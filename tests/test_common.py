@@ -105,11 +105,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    for epoch in (8, 9, 10, 11):
-        common.save_checkpoint(tmp_path, epoch, {"epoch": epoch}, keep=2)
+    for place in ("11", "9-100", "10-3", "9", "10-20", "10"):
+        common.save_tensors(tmp_path / f"checkpoint-{place}.pth", {"place": place})
     (tmp_path / "checkpoint-best.pth").write_bytes(b"")
-    assert [path.name for path in common.find_checkpoints(tmp_path)] == ["checkpoint-10.pth", "checkpoint-11.pth"]
-    assert common.load_file(tmp_path / "checkpoint-11.pth") == {"epoch": 11}
+    names = [f"checkpoint-{place}.pth" for place in ("9", "9-100", "10", "10-3", "10-20", "11")]
+    assert [path.name for path in common.find_checkpoints(tmp_path)] == names
+    common.prune_checkpoints(tmp_path, keep=2, newest=tmp_path / "checkpoint-9.pth")
+    assert [path.name for path in common.find_checkpoints(tmp_path)] == [names[0], *names[-2:]]
+    assert common.load_file(tmp_path / "checkpoint-11.pth") == {"place": "11"}
 
 
 class Code:
@@ -132,12 +135,15 @@ def test_files_that_are_no_checkpoints_are_named_and_no_code_runs(tmp_path, caps
 
 def test_the_log_drops_lines_that_the_checkpoint_does_not_know(tmp_path):
     processes = common.Processes(0, 1, torch.device("cpu"))
-    log = common.RunLog(tmp_path, 5, 2, 0, 0, processes)
+    log = common.RunLog(tmp_path, 5, 2, 0, "", processes)
     for step in range(4):
         log.write({"step": step}, f"step {step}")
-    log = common.RunLog(tmp_path, 5, 2, 2, 2, processes)
+    log = common.RunLog(tmp_path, 5, 2, 2, "".join(log.lines[:2]), processes)
     log.write({"step": "two"}, "")
-    assert common.read_log(tmp_path) == [{"step": 0}, {"step": 1}, {"step": "two"}]
+    assert common.read_log(tmp_path) == log.records() == [{"step": 0}, {"step": 1}, {"step": "two"}]
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # cut short by a kill
+    assert len(common.read_log(tmp_path)) == 3
 
 
 def test_meters_average_finite_updates_and_count_the_others():
@@ -155,7 +161,7 @@ def test_meters_average_finite_updates_and_count_the_others():
 
 def test_ten_skipped_updates_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path):
     common.stop_if_diverging({"skipped_in_row": 9}, tmp_path)
-    common.save_checkpoint(tmp_path, 7, {}, keep=1)
+    common.save_tensors(tmp_path / "checkpoint-7.pth", {})
     with pytest.raises(UserError, match="checkpoint-7.pth"):
         common.stop_if_diverging({"skipped_in_row": 10}, tmp_path)
 

@@ -55,7 +55,7 @@ def log_without_times(output_dir):
 def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys):
     state = run(photographs, tmp_path, epochs=4, save_ckpt_num=2)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "checkpoint-3.pth", "checkpoint-4.pth", "encoder.pth", "log.jsonl", "config.json", "loss.png", "reconstructions.png",
+        ".lock", "checkpoint-3.pth", "checkpoint-4.pth", "encoder.pth", "log.jsonl", "config.json", "loss.png", "reconstructions.png",
     }  # fmt: skip
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
     encoder.load_state_dict(common.load_file(tmp_path / "encoder.pth")["model"], strict=True)
@@ -86,17 +86,16 @@ def test_the_loss_falls_below_that_of_predicting_the_mean(photographs, tmp_path)
     assert sum(losses) / len(losses) < 0.93  # the mean of each normalised patch, 0, has a loss of 1
 
 
-@pytest.mark.parametrize("update_freq", [1, 2])
-def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkeypatch, update_freq):
-    whole = run(photographs, tmp_path / "whole", epochs=3, update_freq=update_freq)
+def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkeypatch):
+    whole = run(photographs, tmp_path / "whole", epochs=3, update_freq=2)
 
     with monkeypatch.context() as patch:  # stop once the second epoch has begun, when its log lines are written
         calls = []
         normalise = pretrain.normalise
         patch.setattr(pretrain, "normalise", lambda *args: calls.append(0) or (normalise(*args) if len(calls) < 7 else stop()))
         with pytest.raises(KeyboardInterrupt):
-            run(photographs, tmp_path / "parts", epochs=3, update_freq=update_freq)
-    parts = run(photographs, tmp_path / "parts", epochs=3, update_freq=update_freq)
+            run(photographs, tmp_path / "parts", epochs=3, update_freq=2)
+    parts = run(photographs, tmp_path / "parts", epochs=3, update_freq=2)
 
     assert_equal(parts["model"], whole["model"])
     for key, moments in whole["optimizer"]["state"].items():

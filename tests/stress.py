@@ -1,0 +1,177 @@
+"""Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
+
+    python tests/stress.py --kills 50 --processes 2 --stage finetune
+
+SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
+
+import common
+import finetune
+import pretrain
+from data import draw_images
+
+TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
+COMMON = (
+    "--device cpu --model convnextv2_atto --input_size 32 --stem_stride 1 --epochs 2 --warmup_epochs 1 --lr 1e-3 --num_workers 0 "
+)
+COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
+STAGES = {
+    "pretrain": (pretrain, COMMON + "--decoder_embed_dim 16"),
+    "finetune": (finetune, COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25"),
+}
+
+
+def make_pictures(folder: Path) -> None:
+    """Three classes: 12 images to train with and 6 to validate."""
+    images, labels = draw_images(100, seed=0, size=32)
+    for label in range(3):
+        for i, image in enumerate(images[labels == label][:6]):
+            path = folder / ("train" if i < 4 else "val") / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+
+def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
+    """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    pids = []
+    for rank in range(processes):
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                os.setpgid(0, pids[0] if pids else 0)
+                os.chdir(directory)
+                output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
+                sys.argv = ["train.py"]
+                if processes > 1:
+                    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port)
+                    os.environ |= {name: str(value) for name, value in names.items()}
+                common.run_script(lambda _: work(), lambda: None)
+                status = 0
+            except SystemExit as exit:
+                status = exit.code
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        pids.append(pid)
+        os.setpgid(pid, pids[0])
+    return pids
+
+
+def start(stage: str, pictures: Path, directory: Path, processes: int) -> list[int]:
+    """Start a run in `directory`."""
+    module, flags = STAGES[stage]
+    words = [*flags.split(), "--data_path", str(pictures), "--batch_size", str(4 // processes)]
+    return fork(lambda: module.main(module.get_args(words)), directory, processes)
+
+
+def wait(pids: list[int], seconds: float = float("inf")) -> bool:
+    """Whether all processes ended by themselves within `seconds`; otherwise they are killed. AssertionError when one failed."""
+    end, running = time.monotonic() + seconds, set(pids)
+    while running and time.monotonic() < end:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                assert status == 0, f"a process ended with status {os.waitstatus_to_exitcode(status)}"
+                running.remove(pid)
+        time.sleep(0.002)
+    if running:
+        os.killpg(pids[0], signal.SIGKILL)
+        for pid in running:
+            os.waitpid(pid, 0)
+    return not running
+
+
+def contents(directory: Path) -> dict:
+    """All that a run left, without times: weights, moments, logs and settings as Python objects, pictures as bytes."""
+
+    def untimed(text):
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+
+    found = {}
+    for path in (directory / "run").iterdir():
+        if path.suffix == ".pth":
+            found[path.name] = common.load_file(path)
+            found[path.name]["log"] = untimed(found[path.name].get("log", ""))
+        else:
+            found[path.name] = untimed(path.read_text()) if path.suffix == ".jsonl" else path.read_bytes()
+    return found
+
+
+def difference(a, b, place: str = "") -> str | None:
+    """Where two nests of plain types and tensors differ, if anywhere."""
+    if type(a) is not type(b):
+        return place
+    if isinstance(a, dict | list | tuple):
+        keys = a.keys() if isinstance(a, dict) else range(len(a))
+        if len(a) != len(b) or (isinstance(a, dict) and keys != b.keys()):
+            return f"{place}: {sorted(map(str, a))[:20]} and {sorted(map(str, b))[:20]}"
+        return next((found for key in keys if (found := difference(a[key], b[key], f"{place}/{key}"))), None)
+    return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
+
+
+def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
+    """Print how many interrupted runs equal the uninterrupted one; whether all do."""
+    rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
+    make_pictures(root / "pictures")
+    (root / "whole").mkdir()
+    wait(start(stage, root / "pictures", root / "whole", processes))
+    lasts, whole = time.monotonic() - began, contents(root / "whole")
+    done = runs = identical = 0
+    while done < kills:
+        directory = root / str(runs)
+        directory.mkdir()
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            if wait(start(stage, root / "pictures", directory, processes), rng.uniform(0, lasts)):
+                break
+            done += 1
+        wait(start(stage, root / "pictures", directory, processes))
+        differs = difference(whole, contents(directory))
+        runs, identical = runs + 1, identical + (differs is None)
+        if differs is not None:
+            print(f"{directory} differs from {root / 'whole'} in {differs}")
+    minutes = (time.monotonic() - began) / 60
+    print(f"{stage}, {processes} process(es): {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min")
+    return identical == runs
+
+
+def main() -> None:
+    """Stress the stages that the command line names; exit status 1 when a run differs."""
+    parser = common.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=common.number(int, 1), default=50, help="kills of each stage")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
+    parser.add_argument("--stage", choices=(*STAGES, "both"), default="both", help="what to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    stages = STAGES if args.stage == "both" else [args.stage]
+    if not all([stress(stage, args.kills, args.processes, args.seed) for stage in stages]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
