@@ -288,7 +288,7 @@ def things(tmp_path_factory) -> Path:
     for path in [path for path in (root / "damaged").iterdir() if path.suffix in (".jpg", ".png")]:
         (root / "damagedclass/train/a" / path.name).symlink_to(path)
     (root / "emptyclass/train/b/note.txt").write_text("no image")
-    (root / "damagedlog/log.jsonl").write_text('{"epoch": 1, "lo')
+    (root / "damagedlog/log.jsonl").write_text('{"epoch": 1, "lo\n')
 
     torch.manual_seed(0)
     config = dict(data_set="folder", data_path="labelled", input_size=16, stem_stride=1, mask_ratio=0.5, images=6)
@@ -398,7 +398,7 @@ def test_more_processes_than_gpus_are_one_line(place, capfd, monkeypatch):
 
 
 def test_processes_that_cannot_meet_are_one_line(place, capfd, monkeypatch):
-    def fail(backend):
+    def fail(backend, **_):
         raise torch.distributed.DistNetworkError("timed out\nbecause of a wall")
 
     monkeypatch.setattr(common.distributed, "init_process_group", fail)
@@ -412,7 +412,7 @@ def test_processes_that_cannot_meet_are_one_line(place, capfd, monkeypatch):
     "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 1")]
 )
 def test_too_little_memory_is_one_line(place, capfd, monkeypatch, error):
-    def fail(*args):
+    def fail(*args, **_):
         raise error
 
     monkeypatch.setattr(pretrain, "FCMAE", fail)
@@ -420,7 +420,7 @@ def test_too_little_memory_is_one_line(place, capfd, monkeypatch, error):
 
 
 def test_errors_of_the_code_itself_keep_their_traceback(place, monkeypatch):
-    def fail(*args):
+    def fail(*args, **_):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(pretrain, "FCMAE", fail)

@@ -408,7 +408,7 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
     command = [*torchrun, HERE.parent / "pretrain.py", *processes["flags of two"], "--num_workers", "1"]
 
     def log_reaches(lines):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while not (log := tmp_path / "run/log.jsonl").exists() or log.read_text().count("\n") < lines:
             assert run.poll() is None and time.monotonic() < end
             time.sleep(0.01)
@@ -419,7 +419,7 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
         os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
         log_reaches(6)
         run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=25)
+        assert run.wait(timeout=100)
     text = (tmp_path / "output.txt").read_text()
     assert "exitcode: -9" in text or "exitcode  : -9" in text or "Signal 9" in text, text
     assert text.count("continuing from") == 1 and "SIGTERM: ended after update" in text, text
