@@ -32,7 +32,7 @@ import weights
 from common import COLOURS, BoolFlag, Parser, UserError, mix_seed, number, one_of
 from data import Images, center_transform, denormalise, load_images, normalise
 from fcmae import FCMAE, reconstruction_panels
-from model import Block, ConvNeXt
+from model import GRN, Block, ConvNeXt
 
 INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
 DEPTH_LABEL = "normalised layer index\n(0 first block, 1 last block)"
@@ -157,10 +157,11 @@ def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
     mae = FCMAE(
         load_network(path),
         mask_ratio=config.get("mask_ratio", 0.6),
-        decoder_depth=len({name.split(".")[1] for name in state if name.startswith("decoder.")}),
+        decoder_depth=config.get("decoder_depth", len({name.split(".")[1] for name in state if name.startswith("decoder.")})),
         decoder_embed_dim=state["mask_token"].shape[1],
         norm_pix_loss=config.get("norm_pix_loss", True),
         backend="leaky" if config.get("backend") == "leaky" else "sparse",  # the others compute the same, slower
+        decoder=config.get("decoder", "convnext"),
     )
     decoder = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("proj", "mask_token", "decoder", "pred")}
     try:
@@ -465,8 +466,8 @@ def grn(args: argparse.Namespace) -> None:
     """What GRN does, against depth: relative norms N(G(X)), its parameters, and channel norms before and after."""
     subjects = open_subjects(args)
     for subject in subjects:
-        if subject.model.version != 2:
-            raise UserError(f"{subject.label} is a ConvNeXt V1, which has no GRN; give a V2 checkpoint")
+        if not isinstance(subject.model.stages[0][0].grn, GRN):
+            raise UserError(f"{subject.label} has no GRN, as ConvNeXt V1 has none; give a V2 checkpoint")
     images, indices = choose_images(args, usual=200)
     figure, axes = common.new_figure(2, 2, 10, 7.5)
     panels = {"N(G(X))": axes[0, 0], "gamma": axes[0, 1], "beta": axes[1, 0], "before": axes[1, 1], "after": axes[1, 1]}

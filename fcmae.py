@@ -5,9 +5,11 @@ D decoder width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from model import Block, ConvNeXt, check_images, init_weights
+from decoders import DECODERS, UNet
+from model import ConvNeXt, check_images, init_weights
 from sparse import check_mask, masked_encoder, sparse_encoder, upsample_mask
 
 BACKENDS = ("sparse", "reference", "masked", "leaky")
@@ -35,13 +37,14 @@ class FCMAE(nn.Module):
     Args:
         encoder: a ConvNeXt built with `num_classes=0`.
         mask_ratio: share of the patches to hide.
-        decoder_depth, decoder_embed_dim: ConvNeXt V2 blocks of the decoder, and their width D.
+        decoder_depth, decoder_embed_dim: blocks of the decoder, and their width D.
         norm_pix_loss: predict each patch's pixels normalised by that patch's own mean and variance.
         backend: how the encoder runs.
             "sparse": visible sites only.
             "reference": the same by the definition of submanifold convolution, a sum over 49 taps, and plain modules; slow.
             "masked": dense, with the mask before and after each convolution; the same function, and the tests' oracle.
             "leaky": dense on the zero-filled image with no mask inside: the paper's "without sparse conv." ablation.
+        decoder: ConvNeXt V2 blocks, or what `decoders.py` has to compare with them.
     """
 
     def __init__(
@@ -52,12 +55,15 @@ class FCMAE(nn.Module):
         decoder_embed_dim: int = 512,
         norm_pix_loss: bool = True,
         backend: str = "sparse",
+        decoder: str = "convnext",
     ):
         super().__init__()
         if encoder.num_classes:
             raise ValueError(f"the encoder has a head of {encoder.num_classes} classes; build it with num_classes=0")
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder {decoder!r} is not one of {', '.join(DECODERS)}")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
         if decoder_depth < 0 or decoder_embed_dim < 1:
@@ -70,8 +76,11 @@ class FCMAE(nn.Module):
 
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_embed_dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
-        self.decoder = nn.Sequential(*(Block(decoder_embed_dim) for _ in range(decoder_depth)))
-        self.pred = nn.Conv2d(decoder_embed_dim, self.patch_size**2 * self.in_chans, kernel_size=1)
+        self.decoder = DECODERS[decoder](decoder_embed_dim, decoder_depth, encoder.dims)
+        if isinstance(self.decoder, UNet):  # predicts on the stem's grid
+            self.pred = nn.Conv2d(self.decoder.dims[-1], encoder.stem_stride**2 * self.in_chans, kernel_size=1)
+        else:
+            self.pred = nn.Conv2d(decoder_embed_dim, self.patch_size**2 * self.in_chans, kernel_size=1)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -95,26 +104,41 @@ class FCMAE(nn.Module):
             raise ValueError("the mask hides no patch, so there is nothing to predict")
         if mask.all():
             raise ValueError("the mask leaves no patch visible, so there is nothing to predict from")
-        features = self.forward_encoder(imgs, mask)
+        maps = []
+        features = self.forward_encoder(imgs, mask, maps)
         mask = mask.to(imgs.device, non_blocking=True)
-        pred = self.forward_decoder(features, mask)
+        pred = self.forward_decoder(features, mask, maps)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
-    def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells."""
+    def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor, maps: list | None = None) -> torch.Tensor:
+        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells.
+
+        maps: gets the maps of all four stages, finest first, if the decoder is one that takes them.
+        """
+        maps = maps if getattr(self.decoder, "skip", False) else None
         if self.backend == "masked":
-            return masked_encoder(self.encoder, imgs, mask)
+            return masked_encoder(self.encoder, imgs, mask, maps)
         if self.backend == "leaky":
             check_mask(self.encoder, imgs, mask)
             mask = mask.to(imgs.device)
             zero_filled = imgs.masked_fill(upsample_mask(mask, self.patch_size)[:, None], 0)
-            return self.encoder.forward_stages(zero_filled)[-1].masked_fill(mask[:, None], 0)
-        return sparse_encoder(self.encoder, imgs, mask, reference=self.backend == "reference").dense()
+            stages = enumerate(self.encoder.forward_stages(zero_filled))
+            stages = [x.masked_fill(upsample_mask(mask, 8 >> i)[:, None], 0) for i, x in stages]
+            if maps is not None:
+                maps += stages
+            return stages[-1]
+        features = sparse_encoder(self.encoder, imgs, mask, self.backend == "reference", maps).dense()
+        if maps is not None:
+            maps[:] = [kept.dense() for kept in maps]
+        return features
 
-    def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(N, dims[-1], h, w) and mask (N, h, w) -> predicted patches (N, L, p * p * in_chans)."""
+    def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor, maps: list | None = None) -> torch.Tensor:
+        """(N, dims[-1], h, w), mask (N, h, w) and, for a decoder with skips, maps -> predicted patches (N, L, p * p * in_chans)."""
         x = self.proj(features)  # (N, D, h, w)
         x = torch.where(mask[:, None], self.mask_token.to(x.dtype), x)
+        if isinstance(self.decoder, UNet):
+            x = self.pred(self.decoder(x, maps))  # (N, D, h, w) -> (N, s * s * C, H / s, W / s), s the stem's stride
+            return self.patchify(F.pixel_shuffle(x, self.encoder.stem_stride))  # (N, C, H, W) -> (N, L, p * p * C)
         return self.pred(self.decoder(x)).flatten(2).transpose(1, 2)  # (N, p * p * C, h, w) -> (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

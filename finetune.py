@@ -41,6 +41,7 @@ from data import (
     training_transform,
 )
 from model import MODELS, ConvNeXt
+from variants import MLP_NORMS, choose_mlp_norm
 
 
 def _by_size(sizes: str, **rows) -> dict[str, dict]:
@@ -141,6 +142,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scratch", action=BoolFlag, default=False, help="start from random weights even if runs/pretrain/encoder.pth exists")
     add("--stem_stride", type=int, choices=(4, 2, 1), default=later, help="stride of the stem")
     add("--nb_classes", type=number(int, 1, 1_000_000), default=None, help="number of classes (default: as many as the data have)")
+    add(
+        "--mlp_norm",
+        type=one_of("norm", MLP_NORMS),
+        default=later,
+        metavar="NAME",
+        help="in GRN's place, also when the weights have another there: grn to add it, none to drop it (default: as the weights)",
+    )
     add("--drop_path", type=share, default=later, help="stochastic depth rate of the last block")
     add(
         "--head_init_scale",
@@ -160,6 +168,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         metavar="NAME",
         help=", ".join(DATA_SETS),
+    )
+    add(
+        "--holdout",
+        type=number(float, 0, 0.9, above=True),
+        default=None,
+        help="evaluate on this share of the training images, left out of training, and never on the validation images: for tuning",
     )
     add("--labels_per_class", type=count, default=None, help="train on this many images per class, chosen by --seed")
     add("--input_size", type=common.image_side, default=later, help="pixels per side of the network's input")
@@ -255,7 +269,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 # Defaults that neither the data set nor a recipe sets.
 GENERAL = dict(
     min_crop=0.08, crop_pct=None, mixup=0.0, cutmix=0.0, smoothing=0.1, drop_path=0.0, weight_decay=0.05, warmup_epochs=None,
-    layer_decay=1.0, layer_decay_type="single", model_ema=False, images_per_update=None,
+    layer_decay=1.0, layer_decay_type="single", model_ema=False, images_per_update=None, mlp_norm=None,
 )  # fmt: skip
 
 
@@ -327,6 +341,8 @@ def shape_of_weights(path: str) -> dict:
     key = (shape["depths"], shape["dims"]), shape["version"]
     names = [name for name, make in MODELS.items() if (make.args, make.keywords["version"]) == key]
     found = {"stem_stride": shape["stem_stride"]} | ({"model": names[0]} if names else {})
+    if "mlp_norm" in shape:
+        found["mlp_norm"] = weights.mlp_norm_of(native)
     size = weights.read_config(path).get("input_size")
     return found | ({"input_size": size} if isinstance(size, int) else {})
 
@@ -414,7 +430,10 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
             args.input_size, train.statistics, args.min_crop, args.train_interpolation, args.aa, args.color_jitter,
             args.reprob, args.remode, args.recount,
         )  # fmt: skip
-    if args.eval or not args.disable_eval:
+    if args.holdout and train:
+        train, val = hold_out(train, args.holdout)
+        val.transform = evaluation_transform(args.input_size, args.crop_pct)
+    elif args.eval or not args.disable_eval:
         transform = evaluation_transform(args.input_size, args.crop_pct)
         if args.eval_data_path:
             val = load_images("folder", args.eval_data_path, "val", transform)
@@ -445,12 +464,28 @@ def check_classes(expected: list[str], found: list[str]) -> None:
             )
 
 
+def shuffled_by_class(images: Images, seed: int) -> dict[int, list[int]]:
+    """The indices of every class's images, in random order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = {label: [] for label in range(len(images.classes))}
+    for index in order:
+        found[int(images.labels[index])].append(index)
+    return found
+
+
+def hold_out(images: Images, share: float) -> tuple[Images, Images]:
+    """The images without a `share` of every class, and that share: always the same ones, whatever the run's seed."""
+    held = [
+        i for indices in shuffled_by_class(images, mix_seed("holdout")).values() for i in indices[: round(share * len(indices))]
+    ]
+    if not held:
+        raise UserError(f"--holdout {share} of {len(images)} images is none of any class; hold out more")
+    return images.subset(sorted(set(range(len(images))) - set(held))), images.subset(sorted(held))
+
+
 def few_labels(images: Images, count: int, seed: int) -> Images:
     """`count` images of every class: the same ones for the same seed, and a part of those for a larger count."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed("labels", seed))).tolist()
-    chosen = {label: [] for label in range(len(images.classes))}
-    for index in order:
-        chosen[int(images.labels[index])].append(index)
+    chosen = shuffled_by_class(images, mix_seed("labels", seed))
     small = min(chosen, key=lambda label: len(chosen[label]))
     if len(chosen[small]) < count:
         raise UserError(
@@ -459,10 +494,15 @@ def few_labels(images: Images, count: int, seed: int) -> Images:
     return images.subset(sorted(index for indices in chosen.values() for index in indices[:count]))
 
 
-def load_pretrained(net: ConvNeXt, path: str) -> list[str]:
-    """Copy a weights file of any layout into `net`; lines that say what was found and what was left out."""
+def load_pretrained(net: ConvNeXt, path: str, mlp_norm: str | None = None) -> list[str]:
+    """Copy a weights file of any layout into `net`; lines that say what was found and what was left out.
+
+    mlp_norm: what was asked for in GRN's place, where the file may have another.
+    """
     found = weights.read_file(path)
-    return [f"{path}: {weights.describe(found)}", *weights.load_weights(net, weights.to_native(found))]
+    native = weights.to_native(found)
+    exchange = mlp_norm not in (None, weights.mlp_norm_of(native))
+    return [f"{path}: {weights.describe(found)}", *weights.load_weights(net, native, exchange)]
 
 
 def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
@@ -595,9 +635,10 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     # --- model
     torch.manual_seed(args.seed)
     net = MODELS[args.model](
-        num_classes=classes, stem_stride=args.stem_stride, drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale
-    )
-    report = load_pretrained(net, args.finetune) if args.finetune else ["random initial weights"]
+        num_classes=classes, stem_stride=args.stem_stride, drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale,
+        mlp_norm=choose_mlp_norm(args.mlp_norm, args.model),
+    )  # fmt: skip
+    report = load_pretrained(net, args.finetune, args.mlp_norm) if args.finetune else ["random initial weights"]
     if args.linear_probe:
         net.requires_grad_(False)
         net.head.requires_grad_(True)

@@ -5,6 +5,7 @@
 Shapes: N images, C channels, H x W sites.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -53,15 +54,18 @@ class GRN(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5)."""
+    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5).
 
-    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2):
+    `mlp_norm` puts something else in GRN's place, for comparison; the candidates stand in `variants.py`.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2, mlp_norm: Callable[[int], nn.Module] | None = None):
         super().__init__()
         self.dwconv = DepthwiseConv(dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)  # a 1x1 convolution, on channels-last maps
         self.act = nn.GELU()
-        self.grn = GRN(4 * dim) if version == 2 else nn.Identity()
+        self.grn = (mlp_norm or (GRN if version == 2 else nn.Identity))(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6)) if version == 1 else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
@@ -95,6 +99,7 @@ class ConvNeXt(nn.Module):
             `patch_size = 8 * stem_stride` pixels on a side.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the head's initial weight and bias.
+        mlp_norm: makes what stands in GRN's place, from its number of channels; None: GRN in version 2, nothing in version 1.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class ConvNeXt(nn.Module):
         stem_stride: int = 4,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
+        mlp_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         if stem_stride not in (4, 2, 1):
@@ -131,7 +137,7 @@ class ConvNeXt(nn.Module):
             )
         rates = iter(drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, next(rates), version) for _ in range(depth))) for depth, dim in zip(depths, dims)
+            nn.Sequential(*(Block(dim, next(rates), version, mlp_norm) for _ in range(depth))) for depth, dim in zip(depths, dims)
         )
         self.norm = LayerNorm(dims[-1]) if num_classes else nn.Identity()
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()

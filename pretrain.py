@@ -29,8 +29,10 @@ from data import (
     normalise,
     pretrain_transform,
 )
+from decoders import DECODERS
 from fcmae import BACKENDS, FCMAE, random_mask, reconstruction_panels
 from model import MODELS
+from variants import MLP_NORMS, choose_mlp_norm
 
 # Defaults that depend on the data. Folders get the paper's recipe (Tab. 8); small images get a small stem and a short run.
 DEFAULTS = {
@@ -60,7 +62,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
     add("--norm_pix_loss", action=BoolFlag, default=True, help="predict pixels normalised per patch")
-    add("--decoder_depth", type=number(int, 0, 100), default=1, help="ConvNeXt V2 blocks of the decoder")
+    add("--mlp_norm", type=one_of("norm", MLP_NORMS), default=None, metavar="NAME", help=f"in GRN's place: {', '.join(MLP_NORMS)}")
+    add("--decoder", type=one_of("decoder", DECODERS), default="convnext", metavar="NAME", help=", ".join(DECODERS))
+    add("--decoder_depth", type=number(int, 0, 100), default=1, help="blocks of the decoder; of a U-Net, on each of its grids")
     add("--decoder_embed_dim", type=number(int, 1, 8192), default=argparse.SUPPRESS, help=f"width of the decoder ({by_data})")
     add(
         "--backend",
@@ -145,10 +149,13 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
 
     # --- model
     torch.manual_seed(args.seed)
-    encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride)
+    mlp_norm = choose_mlp_norm(args.mlp_norm, args.model)
+    encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, mlp_norm=mlp_norm)
     grid = args.input_size // encoder.patch_size
     try:
-        mae = FCMAE(encoder, args.mask_ratio, args.decoder_depth, args.decoder_embed_dim, args.norm_pix_loss, args.backend)
+        mae = FCMAE(
+            encoder, args.mask_ratio, args.decoder_depth, args.decoder_embed_dim, args.norm_pix_loss, args.backend, args.decoder
+        )
         random_mask(1, grid, grid, args.mask_ratio)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Block, ConvNeXt, check_images, depthwise_conv, depthwise_weight_grad
+from model import GRN, Block, ConvNeXt, check_images, depthwise_conv, depthwise_weight_grad
 
 
 class Sites:
@@ -136,12 +136,17 @@ def _to_rows(x, cell):
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
+UNEQUAL = "the mask leaves unequal numbers of sites visible, which only GRN, or nothing in its place, can take"
 
-def sparse_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, reference: bool = False) -> SparseTensor:
+
+def sparse_encoder(
+    net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, reference: bool = False, keep: list | None = None
+) -> SparseTensor:
     """Run `net`'s stages on the visible sites of `imgs` (N, in_chans, H, W) only; the last stage's features.
 
     mask: (N, H / patch_size, W / patch_size) boolean, True = hidden, any pattern. Hidden pixels are never read.
     reference: by `reference_conv` and the blocks' own modules, instead of their fast equivalents.
+    keep: gets every stage's features too, as SparseTensors.
     Raises ValueError for images or masks of another shape or type.
     """
     check_mask(net, imgs, mask)
@@ -154,6 +159,8 @@ def sparse_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, refere
             x = _downsample(net.downsample_layers[i], x)  # (4A, dims[i - 1]) -> (A, dims[i])
         for block in stage:
             x = x + _block_branch(block, x, sites, reference)
+        if keep is not None:
+            keep.append(SparseTensor(x, sites))
     return SparseTensor(x, sites)
 
 
@@ -184,13 +191,15 @@ def _block_branch(block: Block, x: torch.Tensor, sites: Sites, reference: bool) 
         y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])
         return block.drop_path(mlp(y)).view(x.shape)
     # Unequal counts: GRN's norm is over one image, so each image is a map of its own.
+    if not isinstance(block.grn, GRN | nn.Identity):
+        raise ValueError(UNEQUAL)
     return torch.cat([block.drop_path(mlp(y[None, None])).flatten(0, 2) for y in y.split(sites.counts)])
 
 
-def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, keep: list | None = None) -> torch.Tensor:
     """The same function by dense convolutions with the mask before and after each, GRN over visible sites: the oracle.
 
-    Same arguments as `sparse_encoder`; returns (N, dims[-1], h, w), zero at hidden cells.
+    Same arguments as `sparse_encoder`; returns (N, dims[-1], h, w), zero at hidden cells, and keeps dense maps.
     """
     check_mask(net, imgs, mask)
     mask = mask.to(imgs.device)
@@ -202,11 +211,24 @@ def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> tor
             y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
             y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
             y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
-            y = block.grn(y.masked_fill(hidden.permute(0, 2, 3, 1), 0))
+            y = _over_visible(block.grn, y.masked_fill(hidden.permute(0, 2, 3, 1), 0), ~hidden[:, 0])
             y = block.pwconv2(y)  # (N, H, W, C)
             y = y if block.gamma is None else block.gamma * y
             x = x + block.drop_path(y.permute(0, 3, 1, 2)).masked_fill(hidden, 0)
+        if keep is not None:
+            keep.append(x)
     return x
+
+
+def _over_visible(module: nn.Module, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """What stands in GRN's place, on (N, H, W, C) with zeros at hidden sites, which change no norm but would change a mean."""
+    if isinstance(module, GRN | nn.Identity):
+        return module(x)
+    counts = visible.flatten(1).sum(dim=1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(UNEQUAL)
+    rows = x[visible].view(len(x), 1, counts[0], -1)  # (N, H, W, C) -> (A, C) -> (N, 1, A / N, C)
+    return torch.zeros_like(x).masked_scatter(visible[..., None], module(rows))
 
 
 def upsample_mask(mask: torch.Tensor, scale: int) -> torch.Tensor:

@@ -22,11 +22,13 @@ import torch
 import common
 from common import BoolFlag, Parser, UserError, one_of
 from model import SIZES, ConvNeXt
+from variants import MLP_NORMS
 
 State = dict[str, torch.Tensor]
 
 # One row per kind of tensor, one column per layout, read in both directions; "" means as in the first column. Fields: p weight
-# or bias, i stage, j block, d stage after the first, k norm or convolution; {block} stands for the layout's entry in BLOCK.
+# or bias, i stage, j block, d stage after the first, k norm or convolution, v what variants.py puts in GRN's place (other
+# libraries have no such networks); {block} stands for the layout's entry in BLOCK.
 LAYOUTS = ("native", "timm", "hf", "mmpretrain")
 NAMES = (
     ("downsample_layers.0.0.{p}", "stem.0.{p}", "embeddings.patch_embeddings.{p}", ""),
@@ -38,12 +40,13 @@ NAMES = (
     ("{block}.pwconv2.{p}", "{block}.mlp.fc2.{p}", "", "{block}.pointwise_conv2.{p}"),
     ("{block}.grn.gamma", "{block}.mlp.grn.weight", "{block}.grn.weight", ""),
     ("{block}.grn.beta", "{block}.mlp.grn.bias", "{block}.grn.bias", ""),
+    ("{block}.grn.{v}", "", "", ""),
     ("{block}.gamma", "", "{block}.layer_scale_parameter", ""),
     ("norm.{p}", "head.norm.{p}", "layernorm.{p}", "norm3.{p}"),
     ("head.{p}", "head.fc.{p}", "classifier.{p}", "head.fc.{p}"),
 )
 BLOCK = ("stages.{i}.{j}", "stages.{i}.blocks.{j}", "encoder.stages.{i}.layers.{j}", "stages.{i}.{j}")
-FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01]"}
+FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01]", "v": rf"(?:{'|'.join(MLP_NORMS)})\.[\w.]+"}
 OUTER = r"(?:encoder\.|backbone\.|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
 
 STEM = "downsample_layers.0.0.weight"
@@ -149,7 +152,7 @@ def _dense_kernel(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
-    if ".grn." in name:
+    if name.endswith((".grn.gamma", ".grn.beta")):
         value = value.reshape(1, 1, 1, -1)
     elif name.endswith("bias"):
         value = value.flatten()  # (1, C) -> (C,)
@@ -182,6 +185,8 @@ def from_native(state_dict: State, layout: str) -> State:
     if layout not in LAYOUTS:
         raise UserError(f"no layout {layout!r} to write; choose from authors, {', '.join(LAYOUTS)}")
     found = architecture(state_dict)
+    if layout != "native" and mlp_norm_of(state_dict) not in (None, "grn"):
+        raise UserError(f"{layout} has no ConvNeXt with {mlp_norm_of(state_dict)} in GRN's place; only --to native can hold it")
     outer = {"hf": "convnextv2." if found["version"] == 2 else "convnext.", "mmpretrain": "backbone."}.get(layout, "")
     # timm runs the MLP of its models narrower than tiny as 1x1 convolutions.
     as_convolution = layout == "timm" and found["dims"][0] < SIZES["tiny"][1][0]
@@ -209,23 +214,34 @@ def architecture(native: State) -> dict:
     stem = native[STEM].shape
     if len(stem) != 4 or stem[2] != stem[3] or stem[2] not in (4, 2, 1):
         raise UserError(f"the stem's kernel {tuple(stem)} is not (C, in_chans, s, s) with s 4, 2 or 1")
+    in_grns_place = mlp_norm_of(native)
     return dict(
         depths=tuple(sum(bool(re.fullmatch(rf"stages\.{i}\.\d+\.dwconv\.weight", key)) for key in native) for i in range(4)),
         dims=tuple(len(native[key]) for key in needed[1:]),
-        version=2 if any(".grn." in key for key in native) else 1,
+        version=2 if in_grns_place else 1,
         num_classes=len(native["head.weight"]) if "head.weight" in native else 0,
         in_chans=stem[1],
         stem_stride=stem[2],
+        **({} if in_grns_place in (None, "grn") else dict(mlp_norm=MLP_NORMS[in_grns_place])),
     )
 
 
-def load_weights(model: ConvNeXt, native: State) -> list[str]:
+def mlp_norm_of(native: State) -> str | None:
+    """What stands in GRN's place, a name in `variants.MLP_NORMS`: "grn" in V2, None in V1."""
+    found = {key.split(".grn.")[1].split(".")[0] for key in native if ".grn." in key}
+    return next(iter(found & MLP_NORMS.keys()), "grn" if found else None)
+
+
+def load_weights(model: ConvNeXt, native: State, exchange_mlp_norm: bool = False) -> list[str]:
     """Copy native tensors into `model`, strictly; returns a report, line by line.
 
     A model without classes takes neither norm nor head. A head for another number of classes is left out. The model's head
     keeps its initial values then, and where the file has none; so does its norm where the file has neither, as pre-trained
     encoders do. A stem for other images is adapted (`adapt_stem`). UserError for another stem stride, and for whatever else is
     missing, unexpected or of another shape.
+
+    exchange_mlp_norm: what stands in GRN's place may be another in the model than in the file. It is left out then, and the
+        model's keeps its initial values.
     """
     native, expected, found = dict(native), model.state_dict(), architecture(native)
     if found["stem_stride"] != model.stem_stride:
@@ -253,6 +269,12 @@ def load_weights(model: ConvNeXt, native: State) -> list[str]:
     initial = [name for name in expected if name.startswith(initial)]
     if initial:
         report.append(f"at their initial values: {', '.join(initial)}")
+    if exchange_mlp_norm:
+        left, new = ([name for name in names if ".grn." in name] for names in (native, expected))
+        before, after = mlp_norm_of(native), mlp_norm_of(expected)
+        report.append(f"{before} exchanged for {after}: {len(left)} tensors left out, {len(new)} at their initial values")
+        native = {name: value for name, value in native.items() if name not in left}
+        initial += new
     shapes = {name: (tuple(native[name].shape), tuple(expected[name].shape)) for name in native if name in expected}
     problems = {
         "missing": [name for name in expected if name not in native and name not in initial],
