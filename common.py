@@ -335,8 +335,12 @@ def setup_processes(device: str | None, timeout_minutes: float = 10.0) -> Proces
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"  # on GPU runs decisions travel through the CPUs
+    timeout = timedelta(minutes=timeout_minutes)
     try:
-        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        store, _, _ = next(distributed.rendezvous("env://", rank, world_size, timeout=timeout))
+        # torchrun keeps its store over restarts: without a prefix, a process may wait for one of the earlier attempt.
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"process {rank} cannot meet the others at {where} ({str(error).splitlines()[0]}); see torchrun") from None
