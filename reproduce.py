@@ -547,7 +547,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> None:
     waiting = [job for job in jobs if not job.finished]
     done, failed, started = len(jobs) - len(waiting), {}, {}
     threads = max(1, torch.get_num_threads() // side_by_side) if side_by_side > 1 else torch.get_num_threads()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the running jobs too; they continue when started again
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the running jobs too; they continue when started again
 
     def close(job, error=None):
         nonlocal done
@@ -587,6 +587,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> None:
             process.terminate()
             process.wait()
             running.end(False)
+        signal.signal(signal.SIGTERM, before)
     if failed:
         names = ", ".join(job.name for job in failed)
         raise UserError(f"{len(failed)} jobs failed ({names}); the others are done, and the same command tries these again")

@@ -154,6 +154,8 @@ def _dense_kernel(kernel: torch.Tensor) -> torch.Tensor:
 def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
     if name.endswith((".grn.gamma", ".grn.beta")):
         value = value.reshape(1, 1, 1, -1)
+    elif ".grn." in name:
+        return value  # of variants.py, as it is
     elif name.endswith("bias"):
         value = value.flatten()  # (1, C) -> (C,)
     elif ".pwconv" in name and value.dim() == 4:

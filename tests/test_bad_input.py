@@ -159,7 +159,7 @@ TABLE = {
     "analyze: labels and checkpoints": ("collapse --label A B", "2 --label for 1 --checkpoint; give one each"),
     "analyze: no such layer": ("activations --layer stages.9.0", "no layer 'stages.9.0'; choose norm, or one of stages.0.0, stages.1.0"),
     "analyze: a kind of layer": ("activations --layer grn", "--layer grn is not a single layer with maps; give one such as"),
-    "analyze: GRN of V1": ("grn --checkpoint v1.pth", "v1 is a ConvNeXt V1, which has no GRN; give a V2 checkpoint"),
+    "analyze: GRN of V1": ("grn --checkpoint v1.pth", "v1 has no GRN, as ConvNeXt V1 has none; give a V2 checkpoint"),
     "weights: layout misspelt": ("tiny.pth new.pth --to tim", "no layout 'tim'; did you mean timm?"),
     "weights: no layout": ("tiny.pth new.pth", "the following arguments are required: --to"),
     # --- checkpoints
@@ -398,10 +398,10 @@ def test_more_processes_than_gpus_are_one_line(place, capfd, monkeypatch):
 
 
 def test_processes_that_cannot_meet_are_one_line(place, capfd, monkeypatch):
-    def fail(backend, **_):
+    def fail(*args, **_):
         raise torch.distributed.DistNetworkError("timed out\nbecause of a wall")
 
-    monkeypatch.setattr(common.distributed, "init_process_group", fail)
+    monkeypatch.setattr(common.distributed, "rendezvous", fail)
     for name, value in zip(common.TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "far")):
         monkeypatch.setenv(name, value)
     line = the_line("pretrain", command("pretrain", ""), capfd, monkeypatch)
