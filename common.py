@@ -497,7 +497,7 @@ def run_directory(path: str, processes: Processes) -> Iterator[Path]:
 
 
 def _lock(directory: Path, stack: ExitStack) -> None:
-    file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT)
+    file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
     stack.callback(os.close, file)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers, which may live longer
