@@ -298,16 +298,19 @@ def studied(plan: Plan, seed: int) -> dict[str, Job]:
 
 
 def collapse_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Claim 3: one job measures all of the networks."""
     subjects = studied(plan, seed)
     return dict.fromkeys(subjects, plan.analyze(seed, "collapse", subjects))
 
 
 def selectivity_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Claim 9: one job measures both pre-trained encoders."""
     subjects = {cell: job for cell, job in studied(plan, seed).items() if "FCMAE" in cell}
     return dict.fromkeys(subjects, plan.analyze(seed, "selectivity", subjects))
 
 
 def grn_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Claim 6: GRN in pre-training, in fine-tuning, or in both."""
     with_grn, without = plan.pretrain(seed), plan.pretrain(seed, mlp_norm="none")
     return {
         "in both stages": plan.finetune(seed, with_grn),
@@ -317,6 +320,7 @@ def grn_jobs(plan: Plan, seed: int) -> dict[str, Job]:
 
 
 def decoder_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Claim 7: fine-tuning after pre-training with each decoder."""
     variants = {"one ConvNeXt block": {}}
     variants |= {cell: dict(decoder=name) for cell, name in DECODER_CELLS.items()}
     variants |= {f"depth {depth}": dict(decoder_depth=depth) for depth in plan.budget["decoder_depths"] if depth > 1}
@@ -326,10 +330,12 @@ def decoder_jobs(plan: Plan, seed: int) -> dict[str, Job]:
 
 
 def mask_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Claim 8: fine-tuning after pre-training with each mask ratio."""
     return finetuned(plan, seed, {f"{ratio:.0%} hidden": dict(mask_ratio=ratio) for ratio in plan.budget["mask_ratios"]})
 
 
 def label_jobs(plan: Plan, seed: int) -> dict[str, Job]:
+    """Fine-tuning on each number of labels per class, with and without pre-training."""
     starts = {"FCMAE": plan.pretrain(seed), "supervised": "V2"}
     everything = plan.budget["images"] // plan.budget["classes"]
     return {
@@ -345,6 +351,7 @@ def above(best: str, others: Iterable[str]) -> list[Expectation]:
 
 
 def ties(first: str, others: Iterable[str]) -> list[Expectation]:
+    """That `first` differs from none of the others."""
     return [Expectation(f"{first} as {other}", {first: 1, other: -1}, tie=True) for other in others]
 
 
@@ -361,6 +368,7 @@ def expect_middle_ratios(cells: list[str]) -> list[Expectation]:
 
 
 def expect_fewer_labels(cells: list[str]) -> list[Expectation]:
+    """That FCMAE is above supervised at each number of labels."""
     return [
         Expectation(f"FCMAE above supervised at {cell.split(', ')[1]}", {cell: 1, cell.replace("FCMAE", "supervised"): -1})
         for cell in cells
@@ -381,6 +389,7 @@ DECODER_CELLS = {"U-Net with skip": "unet_skip", "U-Net without": "unet", "trans
 
 
 def norm_jobs(cells: dict[str, str]) -> Callable[[Plan, int], dict[str, Job]]:
+    """Claims 4 and 5: fine-tuning after pre-training, with each of `cells` in GRN's place in both."""
     return lambda plan, seed: finetuned(plan, seed, {cell: dict(mlp_norm=name) for cell, name in cells.items()})
 
 
