@@ -1,7 +1,7 @@
 """The paper's claims, at a scale that anyone can rerun: one command for one claim, or for all of them.
 
     python reproduce.py --claim 1 2 --dry_run     # which jobs, and how long they take
-    python reproduce.py --tune --jobs 2           # choose the learning rates of fine-tuning
+    python reproduce.py --tune --jobs 2           # choose the recipes of fine-tuning
     python reproduce.py --claim 1 2 --jobs 2      # two single-threaded jobs side by side
 
 Jobs are runs of pretrain.py, finetune.py and analyze.py, shared between claims. The same command continues where it was
@@ -36,7 +36,8 @@ import pretrain
 from common import BoolFlag, Parser, UserError, number, one_of
 
 # All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts; the others:
-#   labels: images per class: epochs of fine-tuning, beside all images; blrs: the values that --tune tries, for every arm alike;
+#   recipes: the settings of fine-tuning that --tune tries, for every arm alike; the first is taken without tuning;
+#   labels: images per class: epochs of fine-tuning, for as many steps as the budget's usual ones;
 #   images, val_images, classes: of the data set; measure_images: of claims 3 and 9;
 #   speed: images per second that --dry_run assumes until jobs have finished, for one core or one GPU.
 BUDGETS = {
@@ -44,11 +45,16 @@ BUDGETS = {
         about="embedded pictures, ConvNeXt Atto, two cores without a GPU",
         seeds=3,
         size="atto",
-        common=dict(data_set="embedded", input_size=48, stem_stride=1, batch_size=32),
-        pretrain=dict(epochs=10, blr=8e-3, decoder_embed_dim=256),
-        finetune=dict(epochs=30, blr=8e-3),
-        labels={5: 200, 20: 100, 100: 60},
-        blrs=(2e-3, 8e-3, 3.2e-2),
+        common=dict(data_set="embedded", input_size=32, stem_stride=1, amp="bf16"),
+        pretrain=dict(epochs=8, batch_size=32, lr=1e-3, decoder_embed_dim=256),
+        finetune=dict(epochs=40, batch_size=20, head_init_scale=1, labels_per_class=20),
+        recipes={
+            "plain_1e-3": dict(lr=1e-3),
+            "plain_2e-3": dict(lr=2e-3),
+            "mixed_1e-3": dict(lr=1e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
+            "mixed_2e-3": dict(lr=2e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
+        },
+        labels={5: 200, 100: 8, 400: 2},
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         decoder_depths=(1, 2, 4),
         decoder_widths=(128, 256, 512),
@@ -56,7 +62,7 @@ BUDGETS = {
         val_images=1000,
         classes=10,
         measure_images=1000,
-        speed=dict(pretrain=46, finetune=19, analyze=50),
+        speed=dict(pretrain=150, finetune=60, analyze=50),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
@@ -64,9 +70,9 @@ BUDGETS = {
         size="atto",
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=10, blr=2e-3, decoder_embed_dim=256),
-        finetune=dict(epochs=5, blr=2e-3),
-        labels={5: 100, 20: 100, 100: 50, 500: 20},
-        blrs=(5e-4, 2e-3, 8e-3),
+        finetune=dict(epochs=5),
+        recipes={f"blr_{blr:g}": dict(blr=blr) for blr in (2e-3, 5e-4, 8e-3)},
+        labels={5: 975, 20: 975, 100: 325, 500: 51},
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         decoder_depths=(1, 2, 4),
         decoder_widths=(128, 256, 512),
@@ -82,9 +88,9 @@ BUDGETS = {
         size="atto",
         common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
         pretrain=dict(epochs=1, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
-        finetune=dict(epochs=1, blr=0.1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
-        labels={1: 1},
-        blrs=(0.05, 0.1, 0.2),
+        finetune=dict(epochs=1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
+        recipes={"plain": dict(blr=0.1), "slow": dict(blr=0.05), "mixed": dict(blr=0.1, mixup=0.8)},
+        labels={2: 2},
         mask_ratios=(0.3, 0.6),
         decoder_depths=(1, 2),
         decoder_widths=(16, 32),
@@ -96,7 +102,7 @@ BUDGETS = {
     ),
 }
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
-COST = {"masked": 2.9, "leaky": 2.5}  # of an image, relative to the sparse encoder
+COST = {"masked": 3.5, "leaky": 2.4}  # of an image, relative to the sparse encoder
 HOLDOUT = 0.2  # share of the training images on which --tune compares
 
 
@@ -151,8 +157,12 @@ class Job:
 class Plan:
     """Makes the jobs of a budget. Equal settings give equal jobs, so that claims share them."""
 
-    def __init__(self, budget: dict, root: Path, chosen_blr: dict[str, float]):
-        self.budget, self.root, self.chosen_blr = budget, root, chosen_blr
+    def __init__(self, budget: dict, root: Path, chosen: dict[str, str]):
+        self.budget, self.root, self.chosen = budget, root, chosen
+
+    def recipe(self, name: str) -> str:
+        """The recipe of fine-tuning that an arm takes: the tuned one, or the budget's first."""
+        return self.chosen.get(name, next(iter(self.budget["recipes"])))
 
     def pretrain(self, seed: int, version: str = "V2", **changes) -> Job:
         """Pre-training, with what differs from `BASELINE`."""
@@ -163,20 +173,20 @@ class Plan:
         work = flags["epochs"] * budget["images"] * COST.get(changes.get("backend"), 1.0)
         return self._job("pretrain", ["pretrain", version, *_words(changes)], seed, "encoder.pth", flags, version, work=work)
 
-    def finetune(self, seed: int, start: Job | str, blr: float | None = None, labels: int | None = None, **changes) -> Job:
+    def finetune(self, seed: int, start: Job | str, recipe: str | None = None, labels: int | None = None, **changes) -> Job:
         """Fine-tuning of a pre-training job's encoder, or from random weights: `start` is then "V1" or "V2"."""
         budget, scratch = self.budget, isinstance(start, str)
         version = start if scratch else start.name.split("-")[1]
-        blr = blr or self.chosen_blr.get(arm(version, scratch), budget["finetune"]["blr"])
-        flags = budget["common"] | budget["finetune"] | changes | dict(blr=blr)
-        images = budget["images"] * (1 - changes.get("holdout", 0))
+        recipe = recipe or self.recipe(arm(version, scratch))
+        flags = budget["common"] | budget["finetune"] | budget["recipes"][recipe] | changes
         if labels:
             flags |= dict(labels_per_class=labels, epochs=budget["labels"][labels])
-            images = labels * budget["classes"]
+        few = flags.get("labels_per_class")
+        images = few * budget["classes"] if few else budget["images"] * (1 - changes.get("holdout", 0))
         flags |= dict(scratch="true") if scratch else dict(finetune=start.file)
         flags["eval_freq"] = flags["epochs"]  # one evaluation, at the end: nothing is chosen by it
         name = ["scratch", version] if scratch else ["finetune", *start.name.split("-")[1:-1]]
-        name += _words({f"then_{key}": value for key, value in changes.items()} | dict(labels=labels, blr=f"{blr:g}"))
+        name += _words({f"then_{key}": value for key, value in changes.items()} | dict(labels=labels, recipe=recipe))
         work = flags["epochs"] * images + budget["val_images"] / 3
         needs = () if scratch else (start,)
         return self._job("finetune", name, seed, "checkpoint-best.pth", flags, version, needs, work)
@@ -198,28 +208,31 @@ class Plan:
         model = f"convnext{'v2' if version == 'V2' else ''}_{self.budget['size']}"
         flags = dict(model=model) | flags | dict(seed=seed, output_dir=directory)
         flags |= dict(save_ckpt_freq=max(1, flags["epochs"] // 10), save_ckpt_num=1)
-        argv = tuple(word for name, value in flags.items() for word in (f"--{name}", str(value)))
-        return Job(directory.name, script, directory, argv, output, needs, work)
+        return Job(directory.name, script, directory, tuple(_flags(flags)), output, needs, work)
 
 
 def arm(version: str, scratch: bool) -> str:
-    """What has a learning rate of its own."""
+    """What has a recipe of its own."""
     return f"{version} {'supervised' if scratch else 'FCMAE'}"
+
+
+def _flags(settings: dict) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def _words(changes: dict) -> list[str]:
     return [f"{name}_{value}" for name, value in changes.items() if value is not None]
 
 
-def tuning_jobs(plan: Plan) -> dict[tuple[str, float], Job]:
-    """The same learning rates for each of the four arms, on one seed, without the held-out images."""
+def tuning_jobs(plan: Plan) -> dict[tuple[str, str], Job]:
+    """The same recipes for each of the four arms, on one seed, without the held-out images."""
     starts = {
         arm(version, scratch): version if scratch else plan.pretrain(0, version) for version in ("V1", "V2") for scratch in (0, 1)
     }
     return {
-        (name, blr): plan.finetune(0, start, blr=blr, holdout=HOLDOUT)
+        (name, recipe): plan.finetune(0, start, recipe, holdout=HOLDOUT)
         for name, start in starts.items()
-        for blr in plan.budget["blrs"]
+        for recipe in plan.budget["recipes"]
     }
 
 
@@ -337,10 +350,10 @@ def mask_jobs(plan: Plan, seed: int) -> dict[str, Job]:
 def label_jobs(plan: Plan, seed: int) -> dict[str, Job]:
     """Fine-tuning on each number of labels per class, with and without pre-training."""
     starts = {"FCMAE": plan.pretrain(seed), "supervised": "V2"}
-    everything = plan.budget["images"] // plan.budget["classes"]
+    usual = plan.budget["finetune"].get("labels_per_class", plan.budget["images"] // plan.budget["classes"])
     return {
-        f"{name}, {count} per class": plan.finetune(seed, start, labels=None if count == everything else count)
-        for count in (*plan.budget["labels"], everything)
+        f"{name}, {count} per class": plan.finetune(seed, start, labels=None if count == usual else count)
+        for count in sorted({*plan.budget["labels"], usual})
         for name, start in starts.items()
     }
 
@@ -630,13 +643,13 @@ Fixed before the runs:
 
 * **Cells differ in what they are named for and in nothing else**: data, augmentation, epochs, batch, schedule and seeds are those of
   the table at the top of `reproduce.py`. The commands beside the numbers are complete.
-* **Tuning.** `--tune` tries the same base learning rates of fine-tuning ({blrs}) for each of four arms, V1 and V2, from FCMAE weights
+* **Tuning.** `--tune` tries the same recipes of fine-tuning ({recipes}) for each of four arms, V1 and V2, from FCMAE weights
   and from random ones, on one seed, and takes the best on {holdout:.0%} of the training images that are held out (`finetune.py
-  --holdout`), never on the validation images. Variants of V2, and runs with few labels, take the rate of their arm and get no tuning
-  of their own, which favours the network that they are compared with. Pre-training has one rate for all. {tuned}
+  --holdout`), never on the validation images. Variants of V2, and runs with other numbers of labels, take the recipe of their arm and
+  get no tuning of their own, which favours the network that they are compared with. Pre-training has one recipe for all. {tuned}
 * **Supervised training** has exactly the steps of fine-tuning. An FCMAE cell has seen more images, without labels, by its pre-training
-  (epochs of pre-training: {pretrain_epochs}, of fine-tuning: {finetune_epochs}); this asks what pre-training adds to a given amount of labelled training. The paper
-  gives its supervised networks 300 epochs and its pre-trained ones 800 + 100.
+  ({pretrain_epochs} epochs of {images:,} images, before fine-tuning's {finetune_epochs} of {finetune_images:,}); this asks what pre-training adds to a given amount of
+  labelled training. The paper gives its supervised networks 300 epochs and its pre-trained ones 800 + 100.
 * **The number** is top-1 on the validation images after the last epoch; no epoch is chosen by it. The spread is the standard deviation
   over seeds (n - 1). A seed draws weights, order, crops, masks and the choice of few labels, all anew; the validation images are
   the same for all, so their choice is not in the spread.
@@ -836,15 +849,15 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             sections += ["", f"![{claim.title}]({picture.name})"]
         sections += ["", f"Commands, commit, hardware and versions of every number: [claim_{name}.csv](claim_{name}.csv)."]
 
-    tuned = ", ".join(f"{name} {blr:g}" for name, blr in plan.chosen_blr.items())
+    tuned = ", ".join(f"{name} `{recipe}`" for name, recipe in plan.chosen.items())
     protocol = PROTOCOL.format(
-        blrs=", ".join(f"{blr:g}" for blr in budget["blrs"]),
+        recipes="; ".join(f"`{name}`: {shlex.join(_flags(flags))}" for name, flags in budget["recipes"].items()),
         holdout=HOLDOUT,
-        tuned=f"Chosen: {tuned} ([tuning.csv](tuning.csv))."
-        if tuned
-        else f"Not done here: all have {budget['finetune']['blr']:g}.",
+        tuned=f"Chosen: {tuned} ([tuning.csv](tuning.csv))." if tuned else f"Not done here: all take `{plan.recipe('')}`.",
         pretrain_epochs=budget["pretrain"]["epochs"],
+        images=budget["images"],
         finetune_epochs=budget["finetune"]["epochs"],
+        finetune_images=budget["finetune"].get("labels_per_class", budget["images"] // budget["classes"]) * budget["classes"],
         t=T[3],
     )
     head = [
@@ -862,15 +875,15 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     print(f"wrote {results / 'README.md'}, with {len(summary)} of {len(CLAIMS)} claims")
 
 
-def write_tuning(jobs: dict[tuple[str, float], Job], path: Path) -> None:
-    """The held-out accuracy of every arm and rate, and which rate is chosen: the best, of equal ones the smaller."""
+def write_tuning(jobs: dict[tuple[str, str], Job], path: Path) -> None:
+    """The held-out accuracy of every arm and recipe, and which recipe is chosen: the best, of equal ones the first."""
     rows = []
-    for (name, blr), job in jobs.items():
-        alike = [top1(other) for (its, _), other in jobs.items() if its == name]
-        best = next(rate for (its, rate), other in jobs.items() if its == name and top1(other) == max(alike))
+    for (name, recipe), job in jobs.items():
+        alike = {other: top1(done) for (its, other), done in jobs.items() if its == name}
+        best = max(alike, key=alike.get)
         record = job.record
         rows.append(
-            {"arm": name, "blr": f"{blr:g}", "held_out_top1": top1(job), "chosen": int(blr == best), "n": 1}
+            {"arm": name, "recipe": recipe, "held_out_top1": top1(job), "chosen": int(recipe == best), "n": 1}
             | {
                 "minutes": record["seconds"] / 60,
                 "command": job.command,
@@ -880,15 +893,15 @@ def write_tuning(jobs: dict[tuple[str, float], Job], path: Path) -> None:
             | {"versions": ", ".join(f"{key} {value}" for key, value in record["versions"].items())}
         )
     write_csv(path, rows)
-    print(f"wrote {path}: " + ", ".join(f"{row['arm']} {row['blr']}" for row in rows if row["chosen"]))
+    print(f"wrote {path}: " + ", ".join(f"{row['arm']} {row['recipe']}" for row in rows if row["chosen"]))
 
 
-def read_tuning(path: Path) -> dict[str, float]:
-    """The chosen rate of every arm; empty before tuning."""
+def read_tuning(path: Path) -> dict[str, str]:
+    """The chosen recipe of every arm; empty before tuning."""
     if not path.exists():
         return {}
     with open(path, newline="") as file:
-        return {row["arm"]: float(row["blr"]) for row in csv.DictReader(file) if row["chosen"] == "1"}
+        return {row["arm"]: row["recipe"] for row in csv.DictReader(file) if row["chosen"] == "1"}
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -904,7 +917,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--claim", type=one_of("claim", CLAIMS), nargs="+", default=list(CLAIMS), metavar="NAME", help=f"default: all of {titles}")
     add("--seeds", type=count, default=None, help="runs of every cell (default: the budget's)")
     add("--jobs", type=count, default=1, help="jobs side by side, which divide the cores; on two cores 2 is faster than 1")
-    add("--tune", action=BoolFlag, default=False, help="only choose fine-tuning's learning rates, into tuning.csv of --results")
+    add("--tune", action=BoolFlag, default=False, help="only choose fine-tuning's recipes, into tuning.csv of --results")
     add("--dry_run", action=BoolFlag, default=False, help="only list the jobs and how long they take")
     add("--output_dir", default="runs/reproduce", metavar="DIR", help="where the jobs run, in a folder per budget")
     add(

@@ -68,9 +68,9 @@ def test_jobs_shared_between_claims_run_once(toy):
     jobs = [job for claim in CLAIMS.values() for job in claim.jobs(Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), 0).values()]
     ran = {path.parent.name for path in (toy / "runs" / "toy").glob("*/job.json")}
     assert ran == {job.name for job in unique(jobs)}
-    baseline = [job for job in jobs if job.name == "finetune-V2-blr_0.1-seed0"]
+    baseline = [job for job in jobs if job.name == "finetune-V2-recipe_plain-seed0"]
     assert len(baseline) >= 8  # claims 1, 2, 4, 5, 6, 7, 8 and labels
-    assert "finetune-V2-blr_0.1-seed0" in ran
+    assert "finetune-V2-recipe_plain-seed0" in ran
 
 
 def test_figures_are_drawn_for_claims_2_3_8_and_labels(toy):
@@ -146,7 +146,7 @@ def test_jobs_run_side_by_side_and_a_failure_stops_only_what_needs_it(tmp_path, 
     assert not (tmp_path / "after").exists()
 
 
-def test_tuning_takes_the_best_held_out_rate_of_each_arm_and_runs_use_it(toy, capsys):
+def test_tuning_takes_the_best_held_out_recipe_of_each_arm_and_runs_use_it(toy, capsys):
     run(toy, "--tune")
     rows = table(toy / "results" / "tuning.csv")
     try:
@@ -154,15 +154,15 @@ def test_tuning_takes_the_best_held_out_rate_of_each_arm_and_runs_use_it(toy, ca
         assert arms == {"V1 FCMAE", "V2 FCMAE", "V1 supervised", "V2 supervised"}
         for arm in arms:
             tried = [row for row in rows if row["arm"] == arm]
-            assert {float(row["blr"]) for row in tried} == set(BUDGETS["toy"]["blrs"])  # the same effort for each
+            assert {row["recipe"] for row in tried} == set(BUDGETS["toy"]["recipes"])  # the same effort for each
             (chosen,) = [row for row in tried if row["chosen"] == "1"]
             assert float(chosen["held_out_top1"]) == max(float(row["held_out_top1"]) for row in tried)
             assert all("--holdout 0.2" in row["command"] for row in tried)
-        best = {row["arm"]: row["blr"] for row in rows if row["chosen"] == "1"}
+        best = {row["arm"]: row["recipe"] for row in rows if row["chosen"] == "1"}
         capsys.readouterr()
         run(toy, "--dry_run", "--claim", "2")
         listed = capsys.readouterr().out
-        assert f"finetune-V1-blr_{best['V1 FCMAE']}-" in listed and f"scratch-V2-blr_{best['V2 supervised']}-" in listed
+        assert f"finetune-V1-recipe_{best['V1 FCMAE']}-" in listed and f"scratch-V2-recipe_{best['V2 supervised']}-" in listed
     finally:
         (toy / "results" / "tuning.csv").unlink()
 
@@ -218,6 +218,13 @@ def test_with_few_labels_both_arms_take_the_same_steps_on_the_same_images(plan):
             pair = [flags_of(job), flags_of(cells[cell.replace("FCMAE", "supervised")])]
             for key in ("--epochs", "--labels_per_class", "--seed", "--batch_size"):
                 assert pair[0].get(key) == pair[1].get(key)
+    steps = []
+    for job in cells.values():
+        flags = flags_of(job)
+        per_class = int(flags.get("--labels_per_class", plan.budget["images"] // plan.budget["classes"]))
+        images, batch = per_class * plan.budget["classes"], int(flags["--batch_size"])
+        steps.append(int(flags["--epochs"]) * max(1, images // batch))
+    assert max(steps) <= 1.02 * min(steps)
 
 
 def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
