@@ -12,6 +12,7 @@ Prints a table and writes CSV, and pictures where there is something to see, to 
 
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from torch import nn
 import common
 from common import BoolFlag, Parser, UserError, number, one_of
 from data import EpochSampler, load_images, make_loader, pretrain_transform
-from fcmae import FCMAE, random_mask
+from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS
 
 try:
@@ -55,7 +56,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
     add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
     add("--amp", choices=("none", "bf16", "fp16"), nargs="+", default=["none", "bf16"], help="autocast types")
+    add("--backend", type=one_of("backend", BACKENDS), nargs="+", default=BACKENDS, metavar="NAME", help="of `encoder` and `step`")
     add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
+    add("--checkpoint_activations", action=BoolFlag, default=False, help="of all candidates but timm's")
     add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
     add("--data_path", default=None, metavar="DIR", help="folder of images for `data`")
     add("--num_workers", type=common.worker_count, nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
@@ -137,6 +140,7 @@ def encoder_candidates(name: str, batch: int, args, amp: str, device: torch.devi
             encoder = timm.create_model(name, num_classes=0, global_pool="")
         else:
             encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+            encoder.checkpoint_activations(args.checkpoint_activations)
         if backend in ("dense", "timm"):
             network = encoder.to(device, memory_format=torch.channels_last)
             run = torch.compile(network) if args.compile else network
@@ -159,7 +163,7 @@ def bench_encoder(args, device) -> list[dict]:
     """
     grid = args.input_size // (8 * args.stem_stride)
     visible = int(grid * grid * (1 - args.mask_ratio)) / grid**2
-    backends = ["sparse", "reference", "masked", "leaky", "dense"] + ["timm"] * (timm is not None and args.stem_stride == 4)
+    backends = [*args.backend, "dense"] + ["timm"] * (timm is not None and args.stem_stride == 4)
     rows = []
     for name, batch in zip(args.model, args.batch_size):
         for amp in args.amp:
@@ -174,7 +178,7 @@ def bench_encoder(args, device) -> list[dict]:
                         "backend": backend,
                         "ms": round(1e3 * seconds[backend], 1),
                         "images/s": round(batch / seconds[backend], 1),
-                        "of masked": round(seconds[backend] / seconds["masked"], 3),
+                        "of masked": round(seconds[backend] / seconds.get("masked", math.nan), 3),
                         "of limit": round(seconds[backend] / (visible * seconds[backends[-1]]), 3),
                         "MiB": round(memory(call, device)),
                     }
@@ -189,8 +193,9 @@ def bench_step(args, device) -> list[dict]:
         for amp in args.amp:
             imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
             candidates = {}
-            for backend in ("sparse", "masked", "leaky"):
+            for backend in args.backend:
                 encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+                encoder.checkpoint_activations(args.checkpoint_activations)
                 mae = FCMAE(encoder, args.mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
                 optimizer = torch.optim.AdamW(common.parameter_groups(mae, 0.05), fused=True)
                 run = torch.compile(mae) if args.compile else mae
@@ -203,7 +208,7 @@ def bench_step(args, device) -> list[dict]:
             seconds = interleaved(candidates, args.repeats, device)
             rows += [
                 {"model": name, "batch": batch, "amp": amp, "backend": backend, "ms": round(1e3 * s, 1), "images/s": round(batch / s, 1),
-                 "of masked": round(s / seconds["masked"], 3), "MiB": round(memory(candidates[backend], device))}
+                 "of masked": round(s / seconds.get("masked", math.nan), 3), "MiB": round(memory(candidates[backend], device))}
                 for backend, s in seconds.items()
             ]  # fmt: skip
     return rows
@@ -262,6 +267,8 @@ def bench_finetune(args, device) -> list[dict]:
             candidates = {}
             for library, make in (("ours", MODELS[name]), ("timm", lambda name=name: timm.create_model(name))):
                 net = make().to(device, memory_format=torch.channels_last).train()
+                if library == "ours":
+                    net.checkpoint_activations(args.checkpoint_activations)
                 run = torch.compile(net) if args.compile else net
                 loss = lambda run=run, imgs=imgs, labels=labels: nn.functional.cross_entropy(run(imgs).float(), labels)  # noqa: E731
                 candidates[library] = trainer(loss, net.zero_grad, amp, device)

@@ -207,6 +207,12 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--amp", choices=("none", "bf16", "fp16"), default=None, help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
     add("--compile", action=BoolFlag, default=False, help="torch.compile the network: a minute of start-up for faster steps")
+    add(
+        "--checkpoint_activations",
+        action=BoolFlag,
+        default=False,
+        help="keep each block's input only and compute the rest again in backward: less memory, slower steps",
+    )
     add("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
     add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     add(
@@ -620,7 +626,7 @@ def load_file(path: str | Path) -> dict:
 RUN_FLAGS = {
     "output_dir", "device", "amp", "use_amp", "compile", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq",
     "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "backend", "dist_eval", "eval_freq",
-    "save_every_steps", "save_every_minutes", "resume_anyway", "deterministic", "timeout_minutes",
+    "save_every_steps", "save_every_minutes", "resume_anyway", "deterministic", "timeout_minutes", "checkpoint_activations",
     "update_freq", "processes", "images_per_forward", "images_per_epoch",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 
@@ -69,6 +70,7 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6)) if version == 1 else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
+        self.checkpoint_activations = False
 
     def mlp(self, x: torch.Tensor, fused: bool = True) -> torch.Tensor:
         """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder.
@@ -81,10 +83,20 @@ class Block(nn.Module):
         x = self.pwconv2(x)  # (N, H, W, 4C) -> (N, H, W, C)
         return x if self.gamma is None else self.gamma * x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
         y = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         y = self.mlp(y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
-        return x + self.drop_path(y)
+        return self.drop_path(y)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.run(self.branch, x)
+
+    def run(self, branch: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+        """`branch(*args)`; with `checkpoint_activations` only `args` are kept for backward, which computes the rest again."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(branch, *args, use_reentrant=False)
+        return branch(*args)
 
 
 class ConvNeXt(nn.Module):
@@ -146,6 +158,12 @@ class ConvNeXt(nn.Module):
         if num_classes:
             self.head.weight.data.mul_(head_init_scale)
             self.head.bias.data.mul_(head_init_scale)
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Keep only each block's input for backward: far less memory, for one more forward pass per step."""
+        for stage in self.stages:
+            for block in stage:
+                block.checkpoint_activations = enable
 
     def forward_stages(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """(N, in_chans, H, W) -> the four stages' maps, (N, dims[i], H / s_i, W / s_i), for detection and segmentation."""

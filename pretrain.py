@@ -159,6 +159,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         random_mask(1, grid, grid, args.mask_ratio)
     except ValueError as error:
         raise UserError(str(error)) from None
+    encoder.checkpoint_activations(args.checkpoint_activations)
     mae.to(device, memory_format=torch.channels_last)
 
     # --- optimiser

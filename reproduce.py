@@ -957,7 +957,7 @@ def main(args: argparse.Namespace) -> None:
 def draw_toy_data(root: Path, budget: dict) -> None:
     """The toy budget's pictures, as a folder."""
     images, labels = data.draw_images(100, seed=0, size=32)
-    for label, name in enumerate(data.SHAPES[: budget["classes"]]):
+    for label, name in enumerate(data.TEXTURES[: budget["classes"]]):
         for split, first, last in (
             ("train", 0, budget["images"]),
             ("val", budget["images"], budget["images"] + budget["val_images"]),

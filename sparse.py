@@ -158,7 +158,7 @@ def sparse_encoder(
         if i > 0:
             x = _downsample(net.downsample_layers[i], x)  # (4A, dims[i - 1]) -> (A, dims[i])
         for block in stage:
-            x = x + _block_branch(block, x, sites, reference)
+            x = x + block.run(_block_branch, block, x, sites, reference)
         if keep is not None:
             keep.append(SparseTensor(x, sites))
     return SparseTensor(x, sites)
@@ -208,16 +208,20 @@ def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, keep: 
         hidden = upsample_mask(mask, 8 >> i)[:, None]  # (N, 1, H, W)
         x = downsample(x).masked_fill(hidden, 0)  # (N, dims[i], H, W)
         for block in stage:
-            y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
-            y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-            y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
-            y = _over_visible(block.grn, y.masked_fill(hidden.permute(0, 2, 3, 1), 0), ~hidden[:, 0])
-            y = block.pwconv2(y)  # (N, H, W, C)
-            y = y if block.gamma is None else block.gamma * y
-            x = x + block.drop_path(y.permute(0, 3, 1, 2)).masked_fill(hidden, 0)
+            x = x + block.run(_masked_branch, block, x, hidden)
         if keep is not None:
             keep.append(x)
     return x
+
+
+def _masked_branch(block: Block, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
+    y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+    y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
+    y = _over_visible(block.grn, y.masked_fill(hidden.permute(0, 2, 3, 1), 0), ~hidden[:, 0])
+    y = block.pwconv2(y)  # (N, H, W, C)
+    y = y if block.gamma is None else block.gamma * y
+    return block.drop_path(y.permute(0, 3, 1, 2)).masked_fill(hidden, 0)
 
 
 def _over_visible(module: nn.Module, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from test_data import save
 
 import bench
-from fcmae import FCMAE
+from fcmae import FCMAE, random_mask
 from model import ConvNeXt
 
 SMALL = [
@@ -28,7 +28,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("task", "rows"), [("encoder", 5), ("step", 3), ("sweep", 24), ("finetune", 2)])
+@pytest.mark.parametrize(("task", "rows"), [("encoder", 5), ("step", 4), ("sweep", 24), ("finetune", 2)])
 def test_every_task_writes_its_table(task, rows, tmp_path, capsys):
     bench.main(bench.get_args([task, *SMALL, "--output_dir", str(tmp_path)]))
     with open(tmp_path / f"{task}.csv") as file:
@@ -57,6 +57,28 @@ def test_the_input_pipeline_is_measured_on_a_folder(tmp_path):
         )
     )
     assert (tmp_path / "data.csv").read_text().count("\n") == 3
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_keep_far_less():
+    imgs, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
+    mask = random_mask(4, 8, 8, 0.6)
+    for version, backend in ((2, "sparse"), (2, "masked"), (2, "leaky"), (2, None), (1, "sparse"), (1, None)):
+        results = {}
+        for enable in (False, True):
+            torch.manual_seed(0)
+            classes = 0 if backend else 4
+            net = ConvNeXt((2, 2, 2, 2), (8, 16, 32, 64), version, classes, stem_stride=1, drop_path_rate=0.5)
+            net.checkpoint_activations(enable)
+            mae = FCMAE(net, backend=backend, decoder_embed_dim=8) if backend else None
+
+            def loss(mae=mae, net=net):
+                torch.manual_seed(1)  # of stochastic depth
+                return mae(imgs, mask)[0] if mae else torch.nn.functional.cross_entropy(net(imgs), labels)
+
+            kept = bench.memory(lambda loss=loss: loss().backward(), torch.device("cpu"))
+            results[enable] = kept, [p.grad for p in (mae or net).parameters()]
+        assert results[True][0] < 0.5 * results[False][0]
+        assert all(torch.equal(a, b) for a, b in zip(results[True][1], results[False][1]))
 
 
 def test_sparse_keeps_less_for_backward_than_masked():

@@ -7,7 +7,7 @@ from PIL import Image
 
 import common
 import data
-from data import SHAPES, EpochSampler, Unreadable, center_transform, draw_images, load_images, make_loader, pretrain_transform
+from data import TEXTURES, EpochSampler, Unreadable, center_transform, draw_images, load_images, make_loader, pretrain_transform
 
 
 def save(path, size=(40, 30), mode="RGB", **kwargs):
@@ -28,13 +28,13 @@ def test_embedded_pictures_are_deterministic_balanced_and_independent_of_the_cou
     again, _ = draw_images(120, seed=3, size=32)
     assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
     assert np.array_equal(images, again[:60])
-    assert np.bincount(labels[:50]).tolist() == [5] * len(SHAPES)
+    assert np.bincount(labels[:50]).tolist() == [5] * len(TEXTURES)
     assert not np.array_equal(images, draw_images(60, seed=4, size=32)[0])
 
 
 def test_embedded_splits_share_no_picture():
     train, val = (load_images("embedded", None, split, center_transform(64)) for split in ("train", "val"))
-    assert (len(train), len(val)) == (4000, 1000) and train.classes == SHAPES
+    assert (len(train), len(val)) == (4000, 1000) and train.classes == TEXTURES
     seen = {image.tobytes() for image in train.items}
     assert len(seen) == 4000 and not any(image.tobytes() in seen for image in val.items)
 
@@ -101,6 +101,26 @@ def test_links_are_followed_but_never_in_circles(tmp_path):
     (tmp_path / "images/link").symlink_to(tmp_path / "real")
     (tmp_path / "real/loop").symlink_to(tmp_path / "images")
     assert len(folder(tmp_path / "images")) == 1
+
+
+@pytest.mark.parametrize(("name", "side"), [("a.jpg", 512), ("a.jpg", 16), ("a.png", 512), ("grey.jpg", 512)])
+def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, name, side, monkeypatch):
+    ramp = np.linspace(0, 255, side)
+    waves = 40 * np.sin(np.arange(side) / side * 10)
+    pixels = np.stack([np.add.outer(ramp, waves), np.add.outer(waves, ramp), np.add.outer(-ramp + 255, waves)], axis=-1)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("L" if "grey" in name else "RGB")
+    image.save(tmp_path / name, quality=95)
+    images, decoded = folder(tmp_path, transform=pretrain_transform(32)), []
+    original = data.to_rgb
+    monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.width) or original(image))
+    for epoch in range(20):
+        found = images[epoch, 0][0].float()
+        torch.manual_seed(common.mix_seed("crop", 0, epoch, 0))
+        wanted = pretrain_transform(32)(Image.open(tmp_path / name).convert("RGB")).float()
+        assert (found - wanted).abs().mean() < 4
+        if "png" in name or side == 16:
+            assert torch.equal(found, wanted)
+    assert set(decoded) == ({side} if "png" in name or side == 16 else {64, 128})  # never less than 32 pixels of crop
 
 
 def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
