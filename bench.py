@@ -25,7 +25,7 @@ from torch import nn
 
 import common
 from common import BoolFlag, Parser, UserError, number, one_of
-from data import EpochSampler, load_images, make_loader, pretrain_transform
+from data import EpochSampler, hold, load_images, make_loader, pretrain_transform
 from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS
 
@@ -60,7 +60,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
     add("--checkpoint_activations", action=BoolFlag, default=False, help="of all candidates but timm's")
     add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
-    add("--data_path", default=None, metavar="DIR", help="folder of images for `data`")
+    add(
+        "--data_path", default=None, metavar="DIR", help="folder of images for `data` (default: the embedded data, loaded and held)"
+    )
     add("--num_workers", type=common.worker_count, nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
     add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
     add("--output_dir", default="runs/bench", metavar="DIR", help="where CSV and pictures go")
@@ -70,8 +72,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.task != "data":
         common.check_grid(args, parser)
     args.batch_size = args.batch_size * (len(args.model) if len(args.batch_size) == 1 else 1)
-    if args.task == "data" and not args.data_path:
-        parser.error("data needs --data_path DIR, a folder of images")
     return args
 
 
@@ -231,19 +231,25 @@ def bench_sweep(args, device) -> list[dict]:
 
 
 def bench_data(args, device) -> list[dict]:
-    """Images per second that the pre-training pipeline delivers, by worker count and image size."""
+    """Images per second that the pre-training pipeline delivers, by worker count and image size, held on the device or not."""
     rows = []
-    for size in (args.input_size, 2 * args.input_size):
+    kind = "folder" if args.data_path else "embedded"
+    for size, held in ((size, held) for size in (args.input_size, 2 * args.input_size) for held in (False, True)):
+        if held and args.data_path:
+            continue
         for workers in args.num_workers:
-            images = load_images("folder", args.data_path, "train", pretrain_transform(size))
+            images = hold(load_images(kind, args.data_path, "train", pretrain_transform(size)), held, device)
             sampler = EpochSampler(len(images), min(32, len(images)), 0, 1, 0)
             loader = make_loader(images, sampler, workers, False)
             start = time.perf_counter()
-            seen = sum(len(pixels) for pixels, _, _ in loader)
+            seen = sum(len(images.render(batch)) for batch, _, _ in loader)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             speed = seen / (time.perf_counter() - start)
             rows.append(
                 {
-                    "files": len(images),
+                    "images": len(images),
+                    "held": held,
                     "size": size,
                     "workers": workers,
                     "images/s": round(speed, 1),

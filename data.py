@@ -192,6 +192,10 @@ class Images(Dataset):
                 at, tensor = index, self.transform(Image.new("RGB", (8, 8)))
         return tensor, -1 if self.labels is None else int(self.labels[at]), index if failed else -1
 
+    def render(self, batch: torch.Tensor) -> torch.Tensor:
+        """What a loader gave of these images -> uint8 (B, 3, S, S): here it is that already."""
+        return batch
+
     def subset(self, indices: list[int]) -> "Images":
         """The same with fewer items."""
         items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices]
@@ -215,6 +219,89 @@ class Images(Dataset):
             return open_rgb(item, crop)
         except Exception:  # damaged files raise nearly anything, depending on the decoder
             return None
+
+
+class HeldImages(Images):
+    """An array of images held on a device, where they are cropped and flipped a batch at a time; a loader only draws the places.
+
+    The draws are torchvision's own, the same as those of `Images`, and so are the pixels, but for Pillow's rounding (and clipping)
+    between the two axes. `fit` tells which images and transforms can be held.
+    """
+
+    def __init__(self, images: Images, device: torch.device):
+        super().__init__(images.items, images.labels, images.classes, images.transform, images.statistics, images.seed)
+        self.pixels = torch.from_numpy(self.items).to(device).permute(0, 3, 1, 2).contiguous()  # uint8 (n, 3, H, W)
+
+    @staticmethod
+    def fit(images: Images) -> bool:
+        """Whether `images` are in memory, and only cropped (bicubically) and flipped."""
+        if not isinstance(images.items, np.ndarray) or not isinstance(images.transform, v2.Compose):
+            return False
+        first, *others = images.transform.transforms
+        return (
+            isinstance(first, (v2.RandomResizedCrop, v2.Resize))
+            and first.interpolation == v2.InterpolationMode.BICUBIC
+            and all(isinstance(step, (v2.RandomCrop, v2.RandomHorizontalFlip, v2.PILToTensor)) for step in others)
+        )
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        """As `Images`, with (8,) int64 in the image's place: index, crop (top, left, height, width), shift (down, right), flipped."""
+        epoch, index = place
+        height, width = self.items.shape[1:3]
+        where = dict(top=0, left=0, height=height, width=width, down=0, right=0, flip=0)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed("crop", self.seed, epoch, index))
+            for step in self.transform.transforms:
+                if isinstance(step, v2.RandomResizedCrop):
+                    where |= step.make_params([torch.empty(1, height, width)])
+                elif isinstance(step, v2.RandomCrop):
+                    drawn = step.make_params([torch.empty(1, *step.size)])
+                    left, top, *_ = drawn["padding"]
+                    where |= dict(down=drawn["top"] - top, right=drawn["left"] - left)
+                elif isinstance(step, v2.RandomHorizontalFlip):
+                    where["flip"] = int(torch.rand(1) < step.p)
+        label = -1 if self.labels is None else int(self.labels[index])
+        return torch.tensor([index, *where.values()]), label, -1
+
+    def __getstate__(self) -> dict:  # for loader processes, which only draw
+        return self.__dict__ | {"pixels": None}
+
+    def render(self, batch: torch.Tensor) -> torch.Tensor:
+        """Places (B, 8) -> uint8 (B, 3, S, S) on the device: each axis is resized by a matrix of its own."""
+        index, top, left, height, width, down, right, flip = batch.to(self.pixels.device, non_blocking=True).unbind(1)
+        size, (rows, columns) = self.transform.transforms[0].size[0], self.pixels.shape[2:]
+        vertical = resize_matrices(top, height, down, size, rows)  # (B, S, H)
+        horizontal = resize_matrices(left, width, right, size, columns)  # (B, S, W)
+        horizontal = torch.where(flip[:, None, None] == 1, horizontal.flip(1), horizontal)
+        images = vertical[:, None] @ self.pixels[index].float() @ horizontal.mT[:, None]  # (B, 3, H, W) -> (B, 3, S, S)
+        return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def hold(images: Images, wanted: bool | None, device: torch.device) -> Images:
+    """`images` held on the device if --hold_data says so; by default, if the device is a GPU and they can be. UserError if not."""
+    fit = HeldImages.fit(images)
+    if wanted and not fit:
+        raise UserError(
+            "--hold_data needs images that are in memory (embedded, CIFAR) and only cropped and flipped; leave it out, or take "
+            "--aa none, --reprob 0, no --color_jitter and bicubic crops"
+        )
+    return HeldImages(images, device) if fit and (device.type == "cuda" if wanted is None else wanted) else images
+
+
+def resize_matrices(start: torch.Tensor, length: torch.Tensor, shift: torch.Tensor, size: int, source: int) -> torch.Tensor:
+    """What each of `source` pixels gives to each of `size`, (B, size, source), by Pillow's antialiased bicubic filter.
+
+    Pixels start .. start + length (B,) become `size` ones, of which those from `shift` on are taken; beyond them is zero.
+    """
+    start, length, shift = (x.float()[:, None, None] for x in (start, length, shift))  # (B, 1, 1)
+    out = torch.arange(size, device=start.device)[:, None] + shift  # (B, size, 1)
+    pixel = torch.arange(source, device=start.device) + 0.5
+    scale = length / size
+    x = ((pixel - start - (out + 0.5) * scale) / scale.clamp(min=1)).abs()  # (B, size, source)
+    weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    inside = (x < 2) & (pixel > start) & (pixel < start + length) & (out >= 0) & (out < size)
+    weight = torch.where(inside, weight, 0)
+    return weight / weight.sum(dim=2, keepdim=True).where(inside.any(dim=2, keepdim=True), 1)
 
 
 def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None) -> Image.Image:

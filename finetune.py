@@ -28,12 +28,14 @@ from data import (
     DATA_SETS,
     STATISTICS,
     EpochSampler,
+    HeldImages,
     Images,
     ShardSampler,
     Unreadable,
     check_readable,
     choose_data_set,
     evaluation_transform,
+    hold,
     list_images,
     load_images,
     make_loader,
@@ -184,6 +186,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="loading processes per training process (default: up to 8 for folders, else 0)",
     )
     add("--pin_mem", action=BoolFlag, default=True, help="pinned host memory for faster transfer to a GPU")
+    add(
+        "--hold_data",
+        action=BoolFlag,
+        default=None,
+        help="hold CIFAR or the embedded data on the device and crop and flip there (default: on GPUs, if nothing else is drawn)",
+    )
     add(
         "--dist_eval",
         action=BoolFlag,
@@ -620,6 +628,8 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         images, val = load_labelled(args)
     if args.labels_per_class:
         images = few_labels(images, args.labels_per_class, args.seed)
+    images = hold(images, args.hold_data, device)
+    args.hold_data = isinstance(images, HeldImages)
     classes = args.nb_classes or len(images.classes)
     if classes < len(images.classes):
         raise UserError(f"--nb_classes {classes} is fewer than the {len(images.classes)} classes of the data; leave it out")
@@ -725,7 +735,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
             unreadable.note(failed)
 
             torch.manual_seed(mix_seed("step", args.seed, epoch, batch, processes.rank))  # of mixing and stochastic depth
-            imgs, labels = normalise(pixels, images.statistics, device), labels.to(device)
+            imgs, labels = normalise(images.render(pixels), images.statistics, device), labels.to(device)
             if mix:
                 imgs, labels = mix(imgs, labels)
             last = turn == turns - 1

@@ -20,10 +20,12 @@ from common import BoolFlag, Parser, Processes, UserError, mix_seed, number, one
 from data import (
     DATA_SETS,
     EpochSampler,
+    HeldImages,
     Unreadable,
     center_transform,
     choose_data_set,
     denormalise,
+    hold,
     load_images,
     make_loader,
     normalise,
@@ -91,6 +93,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="loading processes per training process (default: up to 8 for folders, else 0)",
     )
     add("--pin_mem", action=BoolFlag, default=True, help="pinned host memory for faster transfer to a GPU")
+    add(
+        "--hold_data",
+        action=BoolFlag,
+        default=None,
+        help="hold CIFAR or the embedded data on the device and crop and flip there (default: on GPUs, if nothing else is drawn)",
+    )
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
@@ -139,6 +147,8 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     # --- data
     with common.main_process_first():
         images = load_images(args.data_set, args.data_path, "train", pretrain_transform(args.input_size), args.seed)
+    images = hold(images, args.hold_data, device)
+    args.hold_data = isinstance(images, HeldImages)
     batch_size = min(args.batch_size, len(images) // world_size)
     if batch_size == 0:
         raise UserError(f"{len(images)} images are too few for {world_size} processes; lower torchrun's --nproc_per_node")
@@ -229,7 +239,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
                 masks = masks.view(turns, world_size, batch_size, grid, grid)[:, processes.rank]
             unreadable.note(failed)
 
-            imgs = normalise(pixels, images.statistics, device)
+            imgs = normalise(images.render(pixels), images.statistics, device)
             last = turn == turns - 1
             with nullcontext() if last or world_size == 1 else network.no_sync():
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

@@ -70,7 +70,7 @@ BUDGETS = {
         size="atto",
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=10, blr=2e-3, decoder_embed_dim=256),
-        finetune=dict(epochs=5),
+        finetune=dict(epochs=5, aa="none", reprob=0.0),  # crops and flips alone, so that the data are held on the GPU
         recipes={f"blr_{blr:g}": dict(blr=blr) for blr in (2e-3, 5e-4, 8e-3)},
         labels={5: 975, 20: 975, 100: 325, 500: 51},
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),

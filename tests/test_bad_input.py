@@ -69,7 +69,6 @@ TABLE = {
     "analyze: run without log": ("curves pictures", "no log.jsonl in pictures; run"),
     "analyze: damaged log": ("curves damagedlog", "log.jsonl or config.json in damagedlog is damaged", "leave that run out"),
     "bench: folder missing": ("data --data_path nowhere", "nowhere does not exist"),
-    "bench: no folder": ("data", "data needs --data_path DIR"),
     # --- images
     "pretrain: nothing readable": ("--data_path damaged", "cannot read the image damaged/bomb.png, nor the 5 others tried under damaged; check files"),
     "pretrain: a bomb alone": ("--data_path bomb", "cannot read the image bomb/bomb.png; check files and permissions"),
@@ -145,6 +144,9 @@ TABLE = {
     "pretrain: no CIFAR there": ("--data_set cifar10 --data_path pictures", "cifar10 is not in pictures", "give its folder as --data_path"),
     "finetune: evaluate without weights": ("--eval", "--eval needs --resume FILE"),
     "finetune: predict without weights": ("--predict picture.png", "--predict needs --resume FILE"),
+    "pretrain: hold a folder": ("--data_path pictures --hold_data", "--hold_data needs images that are in memory", "leave it out"),
+    "finetune: hold what is jittered": (
+        f"--data_set embedded --scratch {SMALL} --color_jitter 0.4 --hold_data", "--hold_data needs images", "no --color_jitter"),
     "finetune: evaluate and predict": ("--eval --predict picture.png --resume tiny.pth", "--eval contradicts --predict; leave one"),
     "finetune: evaluate another model": ("--eval --resume tiny.pth --model convnextv2_tiny", "--model convnextv2_tiny, but tiny.pth has a size"),
     "finetune: evaluate another stem": ("--eval --resume tiny.pth --stem_stride 4", "--stem_stride 4, but tiny.pth has 1; leave --stem_stride out"),

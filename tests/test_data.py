@@ -7,7 +7,18 @@ from PIL import Image
 
 import common
 import data
-from data import TEXTURES, EpochSampler, Unreadable, center_transform, draw_images, load_images, make_loader, pretrain_transform
+from data import (
+    STATISTICS,
+    TEXTURES,
+    EpochSampler,
+    Unreadable,
+    center_transform,
+    draw_images,
+    load_images,
+    make_loader,
+    pretrain_transform,
+    training_transform,
+)
 
 
 def save(path, size=(40, 30), mode="RGB", **kwargs):
@@ -137,6 +148,52 @@ def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
     unreadable.note(torch.tensor([3, 9]))
     with pytest.raises(common.UserError, match=r"3 of 200 images cannot be read, more than 1%"):
         unreadable.check(processes)
+
+
+# --- held on the device
+
+
+@pytest.mark.parametrize("size", [24, 32, 48])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_held_images_are_the_loaders_to_rounding(stage, size):
+    transform = pretrain_transform(size) if stage == "pretrain" else training_transform(size, STATISTICS["embedded"])
+    images = load_images("embedded", None, "val", transform, seed=5)
+    held = data.HeldImages(images, torch.device("cpu"))
+    places = [(3, index) for index in range(0, 1000, 10)]
+    loaded, rendered = (
+        torch.cat([source.render(batch) for batch, _, _ in make_loader(source, [places[:50], places[50:]], workers, False)]).float()
+        for source, workers in ((images, 0), (held, 1))
+    )
+    assert rendered.shape == loaded.shape and [held[place][1:] for place in places] == [images[place][1:] for place in places]
+    difference = (rendered - loaded).abs()
+    assert difference.mean() < 0.3 and (difference <= 1).float().mean() > 0.99  # Pillow rounds twice, and clips between
+    mirrored = rendered.flip(3)
+    assert (mirrored - loaded).abs().mean() > 10
+
+
+def test_only_what_is_cropped_and_flipped_in_memory_is_held(tmp_path):
+    save(tmp_path / "a.png")
+    device = torch.device("cpu")
+    statistics = STATISTICS["embedded"]
+    assert not data.HeldImages.fit(folder(tmp_path, pretrain_transform(16)))
+    images = load_images("embedded", None, "val", None)
+    for fit, transform in (
+        (True, training_transform(16, statistics)),
+        (False, training_transform(16, statistics, aa="rand-m9-mstd0.5-inc1")),
+        (False, training_transform(48, statistics, color_jitter=0.4)),
+        (False, training_transform(48, statistics, reprob=0.25)),
+        (False, training_transform(48, statistics, interpolation="bilinear")),
+        (False, center_transform(16)),
+        (False, None),
+    ):
+        images.transform = transform
+        assert data.HeldImages.fit(images) == fit
+        assert data.hold(images, None, device) is images  # CPUs keep the loader unless told otherwise
+        if fit:
+            assert isinstance(data.hold(images, True, device), data.HeldImages)
+        else:
+            with pytest.raises(common.UserError, match="hold_data"):
+                data.hold(images, True, device)
 
 
 # --- CIFAR

@@ -13,7 +13,7 @@ from PIL import Image
 
 import common
 import finetune
-from data import Images, draw_images, evaluation_transform, training_transform
+from data import STATISTICS, Images, draw_images, evaluation_transform, training_transform
 from model import MODELS, ConvNeXt
 
 ROOT = Path(__file__).parent.parent
@@ -270,6 +270,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path, monkeypatch
 
 def stop():
     raise KeyboardInterrupt
+
+
+def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
+    pictures, labels = draw_images(50, seed=0, size=32)
+    monkeypatch.setattr(
+        finetune, "load_images", lambda *args: Images(pictures, labels, tuple("abcdefghij"), None, STATISTICS["embedded"])
+    )
+    losses = {}
+    for hold in (True, False):
+        output_dir = tmp_path / str(hold)
+        run("any", output_dir, hold_data=hold, labels_per_class=1, data_set="cifar10", disable_eval=True)
+        losses[hold] = [record["loss"] for record in common.read_log(output_dir)]
+    assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
 
 
 def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 
 import common
 import pretrain
-from data import draw_images
+from data import STATISTICS, Images, draw_images
 from model import MODELS
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +142,21 @@ def test_backends_train_alike(photographs, tmp_path):
     }
     assert_equal(states["sparse"], states["masked"], rtol=1e-3, atol=1e-4)
     assert_equal(states["reference"], states["masked"], rtol=1e-3, atol=1e-4)
+
+
+def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
+    pictures = draw_images(12, seed=0, size=48)[0]
+    monkeypatch.setattr(
+        pretrain,
+        "load_images",
+        lambda _, __, split, transform, seed=0: Images(pictures, None, None, transform, STATISTICS["embedded"], seed),
+    )
+    loaded = run("any", tmp_path / "loaded")
+    held, again = (run("any", tmp_path / f"held{workers}", hold_data=True, num_workers=workers) for workers in (0, 1))
+    assert_equal(again["model"], held["model"])
+    assert held["config"]["hold_data"] and not loaded["config"]["hold_data"]
+    losses = [[record["loss"] for record in common.read_log(tmp_path / name)] for name in ("held0", "loaded")]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3) and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
