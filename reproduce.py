@@ -51,8 +51,8 @@ BUDGETS = {
         recipes={
             "plain_1e-3": dict(lr=1e-3),
             "plain_2e-3": dict(lr=2e-3),
+            "jittered_1e-3": dict(lr=1e-3, color_jitter=0.4),
             "mixed_1e-3": dict(lr=1e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
-            "mixed_2e-3": dict(lr=2e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
         },
         labels={5: 200, 100: 8, 400: 2},
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
