@@ -641,7 +641,7 @@ def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str
     if path is None:
         return {"path": None, "epoch": args.start_epoch, "update": 0, "log": "", "meters": [], "unreadable": []}
     state = load_file(path)
-    if state.get("stage") != stage or "meters" not in state:
+    if state.get("stage") != stage or not {"meters", "config"} <= state.keys():
         raise UserError(
             f"{path} is not a checkpoint-<epoch>.pth of {stage}, which alone can be continued; its weights load by --finetune"
         )

@@ -50,6 +50,7 @@ BUDGETS = {
         finetune=dict(epochs=40, batch_size=20, head_init_scale=1, labels_per_class=20),
         recipes={
             "plain_1e-3": dict(lr=1e-3),
+            "plain_5e-4": dict(lr=5e-4),
             "plain_2e-3": dict(lr=2e-3),
             "jittered_1e-3": dict(lr=1e-3, color_jitter=0.4),
             "mixed_1e-3": dict(lr=1e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
