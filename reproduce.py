@@ -46,12 +46,11 @@ BUDGETS = {
         seeds=3,
         size="atto",
         common=dict(data_set="embedded", input_size=32, stem_stride=1, amp="bf16"),
-        pretrain=dict(epochs=8, batch_size=32, lr=1e-3, decoder_embed_dim=256),
+        pretrain=dict(epochs=16, batch_size=32, lr=1e-3, decoder_embed_dim=256),
         finetune=dict(epochs=40, batch_size=20, head_init_scale=1, labels_per_class=20),
         recipes={
             "plain_1e-3": dict(lr=1e-3),
             "plain_5e-4": dict(lr=5e-4),
-            "plain_2e-3": dict(lr=2e-3),
             "jittered_1e-3": dict(lr=1e-3, color_jitter=0.4),
             "mixed_1e-3": dict(lr=1e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
         },
