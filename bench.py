@@ -56,7 +56,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
     add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
     add("--amp", choices=("none", "bf16", "fp16"), nargs="+", default=["none", "bf16"], help="autocast types")
-    add("--backend", type=one_of("backend", BACKENDS), nargs="+", default=BACKENDS, metavar="NAME", help="of `encoder` and `step`")
+    add(
+        "--backend",
+        type=one_of("backend", BACKENDS),
+        nargs="+",
+        default=("sparse", "masked", "leaky"),
+        metavar="NAME",
+        help=f"of `encoder` and `step`: {', '.join(BACKENDS)}",
+    )
     add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
     add("--checkpoint_activations", action=BoolFlag, default=False, help="of all candidates but timm's")
     add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
@@ -124,6 +131,17 @@ def trainer(loss: Callable[[], torch.Tensor], finish: Callable[[], None], amp: s
             value = loss()
         value.backward()
         finish()
+
+    return call
+
+
+def updates(network: nn.Module) -> Callable[[], None]:
+    """A call that updates the weights by AdamW and clears the gradients."""
+    optimizer = torch.optim.AdamW(common.parameter_groups(network, 0.05), fused=True)
+
+    def call():
+        optimizer.step()
+        optimizer.zero_grad()
 
     return call
 
@@ -197,14 +215,8 @@ def bench_step(args, device) -> list[dict]:
                 encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
                 encoder.checkpoint_activations(args.checkpoint_activations)
                 mae = FCMAE(encoder, args.mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
-                optimizer = torch.optim.AdamW(common.parameter_groups(mae, 0.05), fused=True)
                 run = torch.compile(mae) if args.compile else mae
-
-                def finish(optimizer=optimizer):
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-                candidates[backend] = trainer(lambda run=run, imgs=imgs: run(imgs)[0], finish, amp, device)
+                candidates[backend] = trainer(lambda run=run, imgs=imgs: run(imgs)[0], updates(mae), amp, device)
             seconds = interleaved(candidates, args.repeats, device)
             rows += [
                 {"model": name, "batch": batch, "amp": amp, "backend": backend, "ms": round(1e3 * s, 1), "images/s": round(batch / s, 1),
@@ -277,7 +289,7 @@ def bench_finetune(args, device) -> list[dict]:
                     net.checkpoint_activations(args.checkpoint_activations)
                 run = torch.compile(net) if args.compile else net
                 loss = lambda run=run, imgs=imgs, labels=labels: nn.functional.cross_entropy(run(imgs).float(), labels)  # noqa: E731
-                candidates[library] = trainer(loss, net.zero_grad, amp, device)
+                candidates[library] = trainer(loss, updates(net), amp, device)
             seconds = interleaved(candidates, args.repeats, device)
             rows += [
                 {"model": name, "batch": batch, "amp": amp, "library": library, "ms": round(1e3 * s, 1),
@@ -334,26 +346,34 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
-def draw_bars(path: Path, rows: list[dict]) -> None:
+def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
     """The paper's Figure 6: throughput and memory of each backend, by model and type."""
     groups = list(dict.fromkeys((row["model"], row["amp"]) for row in rows))
     backends = list(dict.fromkeys(row["backend"] for row in rows))
+    labels = {"dense": "dense, unmasked", "timm": "timm, unmasked"}
+    kept = "peak memory, MiB" if device.type == "cuda" else "memory kept for backward, MiB"
     figure, axes = common.new_figure(1, 2, 11, 4)
-    for axis, value, label in ((axes[0, 0], "images/s", "images per second"), (axes[0, 1], "MiB", "memory, MiB")):
+    for axis, value, label in ((axes[0, 0], "images/s", "images per second"), (axes[0, 1], "MiB", kept)):
         for k, (backend, colour) in enumerate(zip(backends, common.COLOURS)):
             heights = [
                 next(row[value] for row in rows if (row["model"], row["amp"], row["backend"]) == (*group, backend))
                 for group in groups
             ]
             axis.bar(
-                [g + k * 0.8 / len(backends) for g in range(len(groups))], heights, 0.8 / len(backends), color=colour, label=backend
+                [g + k * 0.8 / len(backends) for g in range(len(groups))],
+                heights,
+                0.8 / len(backends),
+                color=colour,
+                label=labels.get(backend, backend),
             )
-        names = [f"{model.removeprefix('convnextv2_')}\n{amp}" for model, amp in groups]
+        names = [f"{model.removeprefix('convnextv2_')}\n{amp.replace('none', 'fp32')}" for model, amp in groups]
         axis.set_xticks([g + 0.4 - 0.4 / len(backends) for g in range(len(groups))], names)
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle("Encoder, forward and backward")
+    figure.suptitle(
+        f"Encoder, forward and backward, {'GPU' if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}"
+    )
     common.save_figure(figure, path)
 
 
@@ -386,7 +406,7 @@ def main(args: argparse.Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
     if args.task == "encoder":
-        draw_bars(path.with_suffix(".png"), rows)
+        draw_bars(path.with_suffix(".png"), rows, processes.device)
     elif args.task == "sweep":
         draw_sweep(path.with_suffix(".png"), rows)
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
