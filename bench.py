@@ -1,6 +1,6 @@
 """How fast is it? Interleaved measurements in one process, so that a noisy machine disturbs all candidates alike.
 
-    python bench.py                    # encoder, forward and backward: sparse, reference, masked, leaky, dense unmasked
+    python bench.py                    # encoder, forward and backward: sparse, masked, leaky, dense unmasked
     python bench.py step               # the whole pre-training step, optimiser included
     python bench.py sweep              # time against the share of visible patches
     python bench.py data               # the input pipeline, images per second and worker
