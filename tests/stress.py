@@ -8,6 +8,7 @@ SIGKILL goes to all processes of a run at once, uniformly over the time that it 
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -152,10 +153,14 @@ def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
         wait(start(stage, root / "pictures", directory, processes))
         differs = difference(whole, contents(directory))
         runs, identical = runs + 1, identical + (differs is None)
-        if differs is not None:
+        if differs is None:
+            shutil.rmtree(directory)
+        else:
             print(f"{directory} differs from {root / 'whole'} in {differs}")
     minutes = (time.monotonic() - began) / 60
     print(f"{stage}, {processes} process(es): {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min")
+    if identical == runs:
+        shutil.rmtree(root)
     return identical == runs
 
 

@@ -362,10 +362,11 @@ def test_no_checkpoint_inside_an_epoch_replaces_a_good_one_while_updates_are_ski
 
 
 @pytest.fixture(scope="module")
-def processes() -> dict:
+def processes(tmp_path_factory) -> dict:
     """What happened in the scenarios of processes.py."""
+    folder = str(tmp_path_factory.mktemp("processes"))
     result = subprocess.run([sys.executable, HERE / "processes.py"], capture_output=True, text=True, cwd=HERE.parent,
-                            env=os.environ | {"PYTHONPATH": str(HERE.parent)})  # fmt: skip
+                            env=os.environ | {"PYTHONPATH": str(HERE.parent), "TMPDIR": folder})  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
