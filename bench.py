@@ -384,8 +384,8 @@ def draw_sweep(path: Path, rows: list[dict]) -> None:
         x, y = curves.setdefault(row["backend"], ([], []))
         x.append(row["visible"])
         y.append(row["ms"])
-    title = f"{rows[0]['model']}, {rows[0]['amp']}: encoder, forward and backward"
-    common.plot_curves(path, curves, "share of visible patches", "milliseconds", title)
+    title = f"{rows[0]['model']}, {rows[0]['amp'].replace('none', 'fp32')}: encoder, forward and backward"
+    common.plot_curves(path, curves, "share of visible patches", "milliseconds", title, from_zero=True)
 
 
 def main(args: argparse.Namespace) -> None:

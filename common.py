@@ -1012,13 +1012,15 @@ COLOURS = (
 )  # Okabe and Ito: colour-blind-safe
 
 
-def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str) -> None:
-    """One line per entry of `curves`: label -> (x, y); a single line needs no legend."""
+def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str, from_zero: bool = False) -> None:
+    """One line per entry of `curves`: label -> (x, y); a single line needs no legend. `from_zero` begins both axes at 0."""
     figure, axes = new_figure(1, 1, 6, 3.6)
     for (label, (x, y)), colour in zip(curves.items(), COLOURS):
         axes[0, 0].plot(x, y, color=colour, linewidth=1.5, marker="o" if len(x) < 3 else None, label=label)
     axes[0, 0].set(xlabel=x_label, ylabel=y_label, title=title)
     axes[0, 0].grid(alpha=0.3)
+    if from_zero:
+        axes[0, 0].set(xlim=(0, None), ylim=(0, None))
     if len(curves) > 1:
         axes[0, 0].legend()
     save_figure(figure, path)
