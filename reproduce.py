@@ -639,7 +639,7 @@ def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 PROTOCOL = """\
-Fixed before the runs:
+Fixed before the runs of the tables below; the budget itself (length of pre-training, recipes to try) was settled on held-out images of seed 0:
 
 * **Cells differ in what they are named for and in nothing else**: data, augmentation, epochs, batch, schedule and seeds are those of
   the table at the top of `reproduce.py`. The commands beside the numbers are complete.
@@ -837,6 +837,8 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             f"**{verdict[0].upper()}{verdict[1:]}{', so far' if incomplete else ''}.** {claim.note}",
             "",
         ]
+        flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
+        sections += [f"    python reproduce.py{flag} --claim {name}", ""]
         sections += [*markdown_of(claim, rows), "", *(f"* {line}" for line in lines)]
         if incomplete:
             sections += [f"* Fewer than {seeds} seeds have finished of: {', '.join(incomplete)}"]
