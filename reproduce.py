@@ -45,7 +45,7 @@ BUDGETS = {
         about="embedded pictures, ConvNeXt Atto, two cores without a GPU",
         seeds=3,
         size="atto",
-        common=dict(data_set="embedded", input_size=32, stem_stride=1, amp="bf16"),
+        common=dict(data_set="embedded", input_size=32, stem_stride=1),
         pretrain=dict(epochs=16, batch_size=32, lr=1e-3, decoder_embed_dim=256),
         finetune=dict(epochs=40, batch_size=20, head_init_scale=1, labels_per_class=20),
         recipes={
@@ -62,7 +62,7 @@ BUDGETS = {
         val_images=1000,
         classes=10,
         measure_images=1000,
-        speed=dict(pretrain=150, finetune=60, analyze=50),
+        speed=dict(pretrain=65, finetune=36, analyze=50),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
