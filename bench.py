@@ -55,7 +55,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input_size", type=common.image_side, default=224, help="pixels per side")
     add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
     add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
-    add("--amp", choices=("none", "bf16", "fp16"), nargs="+", default=["none", "bf16"], help="autocast types")
+    add(
+        "--amp",
+        choices=("none", "bf16", "fp16"),
+        nargs="+",
+        default=None,
+        help="autocast types (default: none and bf16, but on CPUs without AVX-512)",
+    )
     add(
         "--backend",
         type=one_of("backend", BACKENDS),
@@ -392,6 +398,7 @@ def main(args: argparse.Namespace) -> None:
     """Measure what `args` (from `get_args`) ask for."""
     processes = common.setup_processes(args.device)
     output_dir = common.prepare_output_dir(args.output_dir)
+    args.amp = args.amp or ["none", "bf16"][: 1 if common.emulates_half(processes.device) else 2]
     grid = args.input_size // (8 * args.stem_stride)
     for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
         try:

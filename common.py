@@ -404,6 +404,18 @@ def keep_heap_mapped() -> None:
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move a model to its device, in channels_last.
+
+    Where a dimension of size 1 leaves two ways to number the strides, as in a depthwise kernel, parameters keep the plain one, which
+    their gradients have too: DDP warns of any difference.
+    """
+    model.to(device, memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        if parameter.is_contiguous():
+            parameter.data = parameter.data.flatten().view(parameter.shape)
+
+
 def set_determinism(on: bool) -> None:
     """Have torch choose operations that give the same bits every time, or raise where it has none."""
     if on:
@@ -412,10 +424,19 @@ def set_determinism(on: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def emulates_half(device: torch.device) -> bool:
+    """Whether the device is an x86 CPU without AVX-512, on which half precision saves memory but costs over ten times the time."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def autocast_dtype(amp: str | None, device: torch.device) -> torch.dtype | None:
     """The autocast type of `--amp`; by default bfloat16 on GPUs that have it, float16 on older ones, none on CPUs."""
     if amp is None:
         amp = "none" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if amp != "none" and emulates_half(device) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: --amp {amp} takes far longer than float32 on this CPU, which has no AVX-512; leave it out", file=sys.stderr
+        )
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 

@@ -653,7 +653,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         net.requires_grad_(False)
         net.head.requires_grad_(True)
     net.checkpoint_activations(args.checkpoint_activations)
-    net.to(device, memory_format=torch.channels_last)
+    common.to_device(net, device)
     parameters = [p for p in net.parameters() if p.requires_grad]
     ema = averaged(net, args.model_ema_decay) if args.model_ema else None
 

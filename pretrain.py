@@ -170,7 +170,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     except ValueError as error:
         raise UserError(str(error)) from None
     encoder.checkpoint_activations(args.checkpoint_activations)
-    mae.to(device, memory_format=torch.channels_last)
+    common.to_device(mae, device)
 
     # --- optimiser
     batches = len(sampler)  # forward passes per epoch

@@ -5,7 +5,8 @@
     python reproduce.py --claim 1 2 --jobs 2      # two single-threaded jobs side by side
 
 Jobs are runs of pretrain.py, finetune.py and analyze.py, shared between claims. The same command continues where it was
-stopped. Tables, figures and a README with verdicts are written to --results from all jobs that have finished.
+stopped. Tables, figures and a README with verdicts are written to --results from all jobs that have finished; rows that
+are there already, of the same settings and more seeds, stay.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -694,31 +696,60 @@ def judge(expectations: list[Expectation], values: dict[str, list[float]]) -> tu
     return "reproduced" if complete and set(outcomes) == {"holds"} else "not distinguishable at this scale", lines
 
 
-def gather(claim: Claim, plan: Plan, seeds: int) -> tuple[dict[str, list[Job]], dict[str, list[float]]]:
-    """The finished jobs of each cell, and their numbers."""
+def gather(claim: Claim, plan: Plan, seeds: int) -> dict[str, list[Job]]:
+    """The finished jobs of each cell."""
     jobs = {}
     for seed in range(seeds):
         for cell, job in claim.jobs(plan, seed).items():
             jobs.setdefault(cell, []).extend([job] if job.finished else [])
-    return jobs, {cell: [claim.value(job, cell) for job in done] for cell, done in jobs.items()}
+    return jobs
 
 
-def table_of(claim: Claim, jobs: dict[str, list[Job]], values: dict[str, list[float]]) -> list[dict]:
-    """A row per cell: the number, and everything that belongs to it."""
+def with_earlier_rows(rows: list[dict], path: Path, claim: Claim, plan: Plan) -> list[dict]:
+    """`rows`, and for cells of which a table at `path` has more seeds, its rows: of jobs that ran elsewhere with the same settings."""
+    if not path.exists():
+        return rows
+    with open(path, newline="") as file:
+        earlier = {row["cell"]: _typed(row) | {"paper": claim.paper.get(row["cell"])} for row in csv.DictReader(file)}
+    own = {row["cell"]: row for row in rows}
+    merged = []
+    for cell, job in claim.jobs(plan, 0).items():
+        row, before = own.get(cell), earlier.get(cell)
+        alike = before and _settings(before["command"]) == _settings(_command([job]))
+        merged.append(before if alike and before["n"] > (row["n"] if row else 0) else row)
+    return [row for row in merged if row]
+
+
+def _typed(row: dict[str, str]) -> dict:
+    numbers = ("mean", "std", "pretrain_minutes", "finetune_minutes")
+    return row | {key: float(row[key]) if row[key] else None for key in numbers} | {"n": int(row["n"])}
+
+
+def _settings(command: str) -> list[str]:
+    """A command's words without the folders of its files, and without --amp, which changes rounding only."""
+    return [Path(word).name for word in shlex.split(re.sub(r" --amp \w+", "", command))]
+
+
+def _command(jobs: list[Job]) -> str:
+    return " && ".join(job.command for job in unique(jobs))
+
+
+def table_of(claim: Claim, jobs: dict[str, list[Job]]) -> list[dict]:
+    """A row per cell with finished jobs: the number, and everything that belongs to it."""
     rows = []
     for cell, done in jobs.items():
         if not done:
             continue
-        chain = unique([done[0]])
+        values = [float(f"{claim.value(job, cell):.6g}") for job in done]  # as they are written
         minutes = {script: [job.record["seconds"] / 60 for last in done for job in unique([last]) if job.script == script]
-                   for script in dict.fromkeys(job.script for job in chain)}  # fmt: skip
+                   for script in ("pretrain", "finetune")}  # fmt: skip
         known = [job.record for last in done for job in unique([last])]
         rows.append(
-            {"cell": cell, "quantity": claim.quantity, "mean": statistics.fmean(values[cell])}
-            | {"std": statistics.stdev(values[cell]) if len(done) > 1 else None, "n": len(done)}
-            | {"values": " ".join(f"{value:.6g}" for value in values[cell]), "paper": claim.paper.get(cell)}
-            | {f"{script}_minutes": statistics.fmean(minutes.get(script) or [0.0]) for script in ("pretrain", "finetune")}
-            | {"command": " && ".join(job.command for job in chain)}
+            {"cell": cell, "quantity": claim.quantity, "mean": statistics.fmean(values)}
+            | {"std": statistics.stdev(values) if len(done) > 1 else None, "n": len(done)}
+            | {"values": " ".join(f"{value:.6g}" for value in values), "paper": claim.paper.get(cell)}
+            | {f"{script}_minutes": statistics.fmean(times or [0.0]) for script, times in minutes.items()}
+            | {"command": _command(done[:1])}
             | {key: "; ".join(dict.fromkeys(record[key] for record in known)) for key in ("commit", "hardware")}
             | {"versions": ", ".join(f"{name} {version}" for name, version in known[-1]["versions"].items())}
         )
@@ -820,14 +851,16 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     common.prepare_output_dir(str(results))
     budget, sections, summary, missing = plan.budget, [], [], []
     for name, claim in CLAIMS.items():
-        jobs, values = gather(claim, plan, seeds)
+        jobs, path = gather(claim, plan, seeds), results / f"claim_{name}.csv"
+        own = table_of(claim, jobs)
+        rows = with_earlier_rows(own, path, claim, plan)
+        values = {row["cell"]: [float(value) for value in row["values"].split()] for row in rows}
         verdict, lines = judge(claim.expect(list(jobs)), values)
         if not lines:  # nothing to compare yet
             missing.append(f"{name} ({claim.title})")
             continue
-        rows = table_of(claim, jobs, values)
-        write_csv(results / f"claim_{name}.csv", rows)
-        incomplete = [cell for cell, done in values.items() if len(done) < seeds]
+        write_csv(path, rows)
+        incomplete = [cell for cell in jobs if len(values.get(cell, ())) < seeds]
         heading = f"{'Claim ' if name != 'labels' else ''}{name}. {claim.title}"
         summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
         sections += [
@@ -844,7 +877,8 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             sections += [f"* Fewer than {seeds} seeds have finished of: {', '.join(incomplete)}"]
         picture = results / f"claim_{name}.png"
         if name == "3":
-            draw_collapse(claim, jobs, rows, picture)
+            if rows == own:  # it shows what the table does not hold
+                draw_collapse(claim, jobs, rows, picture)
         elif claim.series:
             draw(claim, rows, picture)
         if picture.exists():

@@ -1,8 +1,10 @@
 """Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
 
     python tests/stress.py --kills 50 --processes 2 --stage finetune
+    python tests/stress.py --kills 50 --torchrun
 
-SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
+SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times. With
+--torchrun it goes to one process of two, and torchrun itself starts both again.
 """
 
 import json
@@ -11,11 +13,13 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -90,6 +94,27 @@ def start(stage: str, pictures: Path, directory: Path, processes: int) -> list[i
     return fork(lambda: module.main(module.get_args(words)), directory, processes)
 
 
+def under_torchrun(stage: str, pictures: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
+    """Run to the end under torchrun with up to `kills` kills of one process; their number. AssertionError when the run failed."""
+    module, flags = STAGES[stage]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
+    command += [module.__file__, *flags.split(), "--data_path", str(pictures), "--batch_size", "2"]
+    killed = 0
+    with open(directory / "output.txt", "w") as output:
+        run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output)
+        while killed < kills:
+            try:
+                run.wait(rng.uniform(0, lasts))
+                break
+            except subprocess.TimeoutExpired:
+                children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+                with suppress(IndexError, ProcessLookupError):  # it is starting or ending
+                    os.kill(int(rng.choice(children)), signal.SIGKILL)
+                    killed += 1
+        assert run.wait() == 0, f"torchrun ended with status {run.returncode}: {directory / 'output.txt'}"
+    return killed
+
+
 def wait(pids: list[int], seconds: float = float("inf")) -> bool:
     """Whether all processes ended by themselves within `seconds`; otherwise they are killed. AssertionError when one failed."""
     end, running = time.monotonic() + seconds, set(pids)
@@ -135,22 +160,31 @@ def difference(a, b, place: str = "") -> str | None:
     return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
 
 
-def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
+def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
     rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
     make_pictures(root / "pictures")
     (root / "whole").mkdir()
     wait(start(stage, root / "pictures", root / "whole", processes))
-    lasts, whole = time.monotonic() - began, contents(root / "whole")
+    whole = contents(root / "whole")
+    if torchrun:
+        (root / "timed").mkdir()
+        began = time.monotonic()
+        under_torchrun(stage, root / "pictures", root / "timed", 0, rng, 0)
+    lasts = time.monotonic() - began
     done = runs = identical = 0
     while done < kills:
         directory = root / str(runs)
         directory.mkdir()
-        for _ in range(min(rng.randint(1, 3), kills - done)):
-            if wait(start(stage, root / "pictures", directory, processes), rng.uniform(0, lasts)):
-                break
-            done += 1
-        wait(start(stage, root / "pictures", directory, processes))
+        times = min(rng.randint(1, 3), kills - done)
+        if torchrun:
+            done += under_torchrun(stage, root / "pictures", directory, times, rng, lasts)
+        else:
+            for _ in range(times):
+                if wait(start(stage, root / "pictures", directory, processes), rng.uniform(0, lasts)):
+                    break
+                done += 1
+            wait(start(stage, root / "pictures", directory, processes))
         differs = difference(whole, contents(directory))
         runs, identical = runs + 1, identical + (differs is None)
         if differs is None:
@@ -158,7 +192,8 @@ def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
         else:
             print(f"{directory} differs from {root / 'whole'} in {differs}")
     minutes = (time.monotonic() - began) / 60
-    print(f"{stage}, {processes} process(es): {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min")
+    under = " under torchrun" if torchrun else ""
+    print(f"{stage}, {processes} process(es){under}: {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min")
     if identical == runs:
         shutil.rmtree(root)
     return identical == runs
@@ -169,12 +204,14 @@ def main() -> None:
     parser = common.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=common.number(int, 1), default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
+    parser.add_argument("--torchrun", action=common.BoolFlag, default=False, help="kill one process of two under torchrun")
     parser.add_argument("--stage", choices=(*STAGES, "both"), default="both", help="what to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    args.processes = 2 if args.torchrun else args.processes
     stages = STAGES if args.stage == "both" else [args.stage]
-    if not all([stress(stage, args.kills, args.processes, args.seed) for stage in stages]):
+    if not all([stress(stage, args.kills, args.processes, args.seed, args.torchrun) for stage in stages]):
         sys.exit(1)
 
 

@@ -176,3 +176,12 @@ def test_json_and_durations(tmp_path):
     common.save_json(tmp_path / "a.json", {"a": None})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None}
     assert [common.duration(s) for s in (4.6, 65, 3725)] == ["5s", "1m05s", "1h02m"]
+
+
+def test_half_precision_on_a_cpu_that_only_emulates_it_is_warned_of(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    for capability, warned in (("AVX2", True), ("AVX512", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert common.autocast_dtype("bf16", cpu) == torch.bfloat16
+        assert ("--amp bf16 takes far longer than float32" in capsys.readouterr().err) == warned
+        assert common.autocast_dtype(None, cpu) is None and not capsys.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
     assert {name for name in CLAIMS if CLAIMS[name].title in missing} == {"1", "3", "4", "6", "7", "8", "9"}
     assert not (toy / "partial" / "claim_1.csv").exists()  # one of its three cells has finished, and compares with nothing
     assert "| 5 | What stands in GRN's place | not distinguishable at this scale, so far |" in text
+
+
+def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, monkeypatch):
+    shutil.copytree(toy / "results", tmp_path / "results")
+    nothing_ran = Plan(BUDGETS["toy"], tmp_path / "toy", {})
+    reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
+    for path in (toy / "results").iterdir():
+        assert (tmp_path / "results" / path.name).read_bytes() == path.read_bytes() or path.suffix == ".png"
+    monkeypatch.setitem(BUDGETS["toy"], "finetune", BUDGETS["toy"]["finetune"] | {"epochs": 2})
+    reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
+    assert "| 2 |" not in (tmp_path / "results" / "README.md").read_text()
+
+
+def test_more_seeds_of_ones_own_replace_an_earlier_row(toy, tmp_path):
+    plan, path = Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), tmp_path / "claim_2.csv"
+    own = reproduce.table_of(CLAIMS["2"], reproduce.gather(CLAIMS["2"], plan, 1))
+    reproduce.write_csv(path, [row | {"mean": 1.0, "n": n} for row, n in zip(own, (0, 1, 2, 3))])
+    merged = reproduce.with_earlier_rows(own, path, CLAIMS["2"], plan)
+    assert [row["n"] for row in merged] == [1, 1, 2, 3] and merged[:2] == own[:2] and merged[2]["mean"] == 1.0
 
 
 def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):
