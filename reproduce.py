@@ -495,7 +495,8 @@ CLAIMS = {
         label_jobs,
         expect_fewer_labels,
         {},
-        note="Not an experiment of the paper. The same images, chosen by the seed, and the same steps with and without pre-training.",
+        note="Not an experiment of the paper. The same images, chosen by the seed, with and without pre-training; the same number of "
+        "steps for every number of labels, so that of many labels each is seen a few times only.",
         x="labelled images per class",
         series=lambda cell: (cell.split(", ")[0], float(cell.split()[1])),
     ),

@@ -285,10 +285,11 @@ def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
     assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
 
 
-def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys):
+def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys, drawn):
     state = run(shapes, tmp_path, epochs=2, model_ema="true")
     names = {".lock", "checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
+    assert min(Image.open(tmp_path / "accuracy.png").size) > 300
     assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3
     last = [record for record in common.read_log(tmp_path) if "val_top1" in record][-1]
 

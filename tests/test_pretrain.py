@@ -52,7 +52,7 @@ def log_without_times(output_dir):
     return [{key: value for key, value in record.items() if key not in TIMES} for record in common.read_log(output_dir)]
 
 
-def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys):
+def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys, drawn):
     state = run(photographs, tmp_path, epochs=4, save_ckpt_num=2)
     assert {path.name for path in tmp_path.iterdir()} == {
         ".lock", "checkpoint-3.pth", "checkpoint-4.pth", "encoder.pth", "log.jsonl", "config.json", "loss.png", "reconstructions.png",

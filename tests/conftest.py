@@ -1,0 +1,37 @@
+"""What all tests share."""
+
+import json
+
+import pytest
+
+import common
+import finetune
+import pretrain
+
+DRAW = {module: module.draw for module in (pretrain, finetune)}
+PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketched():
+    """Training in the tests' own process writes its log where its pictures belong: drawing takes longer than these short runs."""
+
+    def sketch(module):
+        def draw(*args):
+            output_dir, records = args[3 if module is pretrain else 0], args[-1]
+            for name in PICTURES[module]:
+                common.write_atomically(output_dir / name, lambda file: file.write_text(json.dumps(records)))
+
+        return draw
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in DRAW:
+            patch.setattr(module, "draw", sketch(module))
+        yield
+
+
+@pytest.fixture
+def drawn(sketched, monkeypatch):
+    """Pictures are drawn after all."""
+    for module, draw in DRAW.items():
+        monkeypatch.setattr(module, "draw", draw)
