@@ -5,8 +5,8 @@
     python reproduce.py --claim 1 2 --jobs 2      # two single-threaded jobs side by side
 
 Jobs are runs of pretrain.py, finetune.py and analyze.py, shared between claims. The same command continues where it was
-stopped. Tables, figures and a README with verdicts are written to --results from all jobs that have finished; rows that
-are there already, of the same settings and more seeds, stay.
+stopped. Tables, figures and a README with verdicts are written to --results from all jobs that have finished; a
+claim's table that is there already stays while more runs stand behind it.
 """
 
 import argparse
@@ -706,19 +706,15 @@ def gather(claim: Claim, plan: Plan, seeds: int) -> dict[str, list[Job]]:
     return jobs
 
 
-def with_earlier_rows(rows: list[dict], path: Path, claim: Claim, plan: Plan) -> list[dict]:
-    """`rows`, and for cells of which a table at `path` has more seeds, its rows: of jobs that ran elsewhere with the same settings."""
+def fuller_table(own: list[dict], path: Path, claim: Claim, plan: Plan) -> list[dict]:
+    """Our own rows, or those that are at `path` already, if more runs of the same settings stand behind them: never a mixture."""
     if not path.exists():
-        return rows
+        return own
+    commands = {cell: _command([job]) for cell, job in claim.jobs(plan, 0).items()}
     with open(path, newline="") as file:
-        earlier = {row["cell"]: _typed(row) | {"paper": claim.paper.get(row["cell"])} for row in csv.DictReader(file)}
-    own = {row["cell"]: row for row in rows}
-    merged = []
-    for cell, job in claim.jobs(plan, 0).items():
-        row, before = own.get(cell), earlier.get(cell)
-        alike = before and _settings(before["command"]) == _settings(_command([job]))
-        merged.append(before if alike and before["n"] > (row["n"] if row else 0) else row)
-    return [row for row in merged if row]
+        earlier = [_typed(row) | {"paper": claim.paper.get(row["cell"])} for row in csv.DictReader(file)]
+    earlier = [row for row in earlier if _settings(row["command"]) == _settings(commands.get(row["cell"], ""))]
+    return max(own, earlier, key=lambda rows: sum(row["n"] for row in rows))
 
 
 def _typed(row: dict[str, str]) -> dict:
@@ -854,7 +850,7 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     for name, claim in CLAIMS.items():
         jobs, path = gather(claim, plan, seeds), results / f"claim_{name}.csv"
         own = table_of(claim, jobs)
-        rows = with_earlier_rows(own, path, claim, plan)
+        rows = fuller_table(own, path, claim, plan)
         values = {row["cell"]: [float(value) for value in row["values"].split()] for row in rows}
         verdict, lines = judge(claim.expect(list(jobs)), values)
         if not lines:  # nothing to compare yet
@@ -876,9 +872,11 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         sections += [*markdown_of(claim, rows), "", *(f"* {line}" for line in lines)]
         if incomplete:
             sections += [f"* Fewer than {seeds} seeds have finished of: {', '.join(incomplete)}"]
+        if precision := re.findall(r"--amp \w+", rows[0]["command"]):
+            sections += [f"* Run with `{precision[0]}`, where the budget has float32 now: that changes rounding only"]
         picture = results / f"claim_{name}.png"
         if name == "3":
-            if rows == own:  # it shows what the table does not hold
+            if rows is own:  # it shows what the table does not hold
                 draw_collapse(claim, jobs, rows, picture)
         elif claim.series:
             draw(claim, rows, picture)

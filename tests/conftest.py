@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import stress
 
 import common
 import finetune
@@ -18,7 +19,8 @@ def sketched():
 
     def sketch(module):
         def draw(*args):
-            output_dir, records = args[3 if module is pretrain else 0], args[-1]
+            output_dir = args[3 if module is pretrain else 0]
+            records = [{key: value for key, value in record.items() if key not in stress.TIMES} for record in args[-1]]
             for name in PICTURES[module]:
                 common.write_atomically(output_dir / name, lambda file: file.write_text(json.dumps(records)))
 

@@ -118,12 +118,14 @@ def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, m
     assert "| 2 |" not in (tmp_path / "results" / "README.md").read_text()
 
 
-def test_more_seeds_of_ones_own_replace_an_earlier_row(toy, tmp_path):
+def test_the_table_with_more_runs_behind_it_is_kept_whole(toy, tmp_path):
     plan, path = Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), tmp_path / "claim_2.csv"
     own = reproduce.table_of(CLAIMS["2"], reproduce.gather(CLAIMS["2"], plan, 1))
-    reproduce.write_csv(path, [row | {"mean": 1.0, "n": n} for row, n in zip(own, (0, 1, 2, 3))])
-    merged = reproduce.with_earlier_rows(own, path, CLAIMS["2"], plan)
-    assert [row["n"] for row in merged] == [1, 1, 2, 3] and merged[:2] == own[:2] and merged[2]["mean"] == 1.0
+    for runs, kept in ((3, [3, 3]), (1, [1, 1, 1, 1])):  # two cells of an earlier table, against four of one seed
+        reproduce.write_csv(path, [row | {"n": runs} for row in own[:2]])
+        assert [row["n"] for row in reproduce.fuller_table(own, path, CLAIMS["2"], plan)] == kept
+    reproduce.write_csv(path, [row | {"n": 9, "command": row["command"].replace("--epochs 1", "--epochs 2")} for row in own])
+    assert reproduce.fuller_table(own, path, CLAIMS["2"], plan) is own
 
 
 def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):

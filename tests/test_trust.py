@@ -222,7 +222,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_succeeds(pictures, whole,
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         call_at(monkeypatch, pretrain, "normalise", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1])))
-        call_at(monkeypatch, pretrain, "normalise", 6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+        call_at(monkeypatch, pretrain, "normalise", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
         found = run("pretrain", pictures, tmp_path, save_every_steps=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
