@@ -101,7 +101,8 @@ def under_torchrun(stage: str, pictures: Path, directory: Path, kills: int, rng:
     command += [module.__file__, *flags.split(), "--data_path", str(pictures), "--batch_size", "2"]
     killed = 0
     with open(directory / "output.txt", "w") as output:
-        run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
+        run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, env=environment)
         while killed < kills:
             try:
                 run.wait(rng.uniform(0, lasts))

@@ -407,6 +407,7 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
     two = Path(processes["two"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command = [*torchrun, HERE.parent / "pretrain.py", *processes["flags of two"], "--num_workers", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in processes.py: two threads round otherwise
 
     def log_reaches(lines):
         end = time.monotonic() + 240
@@ -415,7 +416,7 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
             time.sleep(0.01)
 
     with open(tmp_path / "output.txt", "w") as output:
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
         log_reaches(2)
         os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
         log_reaches(6)
@@ -424,6 +425,6 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
     text = (tmp_path / "output.txt").read_text()
     assert "exitcode: -9" in text or "exitcode  : -9" in text or "Signal 9" in text, text
     assert text.count("continuing from") == 1 and "SIGTERM: ended after update" in text and "Grad strides" not in text, text
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
     assert stress.difference(contents(two), contents(tmp_path)) is None
