@@ -57,7 +57,7 @@ BUDGETS = {
             "mixed_1e-3": dict(lr=1e-3, mixup=0.8, cutmix=1, color_jitter=0.4),
         },
         labels={5: 200, 100: 8, 400: 2},
-        mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        mask_ratios=(0.1, 0.35, 0.6, 0.85),  # the ends of the range that the paper tries, and two between
         decoder_depths=(1, 2, 4),
         decoder_widths=(128, 256, 512),
         images=4000,

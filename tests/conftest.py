@@ -1,8 +1,13 @@
 """What all tests share."""
 
 import json
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # of `pytest -n`: workers share the cores, and so do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 import stress
 
 import common
