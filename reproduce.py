@@ -727,7 +727,7 @@ def _settings(command: str) -> list[str]:
     return [Path(word).name for word in shlex.split(re.sub(r" --amp \w+", "", command))]
 
 
-def _command(jobs: list[Job]) -> str:
+def _command(jobs: Iterable[Job]) -> str:
     return " && ".join(job.command for job in unique(jobs))
 
 
@@ -872,8 +872,9 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         sections += [*markdown_of(claim, rows), "", *(f"* {line}" for line in lines)]
         if incomplete:
             sections += [f"* Fewer than {seeds} seeds have finished of: {', '.join(incomplete)}"]
-        if precision := re.findall(r"--amp \w+", rows[0]["command"]):
-            sections += [f"* Run with `{precision[0]}`, where the budget has float32 now: that changes rounding only"]
+        precision, now = (re.findall(r"--amp \w+", text) for text in (rows[0]["command"], _command(claim.jobs(plan, 0).values())))
+        if precision and not now:
+            sections += [f"* Run with `{precision[0]}`, which the budget no longer has: that changes rounding only"]
         picture = results / f"claim_{name}.png"
         if name == "3":
             if rows is own:  # it shows what the table does not hold

@@ -25,9 +25,9 @@ def sketched():
     def sketch(module):
         def draw(*args):
             output_dir = args[3 if module is pretrain else 0]
-            records = [{key: value for key, value in record.items() if key not in stress.TIMES} for record in args[-1]]
+            text = json.dumps(stress.untimed(args[-1]))
             for name in PICTURES[module]:
-                common.write_atomically(output_dir / name, lambda file: file.write_text(json.dumps(records)))
+                common.write_atomically(output_dir / name, lambda file: file.write_text(text))
 
         return draw
 

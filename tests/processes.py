@@ -49,8 +49,7 @@ def checkpoints(name: str) -> list[str]:
 
 
 def log(name: str) -> list[dict]:
-    times = stress.TIMES
-    return [{key: value for key, value in line.items() if key not in times} for line in common.read_log(ROOT / name / "run")]
+    return stress.untimed(common.read_log(ROOT / name / "run"))
 
 
 def weights(name: str) -> dict:

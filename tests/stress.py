@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -133,19 +133,24 @@ def wait(pids: list[int], seconds: float = float("inf")) -> bool:
     return not running
 
 
+def untimed(records: Iterable[dict]) -> list[dict]:
+    """A log's records without what differs from run to run."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
 def contents(directory: Path) -> dict:
     """All that a run left, without times: weights, moments, logs and settings as Python objects, pictures as bytes."""
 
-    def untimed(text):
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    def parse(text):
+        return untimed(map(json.loads, text.splitlines()))
 
     found = {}
     for path in (directory / "run").iterdir():
         if path.suffix == ".pth":
             found[path.name] = common.load_file(path)
-            found[path.name]["log"] = untimed(found[path.name].get("log", ""))
+            found[path.name]["log"] = parse(found[path.name].get("log", ""))
         else:
-            found[path.name] = untimed(path.read_text()) if path.suffix == ".jsonl" else path.read_bytes()
+            found[path.name] = parse(path.read_text()) if path.suffix == ".jsonl" else path.read_bytes()
     return found
 
 
