@@ -114,7 +114,7 @@ def main() -> None:
     found["signal to all"] = dict(statuses=statuses, output=output, checkpoints=checkpoints("parts"))
     statuses, output = run("parts", 2)
     found["other division"] = dict(statuses=statuses, output=output, farthest=farthest(weights("parts"), weights("whole")))
-    found["other division"]["losses"] = [[line["loss"] for line in log(name)] for name in ("parts", "whole")]
+    found["other division"]["logs"] = [[(line["loss"], line["grad_norm"]) for line in log(name)] for name in ("parts", "whole")]
     found["other division"]["unlike"] = run("parts", 2, "--batch_size", "4", "--epochs", "3", "--num_workers", "0")
 
     flags = ["--epochs", "3", "--save_every_steps", "1", "--log_every", "1"]

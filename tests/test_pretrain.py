@@ -1,21 +1,17 @@
 """Claims about pretrain.py, by running it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from stress import untimed
 
 import common
 import pretrain
 from data import STATISTICS, Images, draw_images
 from model import MODELS
-
-ROOT = Path(__file__).parent.parent
-TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +42,6 @@ def assert_equal(a, b, **tolerance):
         torch.testing.assert_close(
             a[key], b[key], **(tolerance or dict(rtol=0, atol=0)), msg=lambda text, key=key: f"{key}: {text}"
         )
-
-
-def log_without_times(output_dir):
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in common.read_log(output_dir)]
 
 
 def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys, drawn):
@@ -100,7 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkey
     assert_equal(parts["model"], whole["model"])
     for key, moments in whole["optimizer"]["state"].items():
         assert_equal(parts["optimizer"]["state"][key], moments)
-    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
+    assert untimed(common.read_log(tmp_path / "parts")) == untimed(common.read_log(tmp_path / "whole"))
 
 
 def stop():
@@ -122,18 +114,6 @@ def test_accumulated_batches_give_the_update_of_one_large_batch(photographs, tmp
     a = run(photographs, tmp_path / "a", batch_size=3, update_freq=freq)
     b = run(photographs, tmp_path / "b", batch_size=large)
     assert_equal(a["model"], b["model"], rtol=1e-4, atol=2e-5)
-
-
-def test_two_processes_give_the_update_of_one_with_twice_the_batch(photographs, tmp_path):
-    words = flags(photographs, tmp_path / "two", batch_size=3)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run([*torchrun, ROOT / "pretrain.py", *words], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    two = common.load_file(tmp_path / "two/checkpoint-2.pth")
-    one = run(photographs, tmp_path / "one", batch_size=6)
-    assert_equal(two["model"], one["model"], rtol=1e-4, atol=2e-5)
-    for a, b in zip(common.read_log(tmp_path / "two"), common.read_log(tmp_path / "one")):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 def test_backends_train_alike(photographs, tmp_path):

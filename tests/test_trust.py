@@ -394,11 +394,8 @@ def test_a_signal_to_all_spares_the_loaders_workers(processes):
 
 def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
     found = processes["other division"]
-    assert (
-        found["statuses"] == [0, 0]
-        and found["farthest"] < 2e-5
-        and found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-4)
-    )
+    assert found["statuses"] == [0, 0] and found["farthest"] < 2e-5
+    torch.testing.assert_close(*map(torch.tensor, found["logs"]), rtol=1e-3, atol=0)
     assert "had 1 processes, 4 images per forward pass, 12 per epoch; now 2 processes, 4 images" in found["output"]
     assert found["unlike"][0] == [2, 2] and "images_in_update 4 (now 8)" in found["unlike"][1]
 
