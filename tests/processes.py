@@ -1,4 +1,4 @@
-"""What several processes and signals to them do, as scenarios that test_trust.py makes claims about.
+"""What several processes and signals to them do, as scenarios that test_common.py makes claims about.
 
 Prints one JSON object. The processes are forked from this one, so that torch is imported once for all of them.
 """

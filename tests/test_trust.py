@@ -1,7 +1,6 @@
 """Claims about interrupted, damaged and competing runs: nothing is lost, and nothing changes."""
 
 import fcntl
-import json
 import os
 import random
 import re
@@ -356,72 +355,3 @@ def test_no_checkpoint_inside_an_epoch_replaces_a_good_one_while_updates_are_ski
     )
     with pytest.raises(UserError, match=r"in 10 updates in a row; the last checkpoint is .*checkpoint-0-2.pth"):
         run("pretrain", pictures, tmp_path, batch_size=1, epochs=1, save_every_steps=1, log_every=12, save_ckpt_num=2)
-
-
-# --- several processes
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> dict:
-    """What happened in the scenarios of processes.py."""
-    folder = str(tmp_path_factory.mktemp("processes"))
-    result = subprocess.run([sys.executable, HERE / "processes.py"], capture_output=True, text=True, cwd=HERE.parent,
-                            env=os.environ | {"PYTHONPATH": str(HERE.parent), "TMPDIR": folder})  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def test_a_loss_that_is_not_finite_in_one_process_skips_the_update_in_both(processes):
-    assert processes["nan"] == {"statuses": [0, 0], "skipped": [0, 1, 0, 0, 0, 0], "finite": True}
-
-
-def test_a_signal_to_one_process_ends_both_after_the_same_update(processes):
-    found = processes["signal to one"]
-    assert found["statuses"] == [138, 138] and found["checkpoints"] == ["checkpoint-0-2.pth"]
-    assert "SIGUSR1: ended after update 2; the same command continues from run/checkpoint-0-2.pth" in found["output"]
-
-
-def test_a_process_that_dies_ends_the_other_with_one_line(processes):
-    assert processes["lost"]["statuses"] == [1, 9]
-    assert "train.py: process 0 lost contact with another one" in processes["lost"]["output"]
-    assert "Traceback" not in processes["lost"]["output"]
-
-
-def test_a_signal_to_all_spares_the_loaders_workers(processes):
-    found = processes["signal to all"]
-    assert found["statuses"] == [143] and found["checkpoints"] == ["checkpoint-0-2.pth"] and "Error" not in found["output"]
-
-
-def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
-    found = processes["other division"]
-    assert found["statuses"] == [0, 0] and found["farthest"] < 2e-5
-    torch.testing.assert_close(*map(torch.tensor, found["logs"]), rtol=1e-3, atol=0)
-    assert "had 1 processes, 4 images per forward pass, 12 per epoch; now 2 processes, 4 images" in found["output"]
-    assert found["unlike"][0] == [2, 2] and "images_in_update 4 (now 8)" in found["unlike"][1]
-
-
-def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes, tmp_path):
-    two = Path(processes["two"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*torchrun, HERE.parent / "pretrain.py", *processes["flags of two"], "--num_workers", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in processes.py: two threads round otherwise
-
-    def log_reaches(lines):
-        end = time.monotonic() + 240
-        while not (log := tmp_path / "run/log.jsonl").exists() or log.read_text().count("\n") < lines:
-            assert run.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
-
-    with open(tmp_path / "output.txt", "w") as output:
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
-        log_reaches(2)
-        os.kill(int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()[-1]), signal.SIGKILL)
-        log_reaches(6)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=100)
-    text = (tmp_path / "output.txt").read_text()
-    assert "exitcode: -9" in text or "exitcode  : -9" in text or "Signal 9" in text, text
-    assert text.count("continuing from") == 1 and "SIGTERM: ended after update" in text and "Grad strides" not in text, text
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
-    assert stress.difference(contents(two), contents(tmp_path)) is None
