@@ -8,12 +8,14 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import stress
 import torch
 
 import common
+import finetune
 import pretrain
 
 ROOT = Path(tempfile.mkdtemp())
@@ -37,6 +39,11 @@ def run(name: str, processes: int, *flags: str, at: int = 0, then=None) -> tuple
         words = [*FLAGS, "--data_path", str(ROOT / "pictures"), "--batch_size", str(4 // processes), *flags]
         pretrain.main(pretrain.get_args(words))
 
+    return forked(work, name, processes)
+
+
+def forked(work: Callable[[], None], name: str, processes: int) -> tuple[list[int], str]:
+    """Call `work` in ROOT/name; exit statuses and output."""
     (ROOT / name).mkdir(exist_ok=True)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in stress.fork(work, ROOT / name, processes)]
     output = (ROOT / name / "output.txt").read_text()
@@ -114,7 +121,8 @@ def main() -> None:
     found["signal to all"] = dict(statuses=statuses, output=output, checkpoints=checkpoints("parts"))
     statuses, output = run("parts", 2)
     found["other division"] = dict(statuses=statuses, output=output, farthest=farthest(weights("parts"), weights("whole")))
-    found["other division"]["logs"] = [[(line["loss"], line["grad_norm"]) for line in log(name)] for name in ("parts", "whole")]
+    for key in ("loss", "grad_norm"):
+        found["other division"][key] = [[line[key] for line in log(name)] for name in ("parts", "whole")]
     found["other division"]["unlike"] = run("parts", 2, "--batch_size", "4", "--epochs", "3", "--num_workers", "0")
 
     flags = ["--epochs", "3", "--save_every_steps", "1", "--log_every", "1"]
@@ -123,6 +131,13 @@ def main() -> None:
         str(ROOT / "two"),
         [*FLAGS, "--data_path", str(ROOT / "pictures"), "--batch_size", "2", *flags],
     )
+
+    pictures = ["--data_path", str(ROOT / "pictures"), "--batch_size", "2"]
+    once = [*stress.STAGES["finetune"][1].split(), *pictures, "--epochs", "1"]
+    evaluation = ["--eval", "--resume", "run/checkpoint-1.pth", *pictures, "--device", "cpu"]
+    train, evaluate = (lambda words=words: finetune.main(finetune.get_args(words)) for words in (once, evaluation))
+    trained, _ = forked(train, "classifier", 1)
+    found["evaluation"] = dict(trained=trained, by_one=forked(evaluate, "classifier", 1), by_four=forked(evaluate, "classifier", 4))
 
     group = stress.fork(measure_agreement, ROOT, 2)
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in group)

@@ -234,9 +234,16 @@ def test_a_signal_to_all_spares_the_loaders_workers(processes):
 def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
     found = processes["other division"]
     assert found["statuses"] == [0, 0] and found["farthest"] < 2e-5
-    torch.testing.assert_close(*map(torch.tensor, found["logs"]), rtol=1e-3, atol=0)
+    assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)
+    assert found["grad_norm"][0] == pytest.approx(found["grad_norm"][1], rel=1e-3)
     assert "had 1 processes, 4 images per forward pass, 12 per epoch; now 2 processes, 4 images" in found["output"]
     assert found["unlike"][0] == [2, 2] and "images_in_update 4 (now 8)" in found["unlike"][1]
+
+
+def test_four_processes_evaluate_each_of_six_images_once_and_one_of_them_reports(processes):
+    found = processes["evaluation"]
+    assert found["trained"] == [0] and found["by_one"][0] == [0] and found["by_four"][0] == [0] * 4
+    assert found["by_four"][1] == found["by_one"][1] and found["by_one"][1].count("on 6 images") == 2  # and its moving average
 
 
 def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes, tmp_path):
