@@ -872,6 +872,11 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         sections += [*markdown_of(claim, rows), "", *(f"* {line}" for line in lines)]
         if incomplete:
             sections += [f"* Fewer than {seeds} seeds have finished of: {', '.join(incomplete)}"]
+        chance = 100 / plan.budget["classes"]
+        near = {cell: [f"{value:.1f}" for value in values[cell] if value < 1.5 * chance] for cell in values}
+        if claim.quantity.startswith("top-1") and any(near.values()):
+            listed = "; ".join(f"{cell} ({', '.join(found)})" for cell, found in near.items() if found)
+            sections += [f"* Runs below one and a half times chance ({chance:.0f}%), which hardly learned: {listed}"]
         precision, now = (re.findall(r"--amp \w+", text) for text in (rows[0]["command"], _command(claim.jobs(plan, 0).values())))
         if precision and not now:
             sections += [f"* Run with `{precision[0]}`, which the budget no longer has: that changes rounding only"]
