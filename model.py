@@ -75,13 +75,19 @@ class Block(nn.Module):
     def mlp(self, x: torch.Tensor, fused: bool = True) -> torch.Tensor:
         """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder.
 
-        fused: while training, take GELU and GRN as one function instead of the two modules.
+        fused: while training, take GELU, GRN and the second layer as one function instead of three modules.
         """
-        fused = fused and self.training and isinstance(self.grn, GRN)
+        fused = fused and self.training and self._is_plain()
         x = self.pwconv1(self.norm(x))  # (N, H, W, C) -> (N, H, W, 4C)
-        x = gelu_grn(x, self.grn) if fused else self.grn(self.act(x))
-        x = self.pwconv2(x)  # (N, H, W, 4C) -> (N, H, W, C)
+        x = gelu_grn_linear(x, self.grn, self.pwconv2) if fused else self.pwconv2(self.grn(self.act(x)))  # -> (N, H, W, C)
         return x if self.gamma is None else self.gamma * x
+
+    def _is_plain(self) -> bool:
+        """Whether `gelu_grn_linear` can stand for the modules: none was exchanged (for ReLU, LoRA, ...) and no hook waits for a call."""
+        parts = ((self.act, nn.GELU), (self.grn, GRN), (self.pwconv2, nn.Linear))
+        hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        plain = all(type(part) is kind and not any(getattr(part, name) for name in hooks) for part, kind in parts)
+        return plain and self.act.approximate == "none"
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """What the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
@@ -246,50 +252,70 @@ def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
 
 
-class _GeluGRN(torch.autograd.Function):
-    """GELU and GRN of (N, S, 4C) hidden activations, S sites per image, with the gradient written out.
+class _GeluGRNLinear(torch.autograd.Function):
+    """GELU, GRN and a linear layer of (N, S, 4C) hidden activations, S sites per image, with the gradient written out.
 
-    These tensors are the widest of the network, so passes over them and copies of them are what counts: the output of GELU
-    is computed again in backward instead of stored, and its buffer becomes the gradient's.
+    These activations are the widest of the network, so keeping them and passing over them is what counts. Of all that stands
+    between the two linear layers only `h` is kept for backward, which computes the rest again. And with many sites per image
+    GRN itself touches no activations but for its norm: the scale it gives to an image's channels goes into the weight instead,
+    linear(x * scale + beta) = x @ (weight * scale).T + (bias + weight @ beta), one weight for each image.
     """
 
     @staticmethod
-    def forward(ctx, h, gamma, beta, eps):
+    def forward(ctx, h, gamma, beta, eps, weight, bias):
         x = F.gelu(h)
         g = _sum_of_products(x, x).sqrt()  # (N, S, 4C) -> (N, 1, 4C)
-        ctx.save_for_backward(h, g, gamma)
+        ctx.save_for_backward(h, g, gamma, beta, weight)
         ctx.eps = eps
+        ctx.fold = h.shape[1] >= 2 * weight.shape[0]  # then the images' weights are at most half as large as h
         n = g / (g.mean(dim=-1, keepdim=True) + eps)
-        return torch.addcmul(beta.to(h.dtype), x, (gamma * n + 1).to(h.dtype))
+        scale, beta = (gamma * n + 1).to(h.dtype), beta.to(h.dtype)
+        if ctx.fold:
+            return torch.baddbmm(bias + weight @ beta, x, (weight * scale).mT)  # (N, S, 4C) and (N, 4C, C) -> (N, S, C)
+        return F.linear(torch.addcmul(beta, x, scale), weight, bias)  # (N, S, 4C) -> (N, S, C)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # the types of forward, whatever is in force now
+    @torch.autocast("cuda", enabled=False)
     def backward(ctx, grad):
-        h, g, gamma = ctx.saved_tensors
+        h, g, gamma, beta, weight = ctx.saved_tensors
         x = F.gelu(h)
         spread = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
         n = g / spread
-        # y = x * scale + beta, scale = gamma * n + 1, n_i = g_i / (mean_j g_j + eps), g_i = |x_i|
-        grad_scale = _sum_of_products(grad, x)  # (N, S, 4C) -> (N, 1, 4C)
+        scale, beta = (gamma * n + 1).to(x.dtype), beta.to(x.dtype)
+        grad_bias = grad.sum(dim=(0, 1))
+        # With y = x * scale + beta and out = y @ weight.T + bias:
+        if ctx.fold:
+            products = grad.mT @ x  # (N, C, S) and (N, S, 4C) -> (N, C, 4C)
+            grad_weight = torch.addr((products * scale).sum(dim=0), grad_bias, beta)
+            grad_scale = _sum_of_products(products, weight)  # (N, C, 4C) -> (N, 1, 4C)
+        else:
+            grad_weight = grad.flatten(0, 1).mT @ torch.addcmul(beta, x, scale).flatten(0, 1)  # -> (C, 4C)
+            grad_y = grad @ weight  # (N, S, C) -> (N, S, 4C)
+            grad_scale = _sum_of_products(grad_y, x)  # (N, S, 4C) -> (N, 1, 4C)
+        # With scale = gamma * n + 1, n_i = g_i / (mean_j g_j + eps), g_i = |x_i|:
         grad_n = grad_scale * gamma
         grad_g = (grad_n - (grad_n * n).mean(dim=-1, keepdim=True)) / spread
         through_norm = torch.where(g > 0, grad_g / g, 0)  # d g / d x = x / g, and 0 where a channel is zero
-        grad_x = x.mul_(through_norm.to(x.dtype)).addcmul_(grad, (gamma * n + 1).to(x.dtype))
+        grad_x = x.mul_(through_norm.to(x.dtype))
+        grad_x = grad_x.baddbmm_(grad, weight * scale) if ctx.fold else grad_x.addcmul_(grad_y, scale)
         grad_h = torch.ops.aten.gelu_backward(grad_x, h)
-        return grad_h, (grad_scale * n).sum(dim=0, keepdim=True), grad.sum(dim=(0, 1), keepdim=True), None
+        return grad_h, (grad_scale * n).sum(dim=(0, 1)), grad_bias @ weight, None, grad_weight, grad_bias
 
 
 def _sum_of_products(a, b):
-    """(N, S, 4C) -> (N, 1, 4C), float32 at least: the addends keep the type of `a` where its range allows, the sum does not."""
+    """Over dim 1, (N, S, 4C) -> (N, 1, 4C), float32 at least: the addends keep the type of `a` where its range allows, the sum does not."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.dtype == torch.float16:  # whose products may overflow
         a = a.to(wide)
     return (a * b).sum(dim=1, keepdim=True).to(wide)
 
 
-def gelu_grn(h: torch.Tensor, grn: GRN) -> torch.Tensor:
-    """`grn(gelu(h))` for channels-last h (N, ..., 4C): the same function as the modules', with fewer passes over memory."""
-    y = _GeluGRN.apply(h.flatten(1, -2), grn.gamma.flatten(0, 2), grn.beta.flatten(0, 2), grn.eps)
-    return y.view(h.shape)
+def gelu_grn_linear(h: torch.Tensor, grn: GRN, linear: nn.Linear) -> torch.Tensor:
+    """`linear(grn(gelu(h)))` for channels-last h (N, ..., 4C): the same function as the modules', which keeps a third as much."""
+    weight, bias = linear.weight.to(h.dtype), linear.bias.to(h.dtype)
+    y = _GeluGRNLinear.apply(h.flatten(1, -2), grn.gamma.flatten(), grn.beta.flatten(), grn.eps, weight, bias)
+    return y.view(*h.shape[:-1], y.shape[-1])  # (N, S, C) -> (N, ..., C)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """Claims about model.py."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-from model import GRN, MODELS, SIZES, ConvNeXt, DepthwiseConv, gelu_grn
+from model import GRN, MODELS, SIZES, Block, ConvNeXt, DepthwiseConv, gelu_grn_linear
 from weights import from_native
 
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
@@ -60,24 +62,44 @@ def test_grn_is_algorithm_1_of_the_paper():
     torch.testing.assert_close(grn(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gelu_grn_equals_the_modules_and_finite_differences():
-    grn = randomised(GRN(6).double())
-    h = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(gelu_grn(h, grn), grn(F.gelu(h)))
-
-    def by_parameters(h, gamma, beta):
-        return torch.func.functional_call(_GeluGRN(grn), {"grn.gamma": gamma, "grn.beta": beta}, (h,))
-
-    assert torch.autograd.gradcheck(by_parameters, (h, *(p.detach().clone().requires_grad_() for p in grn.parameters())))
-
-
-class _GeluGRN(torch.nn.Module):
-    def __init__(self, grn):
+class _GeluGRNLinear(torch.nn.Module):
+    def __init__(self):
         super().__init__()
-        self.grn = grn
+        self.grn, self.linear = GRN(6), torch.nn.Linear(6, 4)
 
-    def forward(self, h):
-        return gelu_grn(h, self.grn)
+    def forward(self, h, fused=True):
+        return gelu_grn_linear(h, self.grn, self.linear) if fused else self.linear(self.grn(F.gelu(h)))
+
+
+@pytest.mark.parametrize("width", [2, 4])  # 6 and 12 sites for 4 outputs: GRN on the activations, and folded into the weight
+def test_gelu_grn_and_linear_layer_equal_the_modules_and_finite_differences(width):
+    layers = randomised(_GeluGRNLinear().double())
+    h = torch.randn(2, 3, width, 6, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layers(h), layers(h, fused=False))
+    names, parameters = zip(*((name, p.detach().clone().requires_grad_()) for name, p in layers.named_parameters()))
+
+    def by_parameters(h, *parameters):
+        return torch.func.functional_call(layers, dict(zip(names, parameters)), (h,))
+
+    assert torch.autograd.gradcheck(by_parameters, (h, *parameters))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_grn_and_linear_layer_keep_the_types_of_forward_in_backward(dtype, width):
+    """Forward under autocast; backward under none, or under another that is none of its business."""
+    layers, h, gradients = randomised(_GeluGRNLinear()), torch.randn(2, 3, width, 6).to(dtype), []
+    for ambient in (None, torch.bfloat16, torch.float16):
+        layers.zero_grad()
+        leaf = h.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = layers(leaf)
+        assert y.dtype == dtype
+        with torch.autocast("cpu", ambient, enabled=ambient is not None):
+            y.backward(torch.ones_like(y))
+        gradients.append([leaf.grad, *(p.grad for p in layers.parameters())])
+        assert [g.dtype for g in gradients[-1]] == [dtype] + [torch.float32] * 4
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -108,6 +130,17 @@ def test_a_training_step_equals_that_of_the_plain_modules():
         model(imgs.to(model.head.weight.dtype)).square().sum().backward()
     for (name, a), b in zip(net.named_parameters(), plain.parameters()):
         assert relative_error(a.grad.double(), b.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("part", ["act", "grn", "pwconv2"])
+def test_a_hooked_or_exchanged_module_is_called_in_training_too(part):
+    block, calls = Block(8), []
+    module = getattr(block, part)
+    module.register_forward_hook(lambda *_: calls.append("hook"))
+    block(torch.randn(2, 8, 4, 4))
+    setattr(block, part, torch.nn.Sequential(copy.deepcopy(module), torch.nn.Identity()))
+    block(torch.randn(2, 8, 4, 4)).sum().backward()
+    assert calls == ["hook"] * 2
 
 
 def test_grn_starts_as_the_identity():
