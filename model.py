@@ -224,31 +224,28 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, depthwise_weight_grad(x, grad), grad.sum(dim=(0, 2, 3))
 
 
-def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """(N, C, H, W) and (C, 1, 7, 7) -> (N, C, H, W), in the type of x whatever autocast says.
+def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 3) -> torch.Tensor:
+    """(N, C, H, W) and (C, 1, 7, 7) -> (N, C, H, W), less 6 on a side without padding, in the type of x whatever autocast says.
 
     With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the gradient of the output to that of the input.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight, bias, padding=3, groups=x.shape[1])
+        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
 
 
-def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient (C, 1, 7, 7) of a 7x7 depthwise convolution's weight, from its input and its output's gradient (N, C, H, W).
+def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
+    """The gradient (C, 1, 7, 7) of a 7x7 depthwise convolution's weight, from its input (N, C, H, W) and its output's gradient.
 
     On CPUs by exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image
     and channel. PyTorch's own takes several times as long there, and is a large part of the whole backward pass.
     """
     n, channels, height, width = x.shape
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, x.new_empty(channels, 1, 7, 7), None, [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False]
-        )
-        return grad_weight
+        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=padding, groups=channels)
     groups = n * channels
-    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, height, width)
+    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, *grad.shape[2:])
     with torch.autocast("cpu", enabled=False):
-        y = F.conv2d(image, kernel, padding=3, groups=groups)  # (1, N * C, 7, 7)
+        y = F.conv2d(image, kernel, padding=padding, groups=groups)  # (1, N * C, 7, 7)
     return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
 
 

@@ -9,10 +9,12 @@ therefore numbered coarse to fine: the four children of row r are rows 4r .. 4r 
 a reshape and a matrix product, and the rows of one image are always consecutive.
 
 Shapes: N images, A active (visible) sites, K = 49 kernel taps, C channels, H x W the grid of the current stage,
-h x w the grid of the last stage, on which masks are drawn. Masks are boolean, True = hidden.
+h x w the grid of the last stage, on which masks are drawn, s = H / h sites on a side of one of its patches. Masks are boolean,
+True = hidden.
 """
 
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,11 @@ class Sites:
         grid: (N, H, W), the shape of the full grid.
         cell: (A,) int64, position of each row in the flattened grid.
         counts: visible sites of each image, in order.
+        side: s, sites on a side of a patch. The s * s rows of a patch follow one another.
     """
 
-    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int]):
-        self.grid, self.cell, self.counts = grid, cell, counts
+    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int], side: int = 1):
+        self.grid, self.cell, self.counts, self.side = grid, cell, counts, side
 
     @classmethod
     @torch.compiler.disable  # the number of visible sites depends on the mask's values
@@ -47,7 +50,7 @@ class Sites:
         y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
         child = torch.arange(4, device=self.cell.device)
         cell = (2 * y[:, None] + child // 2) * (2 * width) + 2 * x[:, None] + child % 2  # (A, 1) -> (A, 4)
-        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts])
+        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts], 2 * self.side)
 
     @cached_property
     def row(self) -> torch.Tensor:
@@ -59,10 +62,42 @@ class Sites:
     @cached_property
     def neighbours(self) -> torch.Tensor:
         """(A, 49) int64: the row under each tap of a 7x7 window, or A where that site is hidden or outside the image."""
+        return self._windows(1).flatten(1)
+
+    @cached_property
+    def tiles(self) -> "Tiles":
+        """The images, or the visible patches with what surrounds them, where these are not many more sites to read.
+
+        On CPUs only; what suits a GPU has not been measured.
+        """
+        patches = len(self.cell) // self.side**2
+        if self.cell.device.type != "cpu" or not 0 < patches * (self.side + 6) ** 2 < 1.5 * len(self.row):
+            return Tiles(self.row.view(self.grid), 3, self.cell)
+        rows = self._windows(self.side)
+        place = torch.empty_like(self.cell)
+        place[rows[:, 3:-3, 3:-3].flatten()] = torch.arange(len(self.cell))
+        return Tiles(rows, 0, place)
+
+    def _windows(self, side: int) -> torch.Tensor:
+        """(A / side^2, side + 6, side + 6) int64: the rows of each side x side patch and 3 sites around it, A where none is."""
         n, height, width = self.grid
         padded = F.pad(self.row.view(n, height, width), (3, 3, 3, 3), value=len(self.cell))  # (N, H + 6, W + 6)
-        windows = padded.unfold(1, 7, 1).unfold(2, 7, 1)  # (N, H, W, 7, 7)
-        return windows.reshape(n * height * width, 49)[self.cell]  # (A, 49)
+        windows = padded.unfold(1, side + 6, side).unfold(2, side + 6, side)  # (N, H / side, W / side, side + 6, side + 6)
+        image, y, x = torch.unravel_index(self.cell[:: side**2], self.grid)
+        return windows[image, y // side, x // side]
+
+
+class Tiles(NamedTuple):
+    """Rectangles of sites that a dense convolution runs on, because it is far faster than a sum over 49 taps.
+
+    rows: (T, h, w) int64, the row of each site, or A where none is.
+    padding: of zeros around them that the convolution adds; 0 where three sites of surroundings are among `rows`.
+    place: (A,) int64, where each row comes out, in the flattened tiles less their surroundings.
+    """
+
+    rows: torch.Tensor
+    padding: int
+    place: torch.Tensor
 
 
 class SparseTensor:
@@ -97,10 +132,10 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, si
 
 
 def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
-    """The same function as `reference_conv`, through a zero-filled grid and a dense depthwise convolution. (A, C) -> (A, C)."""
+    """The same function as `reference_conv`, through zero-filled tiles and a dense depthwise convolution. (A, C) -> (A, C)."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-    return _SubmanifoldConv.apply(x, weight, sites.row, sites.cell, sites.grid) + bias
+    return _SubmanifoldConv.apply(x, weight, *sites.tiles) + bias
 
 
 class _SubmanifoldConv(torch.autograd.Function):
@@ -108,30 +143,31 @@ class _SubmanifoldConv(torch.autograd.Function):
     convolution with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic."""
 
     @staticmethod
-    def forward(ctx, x, weight, row, cell, grid):
-        ctx.save_for_backward(x, weight, row, cell)
-        ctx.grid = grid
-        return _to_rows(depthwise_conv(_to_grid(x, row, grid), weight), cell)
+    def forward(ctx, x, weight, rows, padding, place):
+        ctx.save_for_backward(x, weight, rows, place)
+        ctx.padding = padding
+        return _to_rows(depthwise_conv(_to_tiles(x, rows), weight, padding=padding), place)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, row, cell = ctx.saved_tensors
-        grad = _to_grid(grad, row, ctx.grid)  # (A, C) -> (N, C, H, W)
-        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3)), cell)
-        return grad_x, depthwise_weight_grad(_to_grid(x, row, ctx.grid), grad), None, None, None
+        x, weight, rows, place = ctx.saved_tensors
+        grad = _to_tiles(grad, rows)  # (A, C) -> (T, C, h, w)
+        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3), padding=ctx.padding), place)
+        if ctx.padding == 0:
+            grad = grad[:, :, 3:-3, 3:-3]
+        return grad_x, depthwise_weight_grad(_to_tiles(x, rows), grad, ctx.padding), None, None, None
 
 
 def _with_zero_row(x):
     return torch.cat([x, x.new_zeros(1, x.shape[1])])  # (A, C) -> (A + 1, C): row A is what hidden sites read
 
 
-def _to_grid(x, row, grid):
-    n, height, width = grid
-    return _with_zero_row(x).index_select(0, row).view(n, height, width, -1).permute(0, 3, 1, 2)  # (A, C) -> (N, C, H, W)
+def _to_tiles(x, rows):
+    return _with_zero_row(x).index_select(0, rows.flatten()).view(*rows.shape, -1).permute(0, 3, 1, 2)  # (A, C) -> (T, C, h, w)
 
 
-def _to_rows(x, cell):
-    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
+def _to_rows(x, place):
+    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, place)  # (T, C, h, w) -> (T * h * w, C) -> (A, C)
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------

@@ -56,30 +56,42 @@ def encode(net, imgs, mask, backend):
 # --- the convolution
 
 
+def refined(mask: torch.Tensor, side: int) -> Sites:
+    """`side` x `side` sites in each patch."""
+    sites = Sites.from_mask(mask)
+    while sites.side < side:
+        sites = sites.finer()
+    return sites
+
+
+@pytest.mark.parametrize("side", [2, 8])  # on whole images, and on patches with what surrounds them
 @pytest.mark.parametrize("conv", [reference_conv, submanifold_conv])
 @pytest.mark.parametrize("kind", MASKS)
-def test_convolution_equals_conv2d_between_two_masks(conv, kind):
+def test_convolution_equals_conv2d_between_two_masks(conv, kind, side):
     mask = some_mask(kind)
-    sites = Sites.from_mask(mask).finer()
-    hidden = upsample_mask(mask, 2)[:, None]
-    x = torch.randn(3, 6, 2 * H, 2 * W, dtype=torch.float64)
+    sites = refined(mask, side)
+    assert sites.tiles.padding == (0 if side == 8 and "visible" not in kind else 3)
+    hidden = upsample_mask(mask, side)[:, None]
+    x = torch.randn(3, 6, side * H, side * W, dtype=torch.float64)
     weight, bias = torch.randn(6, 1, 7, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     expected = F.conv2d(x.masked_fill(hidden, 0), weight, bias, padding=3, groups=6).masked_fill(hidden, 0)
     y = conv(SparseTensor.from_dense(x, sites).features, weight, bias, sites)
     torch.testing.assert_close(SparseTensor(y, sites).dense(), expected)
 
 
-def test_gradients_of_the_convolution_equal_finite_differences():
-    sites = Sites.from_mask(some_mask("unequal", 2)).finer()
+@pytest.mark.parametrize("side", [2, 8])
+def test_gradients_of_the_convolution_equal_finite_differences(side):
+    sites = refined(some_mask("unequal", 2), side)
     x = torch.randn(len(sites.cell), 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 7, 7, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *args: submanifold_conv(*args, sites), (x, weight, bias), fast_mode=True)
 
 
+@pytest.mark.parametrize("side", [2, 8])
 @pytest.mark.parametrize("n", [1, 3])
-def test_float32_weight_gradient_by_exchanged_roles_equals_float64(n):
-    sites = Sites.from_mask(some_mask("unequal", n)).finer()
+def test_float32_weight_gradient_by_exchanged_roles_equals_float64(n, side):
+    sites = refined(some_mask("unequal", n), side)
     x, weight, bias = torch.randn(len(sites.cell), 5), torch.randn(5, 1, 7, 7), torch.randn(5)
     gradients = []
     for dtype in (torch.float32, torch.float64):
