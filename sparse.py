@@ -37,7 +37,6 @@ class Sites:
         self.grid, self.cell, self.counts, self.side = grid, cell, counts, side
 
     @classmethod
-    @torch.compiler.disable  # the number of visible sites depends on the mask's values
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
         """(N, h, w) boolean mask, True = hidden -> its visible cells. A mask on the CPU costs a GPU no synchronisation."""
         visible = ~mask
@@ -186,9 +185,7 @@ def sparse_encoder(
     Raises ValueError for images or masks of another shape or type.
     """
     check_mask(net, imgs, mask)
-    levels = [Sites.from_mask(mask, imgs.device)]
-    while len(levels) < 4:
-        levels.insert(0, levels[0].finer())
+    levels = _levels(mask, imgs.device, reference)
     x = _stem(net.downsample_layers[0], imgs, levels[0])  # (A, dims[0])
     for i, (stage, sites) in enumerate(zip(net.stages, levels)):
         if i > 0:
@@ -198,6 +195,17 @@ def sparse_encoder(
         if keep is not None:
             keep.append(SparseTensor(x, sites))
     return SparseTensor(x, sites)
+
+
+@torch.compiler.disable  # the number of visible sites depends on the mask's values
+def _levels(mask: torch.Tensor, device: torch.device, reference: bool) -> list[Sites]:
+    """The visible sites of every stage, finest first, with the index tables that its blocks will use."""
+    levels = [Sites.from_mask(mask, device)]
+    while len(levels) < 4:
+        levels.insert(0, levels[0].finer())
+    for sites in levels:
+        _ = sites.neighbours if reference else sites.tiles
+    return levels
 
 
 def _stem(stem: nn.Sequential, imgs: torch.Tensor, sites: Sites) -> torch.Tensor:
