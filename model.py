@@ -83,11 +83,11 @@ class Block(nn.Module):
         return x if self.gamma is None else self.gamma * x
 
     def _is_plain(self) -> bool:
-        """Whether `gelu_grn_linear` can stand for the modules: none was exchanged (for ReLU, LoRA, ...) and no hook waits for a call."""
+        """Whether `gelu_grn_linear` can stand for the modules: none was exchanged (for ReLU, LoRA, ...), no hook waits for a call."""
         parts = ((self.act, nn.GELU), (self.grn, GRN), (self.pwconv2, nn.Linear))
         hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         plain = all(type(part) is kind and not any(getattr(part, name) for name in hooks) for part, kind in parts)
-        return plain and self.act.approximate == "none"
+        return plain and self.act.approximate == "none" and self.pwconv2.bias is not None
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """What the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
@@ -301,7 +301,7 @@ class _GeluGRNLinear(torch.autograd.Function):
 
 
 def _sum_of_products(a, b):
-    """Over dim 1, (N, S, 4C) -> (N, 1, 4C), float32 at least: the addends keep the type of `a` where its range allows, the sum does not."""
+    """Over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least. The addends keep the type of `a` where its range allows."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.dtype == torch.float16:  # whose products may overflow
         a = a.to(wide)

@@ -143,6 +143,16 @@ def test_a_hooked_or_exchanged_module_is_called_in_training_too(part):
     assert calls == ["hook"] * 2
 
 
+@pytest.mark.parametrize(("part", "module"), [("act", torch.nn.GELU("tanh")), ("pwconv2", torch.nn.Linear(32, 8, bias=False))])
+def test_another_gelu_or_a_layer_without_bias_is_taken_in_training_too(part, module):
+    block, x = Block(8), torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    setattr(block, part, module)
+    block.double()
+    trained = block.train()(x)
+    trained.sum().backward()
+    torch.testing.assert_close(trained, block.eval()(x))
+
+
 def test_grn_starts_as_the_identity():
     x = torch.randn(2, 3, 3, 8)
     assert torch.equal(GRN(8)(x), x)
