@@ -26,13 +26,19 @@ from torch import nn
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import common
 import data
-import weights
-from common import COLOURS, BoolFlag, Parser, UserError, mix_seed, number, one_of
+from ablations.decoders import DECODERS
 from data import Images, center_transform, denormalise, load_images, normalise
 from fcmae import FCMAE, reconstruction_panels
-from model import GRN, Block, ConvNeXt
+from model import GRN, Block, ConvNeXt, check_size
+from plumbing import flags, layouts
+from plumbing.files import find_checkpoints, prepare_output_dir, write_atomically
+from plumbing.loading import Unreadable, make_loader
+from plumbing.log import read_log
+from plumbing.plots import COLOURS, new_figure, plot_panels, save_figure
+from plumbing.processes import setup_processes
+from plumbing.script import UserError, run_script
+from plumbing.seeds import mix_seed
 
 INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
 DEPTH_LABEL = "normalised layer index\n(0 first block, 1 last block)"
@@ -143,25 +149,21 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> ConvNe
 
     Depths, widths, version, stem and classes are those of the tensors.
     """
-    native = weights.to_native(weights.read_file(path))
-    network = ConvNeXt(**weights.architecture(native))
-    weights.load_weights(network, native)
-    return network.to(device).eval()
+    return layouts.build(layouts.to_native(layouts.read_file(path))).to(device).eval()
 
 
 def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
     """The autoencoder of a pre-training checkpoint, in eval mode; UserError when it holds no decoder."""
-    state, config = weights.read_file(path), weights.read_config(path)
+    state, config = layouts.read_file(path), layouts.read_config(path)
     if "mask_token" not in state:
         raise UserError(f"{path} holds no decoder, which reconstructing needs; give a checkpoint-<epoch>.pth of pretrain.py")
-    mae = FCMAE(
+    mae = DECODERS[config.get("decoder", "convnext")](
         load_network(path),
         mask_ratio=config.get("mask_ratio", 0.6),
         decoder_depth=config.get("decoder_depth", len({name.split(".")[1] for name in state if name.startswith("decoder.")})),
         decoder_embed_dim=state["mask_token"].shape[1],
         norm_pix_loss=config.get("norm_pix_loss", True),
         backend="leaky" if config.get("backend") == "leaky" else "sparse",  # the others compute the same, slower
-        decoder=config.get("decoder", "convnext"),
     )
     decoder = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("proj", "mask_token", "decoder", "pred")}
     try:
@@ -175,7 +177,7 @@ def find_checkpoint(path: str) -> Path:
     """A file as it is; of a run directory the best, else the newest checkpoint, else encoder.pth."""
     file = Path(path)
     if os.path.isdir(file):  # unlike Path's, never raises
-        found = [*file.glob("checkpoint-best.pth"), *reversed(common.find_checkpoints(file)), *file.glob("encoder.pth")]
+        found = [*file.glob("checkpoint-best.pth"), *reversed(find_checkpoints(file)), *file.glob("encoder.pth")]
         file = found[0] if found else file / "checkpoint-<epoch>.pth"
     if not os.path.exists(file):
         raise UserError(f"no checkpoint {file}; run `python pretrain.py` first, or name a file or run directory with --checkpoint")
@@ -191,13 +193,13 @@ class Batches:
     def __init__(self, images: Images, indices: list[int], statistics: tuple, batch_size: int, device: torch.device):
         self.images, self.statistics, self.device = images, statistics, device
         places = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
-        self.loader = data.make_loader(images, places, num_workers=0, pin_memory=False)
+        self.loader = make_loader(images, places, num_workers=0, pin_memory=False)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        unreadable = data.Unreadable(self.images)
+        unreadable = Unreadable(self.images)
         for pixels, labels, failed in self.loader:
             unreadable.note(failed)
             yield normalise(pixels, self.statistics, self.device), labels
@@ -271,7 +273,7 @@ class Subject:
 def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> list[Subject]:
     """The networks of --checkpoint and --untrained. Data and image size that `args` leave open become those of the first."""
     paths = [find_checkpoint(path) for path in args.checkpoint]
-    configs = [weights.read_config(path) for path in paths]
+    configs = [layouts.read_config(path) for path in paths]
     if args.data_set is None:
         trained = {} if args.data_path else configs[0]
         args.data_path = args.data_path or trained.get("data_path")
@@ -284,16 +286,15 @@ def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> li
     models = [load(path, args.device) for path in paths]
     if args.untrained:
         torch.manual_seed(args.seed)
-        fresh = ConvNeXt(**weights.architecture(models[0].state_dict()))
+        fresh = layouts.build(models[0].state_dict(), load=False)
         labels, configs, models = [*labels, "untrained"], [*configs, configs[0]], [*models, fresh.to(args.device).eval()]
     for label, model in zip(labels, models):
         if model.in_chans != 3:
             raise UserError(f"{label} takes images of {model.in_chans} channels, and the data sets here have 3")
-        if args.input_size % (patch := model.patch_size):
-            fitting = max(1, round(args.input_size / patch)) * patch
-            raise UserError(
-                f"--input_size {args.input_size} is no multiple of {label}'s patch size {patch}; try --input_size {fitting}"
-            )
+        try:
+            check_size(args.input_size, args.input_size, model.patch_size)
+        except ValueError as error:
+            raise UserError(f"{label}: {error}") from None
     statistics = [data.STATISTICS.get(config.get("data_set"), data.STATISTICS[args.data_set]) for config in configs]
     return [Subject(*parts) for parts in zip(labels, cycle(COLOURS), statistics, models)]
 
@@ -354,7 +355,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     given = any(subject.model.norm_pix_loss for subject in subjects)
     caption = "each patch's true mean and contrast are given,\nits structure is predicted (trained on normalised pixels)"
     path = Path(args.output_dir) / "reconstruct.png"
-    common.plot_panels(path, {title: torch.cat(parts) for title, parts in columns.items()}, caption if given else "", rows)
+    plot_panels(path, {title: torch.cat(parts) for title, parts in columns.items()}, caption if given else "", rows)
     write_table(args, ["checkpoint", "image", "mask_ratio", "hidden_patches", "patches", "loss"], table)
 
 
@@ -367,7 +368,7 @@ def collapse(args: argparse.Namespace) -> None:
         shares = [100 * kind(features).float().mean(dim=1) for kind in (dead_channels, saturated_channels)]
         return torch.stack([cosine_distance(features), *shares], dim=1)  # (N, 3)
 
-    figure, axes = common.new_figure(1, 3, 13, 4.8)
+    figure, axes = new_figure(1, 3, 13, 4.8)
     table = []
     for subject in subjects:
         kinds = {"act": "after GELU", "grn": "after GRN"} if subject.model.version == 2 else {"act": "after GELU"}
@@ -401,7 +402,7 @@ def activations(args: argparse.Namespace) -> None:
     """64 channel maps of one layer as small squares, checkpoints side by side on the same image (paper Fig. 3)."""
     subjects = open_subjects(args)
     images, indices = choose_images(args, usual=1)
-    figure, axes = common.new_figure(len(indices), 1 + len(subjects), 4.6 * len(subjects) + 3.5, 0.4 + 4.1 * len(indices))
+    figure, axes = new_figure(len(indices), 1 + len(subjects), 4.6 * len(subjects) + 3.5, 0.4 + 4.1 * len(indices))
     table = []
     for row, subject in product(range(len(indices)), subjects):
         axis, index = axes[row, 1 + subjects.index(subject)], indices[row]
@@ -434,7 +435,7 @@ def class_selectivity(args: argparse.Namespace) -> None:
     images, indices = choose_images(args, usual=1000)
     depth = max(sum(subject.model.depths) for subject in subjects)
     panels = min(12, depth)  # deeper networks show 12 blocks, evenly spaced; the table has them all
-    figure, axes = common.new_figure(-(-panels // 4), 4, 13, 1.4 + 2.3 * -(-panels // 4))
+    figure, axes = new_figure(-(-panels // 4), 4, 13, 1.4 + 2.3 * -(-panels // 4))
     table, bins = [], np.linspace(0, 1, 21)
     for subject in subjects:
         activity, labels = study(args, subject, images, indices, "block", mean_activity)
@@ -469,7 +470,7 @@ def grn(args: argparse.Namespace) -> None:
         if not isinstance(subject.model.stages[0][0].grn, GRN):
             raise UserError(f"{subject.label} has no GRN, as ConvNeXt V1 has none; give a V2 checkpoint")
     images, indices = choose_images(args, usual=200)
-    figure, axes = common.new_figure(2, 2, 10, 7.5)
+    figure, axes = new_figure(2, 2, 10, 7.5)
     panels = {"N(G(X))": axes[0, 0], "gamma": axes[0, 1], "beta": axes[1, 0], "before": axes[1, 1], "after": axes[1, 1]}
     table, levels = [], (5, 25, 50, 75, 95)
     for subject in subjects:
@@ -507,7 +508,7 @@ def curves(args: argparse.Namespace) -> None:
     panels, table = {}, []
     for run, label in zip(runs, args.label or map(str, runs)):
         try:
-            records = common.read_log(run)
+            records = read_log(run)
             config = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
         except ValueError as error:
             raise UserError(f"log.jsonl or config.json in {run} is damaged ({error}); mend it, or leave that run out") from None
@@ -521,7 +522,7 @@ def curves(args: argparse.Namespace) -> None:
                 table += [[label, key, *point] for point in points]
     if not panels:
         raise UserError(f"no loss or accuracy in the log.jsonl of {', '.join(args.runs)} yet; wait for the first lines")
-    figure, axes = common.new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
+    figure, axes = new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
     for axis, (panel, lines) in zip(axes[0], panels.items()):
         for k, (name, points) in enumerate(lines):
             plot(axis, *zip(*points), name, COLOURS[k % 8], ("-", "--", ":")[k // 8 % 3])
@@ -533,11 +534,11 @@ def curves(args: argparse.Namespace) -> None:
 
 def panel_of(key: str, config: dict) -> str | None:
     """The y axis on which a key of the log is drawn; None for the others."""
-    if key in ("loss", "train_loss"):
+    if key == "loss":
         return "pre-training loss\n(squared error on hidden patches)" if "mask_ratio" in config else "training loss (cross-entropy)"
     if key.endswith("loss"):
         return "validation loss (cross-entropy)"
-    return "validation accuracy (%)" if any(word in key for word in ("accuracy", "top1", "acc1")) else None
+    return "validation accuracy (%)" if "top1" in key else None
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -549,7 +550,7 @@ def embed(args: argparse.Namespace) -> None:
     bank = choose_images(argparse.Namespace(**vars(args) | {"num_images": None}), usual=args.bank_images, split="train")
     if bank[0].classes != images.classes:
         raise UserError(f"the class folders in {args.data_path}/train and {args.data_path}/val differ; make them the same")
-    figure, axes = common.new_figure(1, len(subjects), 4.8 * len(subjects), 5.6)
+    figure, axes = new_figure(1, len(subjects), 4.8 * len(subjects), 5.6)
     table = []
     for subject, axis in zip(subjects, axes[0]):
         (known, known_labels), (found, labels) = (study(args, subject, *part, "norm") for part in (bank, (images, indices)))
@@ -598,7 +599,7 @@ def finish(args: argparse.Namespace, figure, title: str) -> None:
     if handles and not figure.axes[0].get_legend():
         fitting = int(figure.get_figwidth() * 8 // (max(map(len, handles)) + 6))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(1, fitting), fontsize=12)
-    common.save_figure(figure, Path(args.output_dir) / f"{args.command}.png")
+    save_figure(figure, Path(args.output_dir) / f"{args.command}.png")
 
 
 def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -> None:
@@ -609,7 +610,7 @@ def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -
             csv.writer(file).writerows([header, *([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)])
 
     path = Path(args.output_dir) / args.command
-    common.write_atomically(path.with_suffix(".csv"), write)
+    write_atomically(path.with_suffix(".csv"), write)
     print(f"wrote {path}.png and {path}.csv")
 
 
@@ -619,65 +620,68 @@ COMMANDS |= {"selectivity": class_selectivity, "grn": grn, "curves": curves, "em
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = flags.Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=", ".join(COMMANDS))
-    count, later = number(int, 1), argparse.SUPPRESS  # `later`: the default is found out once checkpoints are open
+    parsers = {}
     for name, command in COMMANDS.items():
-        about = command.__doc__.split("\n")[0]
-        add = commands.add_parser(name, help=about, description=about).add_argument
-        add("--output_dir", default="runs/analyze", metavar="DIR", help="where picture and table are written")
-        add("--label", nargs="+", default=later, metavar="NAME", help="names in the legend, one per checkpoint or run")
-        if name == "curves":
-            add("runs", nargs="+", metavar="DIR", help="run directories; those without a log.jsonl are left out")
-            add("--x", choices=("epoch", "images"), default="epoch", help="align runs by epochs or by images seen")
-            continue
-        files = dict(nargs="+", metavar="PATH")
-        add("--checkpoint", **files, default=["runs/pretrain"], help="weights in any layout, or run directories")
-        add("--data_set", type=one_of("data set", data.DATA_SETS), default=later, metavar="NAME", help=", ".join(data.DATA_SETS))
-        add("--data_path", default=later, metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")
-        add(
-            "--input_size",
-            type=common.image_side,
-            default=later,
-            help="pixels per side of the network's input (default: as in training)",
-        )
-        add("--num_images", type=count, default=later, help="images to use (default: a few to show, up to 1,000 to measure)")
-        add("--batch_size", type=count, default=32, help="images per forward pass; lower it when memory runs out")
-        add("--device", default=later, help="cuda or cpu (default: cuda if there is one)")
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the choice of images, of masks and of random weights")
-        if name in ("reconstruct", "activations"):
-            add("--images", **files, default=later, help="pictures of any size, instead of a data set")
-        if name == "reconstruct":
-            about = "shares of patches to hide, such as 0.3,0.6,0.9; a row each (default: as in training)"
-            add("--mask_ratio", "--mask_ratios", type=ratios, default=later, metavar="R[,R...]", help=about)
-        else:
-            add("--untrained", action=BoolFlag, default=later, help="add the first checkpoint's network with random weights")
-        if name == "activations":
-            add("--layer", default=later, metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
-        if name == "embed":
-            add("--neighbours", type=count, default=10, help="neighbours that vote")
-            add("--bank_images", type=count, default=4000, help="training images among which they are sought, at most")
-
-    unset = ["label", "data_set", "data_path", "input_size", "num_images", "device", "images", "mask_ratio", "layer", "untrained"]
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(unset)))
+        summary = command.__doc__.split("\n")[0]
+        parsers[name] = commands.add_parser(name, help=summary, description=summary)
+        add_flags(parsers[name], name)
+    given = parser.parse_args(argv)
+    args = flags.merge(given, parsers[given.command].general)
     if args.command != "curves" and args.label and len(args.label) != len(args.checkpoint):
         parser.error(f"{len(args.label)} --label for {len(args.checkpoint)} --checkpoint; give one each")
-    if args.data_set:
+    if args.command != "curves" and args.data_set:
         data.choose_data_set(args.data_set, args.data_path)
     return args
 
 
+def add_flags(parser: flags.Parser, command: str) -> None:
+    """The flags of one command. None stands for a default that is found out once checkpoints are open."""
+    add, files = parser.adder(), dict(nargs="+", metavar="PATH")
+    add("--output_dir", str, "runs/analyze", "where picture and table are written", metavar="DIR")
+    add("--label", str, None, "names in the legend, one per checkpoint or run", nargs="+", metavar="NAME")
+    if command == "curves":
+        parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; those without a log.jsonl are left out")
+        add("--x", ("epoch", "images"), "epoch", "align runs by epochs or by images seen")
+        return
+    add("--checkpoint", str, ["runs/pretrain"], "weights in any layout, or run directories", **files)
+    add("--data_set", flags.one_of("data set", data.DATA_SETS), None, ", ".join(data.DATA_SETS))
+    add("--data_path", str, None, "folder of images, or where CIFAR lies (default: as in training)", metavar="DIR")
+    add("--input_size", flags.image_side, None, "pixels per side of the network's input (default: as in training)")
+    add("--num_images", flags.count, None, "images to use (default: a few to show, up to 1,000 to measure)")
+    add("--batch_size", flags.count, 32, "images per forward pass; lower it when memory runs out")
+    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--seed", flags.seed_number, 0, "of the choice of images, of masks and of random weights")
+    if command in ("reconstruct", "activations"):
+        add("--images", str, None, "pictures of any size, instead of a data set", **files)
+    else:
+        parser.general["images"] = None
+    if command == "reconstruct":
+        help = "shares of patches to hide, such as 0.3,0.6,0.9; a row each (default: as in training)"
+        add("--mask_ratio --mask_ratios", ratios, None, help, metavar="R[,R...]")
+        parser.general["untrained"] = None
+    else:
+        add("--untrained", bool, None, "add the first checkpoint's network with random weights")
+    if command == "activations":
+        add("--layer", str, None, "such as stages.2.0.grn (default: the third stage's last)", metavar="NAME")
+    if command == "embed":
+        add("--neighbours", flags.count, 10, "neighbours that vote")
+        add("--bank_images", flags.count, 4000, "training images among which they are sought, at most")
+
+
 def ratios(text: str) -> list[float]:
     """An argparse type: numbers between 0 and 1, separated by commas."""
-    return [number(float, 0, 1, above=True, below=True)(part) for part in text.split(",")]
+    return [flags.proper_share(part) for part in text.split(",")]
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the command that `args` (from `get_args`) name."""
-    common.prepare_output_dir(args.output_dir)
-    args.device = common.setup_processes(args.device).device
+    prepare_output_dir(args.output_dir)
+    if args.command != "curves":
+        args.device = setup_processes(args.device).device
     COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args)
+    run_script(main, get_args)

@@ -23,11 +23,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import common
-from common import BoolFlag, Parser, UserError, number, one_of
-from data import EpochSampler, hold, load_images, make_loader, pretrain_transform
+from data import HeldImages, load_images, pretrain_transform
 from fcmae import BACKENDS, FCMAE, random_mask
-from model import MODELS
+from model import MODELS, check_size
+from plumbing import flags
+from plumbing.devices import emulates_half
+from plumbing.files import prepare_output_dir
+from plumbing.loading import EpochSampler, make_loader
+from plumbing.optim import parameter_groups
+from plumbing.plots import COLOURS, new_figure, plot_curves, save_figure
+from plumbing.processes import setup_processes
+from plumbing.script import UserError, run_script
 
 try:
     import timm  # only to compare with
@@ -35,55 +41,39 @@ except ImportError:
     timm = None
 
 SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05)  # shares of hidden patches
+BACKENDS_TRIED = ("sparse", "masked", "leaky")
 TASKS = ("encoder", "step", "sweep", "data", "finetune", "heap")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    add, count = parser.add_argument, number(int, 1)
-    add("task", nargs="?", choices=TASKS, default="encoder", help="what to measure")
+    parser = flags.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("task", nargs="?", choices=TASKS, default="encoder", help="what to measure")
+    add = parser.adder()
+    add("--model", flags.one_of("model", MODELS), ["convnextv2_atto", "convnextv2_tiny"], "sizes", nargs="+")
+    add("--batch_size", flags.count, [16, 8], "images, one number for all models or one for each", nargs="+")
+    add("--input_size", flags.image_side, 224, "pixels per side")
+    add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
+    add("--mask_ratio", flags.proper_share, 0.6, "share of the patches to hide")
+    add("--amp", ("none", "bf16", "fp16"), None, "autocast types (default: none and bf16, but on CPUs without AVX-512)", nargs="+")
     add(
-        "--model",
-        type=one_of("model", MODELS),
-        nargs="+",
-        default=["convnextv2_atto", "convnextv2_tiny"],
-        metavar="NAME",
-        help="sizes",
+        "--backend", flags.one_of("backend", BACKENDS), BACKENDS_TRIED, f"of `encoder` and `step`: {', '.join(BACKENDS)}", nargs="+"
     )
-    add("--batch_size", type=count, nargs="+", default=[16, 8], help="images, one number for all models or one for each")
-    add("--input_size", type=common.image_side, default=224, help="pixels per side")
-    add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem")
-    add("--mask_ratio", type=number(float, 0, 1, above=True, below=True), default=0.6, help="share of the patches to hide")
-    add(
-        "--amp",
-        choices=("none", "bf16", "fp16"),
-        nargs="+",
-        default=None,
-        help="autocast types (default: none and bf16, but on CPUs without AVX-512)",
-    )
-    add(
-        "--backend",
-        type=one_of("backend", BACKENDS),
-        nargs="+",
-        default=("sparse", "masked", "leaky"),
-        metavar="NAME",
-        help=f"of `encoder` and `step`: {', '.join(BACKENDS)}",
-    )
-    add("--compile", action=BoolFlag, default=False, help="torch.compile every candidate")
-    add("--checkpoint_activations", action=BoolFlag, default=False, help="of all candidates but timm's")
-    add("--repeats", type=count, default=9, help="interleaved rounds; medians are reported")
-    add(
-        "--data_path", default=None, metavar="DIR", help="folder of images for `data` (default: the embedded data, loaded and held)"
-    )
-    add("--num_workers", type=common.worker_count, nargs="+", default=[0, 1, 2], help="loading processes to try in `data`")
-    add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
-    add("--output_dir", default="runs/bench", metavar="DIR", help="where CSV and pictures go")
-    args = parser.parse_args(argv)
+    add("--compile", bool, False, "torch.compile every candidate")
+    add("--checkpoint_activations", bool, False, "of all candidates but timm's")
+    add("--repeats", flags.count, 9, "interleaved rounds; medians are reported")
+    add("--data_path", str, None, "folder of images for `data` (default: the embedded data, loaded and held)", metavar="DIR")
+    add("--num_workers", flags.worker_count, [0, 1, 2], "loading processes to try in `data`", nargs="+")
+    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--output_dir", str, "runs/bench", "where CSV and pictures go", metavar="DIR")
+    args = flags.merge(parser.parse_args(argv), parser.general)
     if len(args.batch_size) not in (1, len(args.model)):
         parser.error(f"--batch_size has {len(args.batch_size)} numbers for {len(args.model)} models; give one, or one for each")
     if args.task != "data":
-        common.check_grid(args, parser)
+        try:
+            check_size(args.input_size, args.input_size, 8 * args.stem_stride)
+        except ValueError as error:
+            parser.error(str(error))
     args.batch_size = args.batch_size * (len(args.model) if len(args.batch_size) == 1 else 1)
     return args
 
@@ -143,7 +133,7 @@ def trainer(loss: Callable[[], torch.Tensor], finish: Callable[[], None], amp: s
 
 def updates(network: nn.Module) -> Callable[[], None]:
     """A call that updates the weights by AdamW and clears the gradients."""
-    optimizer = torch.optim.AdamW(common.parameter_groups(network, 0.05), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.05), fused=True)
 
     def call():
         optimizer.step()
@@ -256,7 +246,8 @@ def bench_data(args, device) -> list[dict]:
         if held and args.data_path:
             continue
         for workers in args.num_workers:
-            images = hold(load_images(kind, args.data_path, "train", pretrain_transform(size)), held, device)
+            images = load_images(kind, args.data_path, "train", pretrain_transform(size))
+            images = HeldImages(images, device) if held else images
             sampler = EpochSampler(len(images), min(32, len(images)), 0, 1, 0)
             loader = make_loader(images, sampler, workers, False)
             start = time.perf_counter()
@@ -308,10 +299,10 @@ def bench_finetune(args, device) -> list[dict]:
 HEAP = """
 import sys, time, torch
 sys.path.insert(0, {folder!r})
-import common
 from fcmae import FCMAE
 from model import MODELS
-if {keep}: common.keep_heap_mapped()
+from plumbing.devices import keep_heap_mapped
+if {keep}: keep_heap_mapped()
 torch.manual_seed(0)
 mae = FCMAE(MODELS[{model!r}](num_classes=0), backend={backend!r}).to(memory_format=torch.channels_last)
 imgs, times = torch.randn({batch}, 3, 224, 224), []
@@ -325,7 +316,7 @@ print(sorted(times[1:])[1])
 
 
 def bench_heap(args, device) -> list[dict]:
-    """A pre-training step with glibc's defaults and with `common.keep_heap_mapped`, in processes of their own, taken in turn."""
+    """A pre-training step with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn."""
     rows = []
     for name, batch in zip(args.model, args.batch_size):
         for backend in ("sparse", "masked"):
@@ -358,9 +349,9 @@ def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
     backends = list(dict.fromkeys(row["backend"] for row in rows))
     labels = {"dense": "dense, unmasked", "timm": "timm, unmasked"}
     kept = "peak memory, MiB" if device.type == "cuda" else "memory kept for backward, MiB"
-    figure, axes = common.new_figure(1, 2, 11, 4)
+    figure, axes = new_figure(1, 2, 11, 4)
     for axis, value, label in ((axes[0, 0], "images/s", "images per second"), (axes[0, 1], "MiB", kept)):
-        for k, (backend, colour) in enumerate(zip(backends, common.COLOURS)):
+        for k, (backend, colour) in enumerate(zip(backends, COLOURS)):
             heights = [
                 next(row[value] for row in rows if (row["model"], row["amp"], row["backend"]) == (*group, backend))
                 for group in groups
@@ -380,7 +371,7 @@ def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
     figure.suptitle(
         f"Encoder, forward and backward, {'GPU' if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}"
     )
-    common.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sweep(path: Path, rows: list[dict]) -> None:
@@ -391,14 +382,14 @@ def draw_sweep(path: Path, rows: list[dict]) -> None:
         x.append(row["visible"])
         y.append(row["ms"])
     title = f"{rows[0]['model']}, {rows[0]['amp'].replace('none', 'fp32')}: encoder, forward and backward"
-    common.plot_curves(path, curves, "share of visible patches", "milliseconds", title, from_zero=True)
+    plot_curves(path, curves, "share of visible patches", "milliseconds", title, from_zero=True)
 
 
 def main(args: argparse.Namespace) -> None:
     """Measure what `args` (from `get_args`) ask for."""
-    processes = common.setup_processes(args.device)
-    output_dir = common.prepare_output_dir(args.output_dir)
-    args.amp = args.amp or ["none", "bf16"][: 1 if common.emulates_half(processes.device) else 2]
+    processes = setup_processes(args.device)
+    output_dir = prepare_output_dir(args.output_dir)
+    args.amp = args.amp or ["none", "bf16"][: 1 if emulates_half(processes.device) else 2]
     grid = args.input_size // (8 * args.stem_stride)
     for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
         try:
@@ -421,4 +412,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args)
+    run_script(main, get_args)

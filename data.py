@@ -1,29 +1,27 @@
-"""Images in: an embedded dataset that draws itself, CIFAR, and folders; transforms; loaders whose randomness is a pure function.
+"""Images in: an embedded data set that draws itself, CIFAR, and folders; and what is done to them before the network sees them.
 
-Nothing random here has a hidden state. The order of an epoch depends on (seed, epoch), the augmentation of a sample on
-(seed, epoch, sample index). So any number of workers gives the same run, and a run can be continued from any step.
+Nothing random here has a hidden state: the augmentation of a sample depends on (seed, epoch, sample index).
 """
 
+import argparse
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from common import STOP_SIGNALS, Processes, UserError, mix_seed, one_line
+from plumbing.script import UserError, one_line
+from plumbing.seeds import mix_seed
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
 STATISTICS = {
@@ -192,6 +190,10 @@ class Images(Dataset):
                 at, tensor = index, self.transform(Image.new("RGB", (8, 8)))
         return tensor, -1 if self.labels is None else int(self.labels[at]), index if failed else -1
 
+    def on_device(self, pixels: torch.Tensor, labels: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a loader gave of these images -> (B, 3, S, S) normalised images and (B,) labels, on `device`."""
+        return normalise(self.render(pixels), self.statistics, device), labels.to(device)
+
     def render(self, batch: torch.Tensor) -> torch.Tensor:
         """What a loader gave of these images -> uint8 (B, 3, S, S): here it is that already."""
         return batch
@@ -277,15 +279,19 @@ class HeldImages(Images):
         return images.round().clamp(0, 255).to(torch.uint8)
 
 
-def hold(images: Images, wanted: bool | None, device: torch.device) -> Images:
-    """`images` held on the device if --hold_data says so; by default, if the device is a GPU and they can be. UserError if not."""
+def hold_on_device(images: Images, args: argparse.Namespace, device: torch.device) -> Images:
+    """`images` held on the device if --hold_data says so; by default, if that is a GPU and they can be. UserError if they cannot.
+
+    `args.hold_data` then tells what was done.
+    """
     fit = HeldImages.fit(images)
-    if wanted and not fit:
+    if args.hold_data and not fit:
         raise UserError(
             "--hold_data needs images that are in memory (embedded, CIFAR) and only cropped and flipped; leave it out, or take "
             "--aa none, --reprob 0, no --color_jitter and bicubic crops"
         )
-    return HeldImages(images, device) if fit and (device.type == "cuda" if wanted is None else wanted) else images
+    args.hold_data = fit and (device.type == "cuda" if args.hold_data is None else args.hold_data)
+    return HeldImages(images, device) if args.hold_data else images
 
 
 def resize_matrices(start: torch.Tensor, length: torch.Tensor, shift: torch.Tensor, size: int, source: int) -> torch.Tensor:
@@ -419,6 +425,61 @@ def check_readable(images: Images, where: str | Path) -> None:
         raise UserError(f"cannot read the image {images.items[0]}{others}; check files and permissions")
 
 
+# --- labels ---------------------------------------------------------------------------------------------------------------
+
+
+def check_labels(images: Images) -> None:
+    """UserError unless every image lies in a class folder."""
+    if images.labels is None:
+        loose = min(images.items, key=lambda path: path.count(os.sep))
+        raise UserError(
+            f"{loose} lies in no class folder, and labels are needed; arrange images as train/<class>/ and val/<class>/"
+        )
+
+
+def check_classes(expected: list[str], found: list[str]) -> None:
+    """UserError unless the validation images have exactly the classes that were trained."""
+    for words, names in (("lack the class", set(expected) - set(found)), ("have an unknown class", set(found) - set(expected))):
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            raise UserError(
+                f"the validation images {words} {some} ({len(names)} in all); training and validation folders must agree"
+            )
+
+
+def shuffled_by_class(images: Images, seed: int) -> dict[int, list[int]]:
+    """The indices of every class's images, in random order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = {label: [] for label in range(len(images.classes))}
+    for index in order:
+        found[int(images.labels[index])].append(index)
+    return found
+
+
+def split_holdout(images: Images, share: float) -> tuple[Images, Images]:
+    """The images without a `share` of every class, and that share: always the same ones, whatever the run's seed."""
+    held = [
+        i for indices in shuffled_by_class(images, mix_seed("holdout")).values() for i in indices[: round(share * len(indices))]
+    ]
+    if not held:
+        raise UserError(f"--holdout {share} of {len(images)} images is none of any class; hold out more")
+    return images.subset(sorted(set(range(len(images))) - set(held))), images.subset(sorted(held))
+
+
+def few_labels(images: Images, count: int, seed: int) -> Images:
+    """`count` images of every class: the same ones for the same seed, and a part of those for a larger count."""
+    chosen = shuffled_by_class(images, mix_seed("labels", seed))
+    small = min(chosen, key=lambda label: len(chosen[label]))
+    if len(chosen[small]) < count:
+        raise UserError(
+            f"--labels_per_class {count} is more than the {len(chosen[small])} images of class {images.classes[small]}; lower it"
+        )
+    return images.subset(sorted(index for indices in chosen.values() for index in indices[:count]))
+
+
+# --- transforms ----------------------------------------------------------------------------------------------------------
+
+
 def pretrain_transform(size: int) -> v2.Transform:
     """Random crop of 20 to 100% of the area and horizontal flip, the only augmentation of FCMAE (paper Tab. 8)."""
     return v2.Compose(
@@ -498,26 +559,21 @@ class EraseBytes(v2.RandomErasing):
         return params
 
 
-def evaluation_transform(size: int, crop_pct: float | None = None, interpolation: str = "bicubic") -> v2.Transform:
+def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transform:
     """Short side to size / crop_pct, then the central square; crop_pct 1 warps the whole image to the square instead.
 
     By default 224 / 256 below 384 pixels and 1 from there on, as published.
     """
-    mode = v2.InterpolationMode(interpolation)
     crop_pct = crop_pct or (224 / 256 if size < 384 else 1.0)
     if crop_pct == 1:
-        return v2.Compose([v2.Resize((size, size), interpolation=mode), v2.PILToTensor()])
-    return central_square(size, round(size / crop_pct), mode)
+        return v2.Compose([v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC), v2.PILToTensor()])
+    return center_transform(size, round(size / crop_pct))
 
 
-def center_transform(size: int) -> v2.Transform:
-    """Short side to `size`, then the central square: nothing random."""
-    return central_square(size, size, v2.InterpolationMode.BICUBIC)
-
-
-def central_square(size: int, short_side: int, mode: v2.InterpolationMode) -> v2.Transform:
-    """The short side to `short_side`, then the central square of `size`."""
-    return v2.Compose([v2.Lambda(trim), v2.Resize(short_side, interpolation=mode), v2.CenterCrop(size), v2.PILToTensor()])
+def center_transform(size: int, short_side: int | None = None) -> v2.Transform:
+    """Short side to `short_side` (by default `size`), then the central square of `size`: nothing random."""
+    resize = v2.Resize(short_side or size, interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([v2.Lambda(trim), resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def trim(image: Image.Image) -> Image.Image:
@@ -536,84 +592,3 @@ def denormalise(images: torch.Tensor, statistics: tuple) -> torch.Tensor:
     """The inverse of `normalise`, as floats in [0, 1]."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in statistics)
     return (images.float() * std + mean).clamp(0, 1)
-
-
-# --- loaders ----------------------------------------------------------------------------------------------------------
-
-
-class EpochSampler:
-    """Batches of (epoch, index) for one rank; the global order is a function of (seed, epoch) alone.
-
-    Batch b takes `world_size * batch_size` neighbours of that order, a stretch for each rank. So consecutive batches cover
-    consecutive stretches however they are divided among ranks, and `first_batch` continues an epoch. The last incomplete
-    batch is left out.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int):
-        self.length, self.batch_size, self.rank, self.world_size, self.seed = length, batch_size, rank, world_size, seed
-        self.epoch = self.first_batch = 0
-
-    def __len__(self) -> int:
-        return self.length // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch)))
-        first, self.first_batch = self.first_batch, 0
-        for batch in range(first, len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
-
-
-class ShardSampler:
-    """Batches of (0, index) that give every item to exactly one rank, in order and without repetition: for evaluation."""
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int):
-        self.indices, self.batch_size = range(rank, length, world_size), batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
-
-
-def make_loader(images: Images, sampler: EpochSampler | ShardSampler, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader of (uint8 images (B, 3, S, S), labels (B,), failed (B,)) batches, with workers that outlive the epoch."""
-    return DataLoader(
-        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_parent,
-    )  # fmt: skip
-
-
-def _leave_signals_to_the_parent(_):
-    """In a worker: a signal that reaches all processes of a run must not end it, before the update that it works for."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-    def obey_the_parent():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey_the_parent, daemon=True).start()
-
-
-class Unreadable:
-    """The files that could not be read: one warning each, and an end when they exceed 1% of the data set."""
-
-    def __init__(self, images: Images):
-        self.images, self.indices = images, set()
-
-    def note(self, failed: torch.Tensor) -> None:
-        """Take a batch's `failed` column."""
-        for index in failed[failed >= 0].tolist():
-            if index not in self.indices:
-                self.indices.add(index)
-                name = one_line(self.images.items[index])
-                tqdm.write(f"warning: cannot read {name}; the next image takes its place", file=sys.stderr)
-
-    def check(self, processes: Processes) -> None:
-        """Share what every process found; UserError, in all of them, past the limit."""
-        self.indices = processes.union(self.indices)
-        if len(self.indices) > 0.01 * len(self.images):
-            raise UserError(
-                f"{len(self.indices)} of {len(self.images)} images cannot be read, more than 1%; "
-                f"remove or replace them, {self.images.items[min(self.indices)]} for one"
-            )

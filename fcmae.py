@@ -4,15 +4,21 @@ Shapes: N images, C channels, h x w the grid of patches (the encoder's last stag
 D decoder width.
 """
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from decoders import DECODERS, UNet
-from model import ConvNeXt, check_images, init_weights
-from sparse import check_mask, masked_encoder, sparse_encoder, upsample_mask
+from model import Block, ConvNeXt, check_images, init_weights
+from sparse import SparseTensor, check_mask, leaky_stages, masked_stages, reference_conv, sparse_stages, upsample_mask
 
-BACKENDS = ("sparse", "reference", "masked", "leaky")
+# How the encoder runs: (net, imgs, mask) -> the maps of its four stages. All but "leaky" compute the same.
+BACKENDS = {
+    "sparse": sparse_stages,  # visible sites only
+    "reference": partial(sparse_stages, conv=reference_conv),  # by the definition of the convolution, a sum over 49 taps; slow
+    "masked": masked_stages,  # dense, with the mask before and after each convolution: the tests' oracle
+    "leaky": leaky_stages,  # dense, without masks inside: the paper's "without sparse conv."
+}
 
 
 def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -39,12 +45,7 @@ class FCMAE(nn.Module):
         mask_ratio: share of the patches to hide.
         decoder_depth, decoder_embed_dim: blocks of the decoder, and their width D.
         norm_pix_loss: predict each patch's pixels normalised by that patch's own mean and variance.
-        backend: how the encoder runs.
-            "sparse": visible sites only.
-            "reference": the same by the definition of submanifold convolution, a sum over 49 taps, and plain modules; slow.
-            "masked": dense, with the mask before and after each convolution; the same function, and the tests' oracle.
-            "leaky": dense on the zero-filled image with no mask inside: the paper's "without sparse conv." ablation.
-        decoder: ConvNeXt V2 blocks, or what `decoders.py` has to compare with them.
+        backend: how the encoder runs, a name in `BACKENDS`.
     """
 
     def __init__(
@@ -55,32 +56,23 @@ class FCMAE(nn.Module):
         decoder_embed_dim: int = 512,
         norm_pix_loss: bool = True,
         backend: str = "sparse",
-        decoder: str = "convnext",
     ):
         super().__init__()
         if encoder.num_classes:
             raise ValueError(f"the encoder has a head of {encoder.num_classes} classes; build it with num_classes=0")
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder {decoder!r} is not one of {', '.join(DECODERS)}")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
         if decoder_depth < 0 or decoder_embed_dim < 1:
-            raise ValueError(
-                f"decoder_depth {decoder_depth} must be at least 0, and decoder_embed_dim {decoder_embed_dim} at least 1"
-            )
-        self.encoder, self.backend = encoder, backend
-        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+            raise ValueError(f"decoder_depth {decoder_depth} is below 0, or decoder_embed_dim {decoder_embed_dim} below 1")
+        self.encoder, self.backend, self.mask_ratio, self.norm_pix_loss = encoder, backend, mask_ratio, norm_pix_loss
         self.patch_size, self.in_chans = encoder.patch_size, encoder.in_chans
 
         self.proj = nn.Conv2d(encoder.dims[-1], decoder_embed_dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
-        self.decoder = DECODERS[decoder](decoder_embed_dim, decoder_depth, encoder.dims)
-        if isinstance(self.decoder, UNet):  # predicts on the stem's grid
-            self.pred = nn.Conv2d(self.decoder.dims[-1], encoder.stem_stride**2 * self.in_chans, kernel_size=1)
-        else:
-            self.pred = nn.Conv2d(decoder_embed_dim, self.patch_size**2 * self.in_chans, kernel_size=1)
+        self.decoder = nn.Sequential(*(Block(decoder_embed_dim) for _ in range(decoder_depth)))
+        self.pred = nn.Conv2d(decoder_embed_dim, self.patch_size**2 * self.in_chans, kernel_size=1)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -95,50 +87,34 @@ class FCMAE(nn.Module):
         Returns the loss (a scalar), the predicted patches (N, L, p * p * in_chans), and the mask.
         Raises ValueError for a wrong size or mask, or a mask that hides nothing or everything.
         """
+        mask = self.choose_mask(imgs, mask, generator)
+        features = self.forward_encoder(imgs, mask)
+        mask = mask.to(imgs.device, non_blocking=True)
+        pred = self.forward_decoder(features, mask)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+    @torch.compiler.disable  # what it checks depends on the mask's values
+    def choose_mask(self, imgs: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
+        """`mask` if it fits the images and leaves something to predict, and something to predict it from; a random one for None."""
         if mask is None:
             check_images(imgs, self.in_chans)
             h, w = imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size
             mask = random_mask(len(imgs), max(h, 1), max(w, 1), self.mask_ratio, generator)
         check_mask(self.encoder, imgs, mask)
-        if not mask.any():
-            raise ValueError("the mask hides no patch, so there is nothing to predict")
-        if mask.all():
-            raise ValueError("the mask leaves no patch visible, so there is nothing to predict from")
-        maps = []
-        features = self.forward_encoder(imgs, mask, maps)
-        mask = mask.to(imgs.device, non_blocking=True)
-        pred = self.forward_decoder(features, mask, maps)
-        return self.forward_loss(imgs, pred, mask), pred, mask
+        if mask.all() or not mask.any():
+            extreme = "leaves no patch visible, so there is nothing to predict from" if mask.all() else "hides no patch to predict"
+            raise ValueError(f"the mask {extreme}")
+        return mask
 
-    def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor, maps: list | None = None) -> torch.Tensor:
-        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells.
+    def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells."""
+        last = BACKENDS[self.backend](self.encoder, imgs, mask)[-1]
+        return last.dense() if isinstance(last, SparseTensor) else last
 
-        maps: gets the maps of all four stages, finest first, if the decoder is one that takes them.
-        """
-        maps = maps if getattr(self.decoder, "skip", False) else None
-        if self.backend == "masked":
-            return masked_encoder(self.encoder, imgs, mask, maps)
-        if self.backend == "leaky":
-            check_mask(self.encoder, imgs, mask)
-            mask = mask.to(imgs.device)
-            zero_filled = imgs.masked_fill(upsample_mask(mask, self.patch_size)[:, None], 0)
-            stages = enumerate(self.encoder.forward_stages(zero_filled))
-            stages = [x.masked_fill(upsample_mask(mask, 8 >> i)[:, None], 0) for i, x in stages]
-            if maps is not None:
-                maps += stages
-            return stages[-1]
-        features = sparse_encoder(self.encoder, imgs, mask, self.backend == "reference", maps).dense()
-        if maps is not None:
-            maps[:] = [kept.dense() for kept in maps]
-        return features
-
-    def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor, maps: list | None = None) -> torch.Tensor:
-        """(N, dims[-1], h, w), mask (N, h, w) and, for a decoder with skips, maps -> predicted patches (N, L, p * p * in_chans)."""
+    def forward_decoder(self, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(N, dims[-1], h, w) and mask (N, h, w) -> predicted patches (N, L, p * p * in_chans)."""
         x = self.proj(features)  # (N, D, h, w)
         x = torch.where(mask[:, None], self.mask_token.to(x.dtype), x)
-        if isinstance(self.decoder, UNet):
-            x = self.pred(self.decoder(x, maps))  # (N, D, h, w) -> (N, s * s * C, H / s, W / s), s the stem's stride
-            return self.patchify(F.pixel_shuffle(x, self.encoder.stem_stride))  # (N, C, H, W) -> (N, L, p * p * C)
         return self.pred(self.decoder(x)).flatten(2).transpose(1, 2)  # (N, p * p * C, h, w) -> (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -168,8 +144,8 @@ class FCMAE(nn.Module):
     def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
 
-        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch, which a hidden patch's
-        prediction does not contain: contrast and mean colour are given, structure is predicted.
+        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: contrast and mean colour are given,
+        structure is predicted.
         """
         pred = pred.to(imgs.dtype)
         if self.norm_pix_loss:
@@ -180,10 +156,7 @@ class FCMAE(nn.Module):
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """What a reader wants to see of `imgs` (N, C, H, W): title -> (N, C, H, W), on the scale of `imgs`.
-
-    The originals, the visible patches on grey, the prediction, and the prediction with the visible patches pasted over it.
-    """
+    """Of `imgs` (N, C, H, W): the originals, the visible patches on grey, the prediction, and both pasted together, each like `imgs`."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

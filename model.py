@@ -9,10 +9,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
+
+import fast
 
 
 class LayerNorm(nn.LayerNorm):
@@ -55,48 +56,35 @@ class GRN(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5).
+    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5)."""
 
-    `mlp_norm` puts something else in GRN's place, for comparison; the candidates stand in `variants.py`.
-    """
-
-    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2, mlp_norm: Callable[[int], nn.Module] | None = None):
+    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2):
         super().__init__()
-        self.dwconv = DepthwiseConv(dim)
+        self.dwconv = fast.DepthwiseConv(dim)  # nn.Conv2d, 7x7, padding 3, a group for each channel
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)  # a 1x1 convolution, on channels-last maps
         self.act = nn.GELU()
-        self.grn = (mlp_norm or (GRN if version == 2 else nn.Identity))(4 * dim)
+        self.grn = GRN(4 * dim) if version == 2 else nn.Identity()
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6)) if version == 1 else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.checkpoint_activations = False
 
-    def mlp(self, x: torch.Tensor, fused: bool = True) -> torch.Tensor:
-        """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder.
-
-        fused: while training, take GELU, GRN and the second layer as one function instead of three modules.
-        """
-        fused = fused and self.training and self._is_plain()
-        x = self.pwconv1(self.norm(x))  # (N, H, W, C) -> (N, H, W, 4C)
-        x = gelu_grn_linear(x, self.grn, self.pwconv2) if fused else self.pwconv2(self.grn(self.act(x)))  # -> (N, H, W, C)
-        return x if self.gamma is None else self.gamma * x
-
-    def _is_plain(self) -> bool:
-        """Whether `gelu_grn_linear` can stand for the modules: none was exchanged (for ReLU, LoRA, ...), no hook waits for a call."""
-        parts = ((self.act, nn.GELU), (self.grn, GRN), (self.pwconv2, nn.Linear))
-        hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        plain = all(type(part) is kind and not any(getattr(part, name) for name in hooks) for part, kind in parts)
-        return plain and self.act.approximate == "none" and self.pwconv2.bias is not None
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.run(self.branch, x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """What the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
-        y = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-        y = self.mlp(y).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
-        return self.drop_path(y)
+        x = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+        x = self.mlp(x).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+        return self.drop_path(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.run(self.branch, x)
+    @fast.in_training(fast.mlp, act=nn.GELU, grn=GRN, pwconv2=nn.Linear)
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder."""
+        x = self.pwconv1(self.norm(x))  # (N, H, W, C) -> (N, H, W, 4C)
+        x = self.pwconv2(self.grn(self.act(x)))  # (N, H, W, 4C) -> (N, H, W, C)
+        return x if self.gamma is None else self.gamma * x
 
     def run(self, branch: Callable[..., torch.Tensor], *args) -> torch.Tensor:
         """`branch(*args)`; with `checkpoint_activations` only `args` are kept for backward, which computes the rest again."""
@@ -117,7 +105,6 @@ class ConvNeXt(nn.Module):
             `patch_size = 8 * stem_stride` pixels on a side.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the head's initial weight and bias.
-        mlp_norm: makes what stands in GRN's place, from its number of channels; None: GRN in version 2, nothing in version 1.
     """
 
     def __init__(
@@ -130,7 +117,6 @@ class ConvNeXt(nn.Module):
         stem_stride: int = 4,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
-        mlp_norm: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         if stem_stride not in (4, 2, 1):
@@ -155,7 +141,7 @@ class ConvNeXt(nn.Module):
             )
         rates = iter(drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, next(rates), version, mlp_norm) for _ in range(depth))) for depth, dim in zip(depths, dims)
+            nn.Sequential(*(Block(dim, next(rates), version) for _ in range(depth))) for depth, dim in zip(depths, dims)
         )
         self.norm = LayerNorm(dims[-1]) if num_classes else nn.Identity()
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
@@ -174,17 +160,12 @@ class ConvNeXt(nn.Module):
     def forward_stages(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """(N, in_chans, H, W) -> the four stages' maps, (N, dims[i], H / s_i, W / s_i), for detection and segmentation."""
         check_images(imgs, self.in_chans)
-        if min(imgs.shape[2:]) < self.patch_size:
-            height, width = imgs.shape[2:]
-            raise ValueError(
-                f"image size {height} x {width} is below the {self.patch_size} pixels that stem_stride {self.stem_stride} "
-                f"needs; use larger images or a smaller stem_stride"
-            )
-        x, maps = imgs, []
+        check_size(*imgs.shape[2:], self.patch_size, whole_patches=False)
+        x, stages = imgs, []
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))
-            maps.append(x)
-        return maps
+            stages.append(x)
+        return stages
 
     def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) -> (N, dims[-1]): the last stage, averaged over space, then the final norm."""
@@ -193,126 +174,6 @@ class ConvNeXt(nn.Module):
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) -> (N, num_classes) logits, or pooled features when there is no head."""
         return self.head(self.forward_features(imgs))
-
-
-# --- the same functions with a faster backward --------------------------------------------------------------------------
-
-
-class DepthwiseConv(nn.Conv2d):
-    """7x7 depthwise convolution with zero padding, (N, C, H, W) -> (N, C, H, W): `nn.Conv2d` with a faster backward on CPUs."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.dtype == torch.float64 or not torch.is_grad_enabled():
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return _DepthwiseConv.apply(*(t.to(dtype) for t in (x, self.weight, self.bias)))
-
-
-class _DepthwiseConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return depthwise_conv(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        grad_x = depthwise_conv(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
-        return grad_x, depthwise_weight_grad(x, grad), grad.sum(dim=(0, 2, 3))
-
-
-def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 3) -> torch.Tensor:
-    """(N, C, H, W) and (C, 1, 7, 7) -> (N, C, H, W), less 6 on a side without padding, in the type of x whatever autocast says.
-
-    With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the gradient of the output to that of the input.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
-
-
-def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
-    """The gradient (C, 1, 7, 7) of a 7x7 depthwise convolution's weight, from its input (N, C, H, W) and its output's gradient.
-
-    On CPUs by exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image
-    and channel. PyTorch's own takes several times as long there, and is a large part of the whole backward pass.
-    """
-    n, channels, height, width = x.shape
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=padding, groups=channels)
-    groups = n * channels
-    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, *grad.shape[2:])
-    with torch.autocast("cpu", enabled=False):
-        y = F.conv2d(image, kernel, padding=padding, groups=groups)  # (1, N * C, 7, 7)
-    return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
-
-
-class _GeluGRNLinear(torch.autograd.Function):
-    """GELU, GRN and a linear layer of (N, S, 4C) hidden activations, S sites per image, with the gradient written out.
-
-    These activations are the widest of the network, so keeping them and passing over them is what counts. Of all that stands
-    between the two linear layers only `h` is kept for backward, which computes the rest again. And with many sites per image
-    GRN itself touches no activations but for its norm: the scale it gives to an image's channels goes into the weight instead,
-    linear(x * scale + beta) = x @ (weight * scale).T + (bias + weight @ beta), one weight for each image.
-    """
-
-    @staticmethod
-    def forward(ctx, h, gamma, beta, eps, weight, bias):
-        x = F.gelu(h)
-        g = _sum_of_products(x, x).sqrt()  # (N, S, 4C) -> (N, 1, 4C)
-        ctx.save_for_backward(h, g, gamma, beta, weight)
-        ctx.eps = eps
-        ctx.fold = h.shape[1] >= 2 * weight.shape[0]  # then the images' weights are at most half as large as h
-        n = g / (g.mean(dim=-1, keepdim=True) + eps)
-        scale, beta = (gamma * n + 1).to(h.dtype), beta.to(h.dtype)
-        if ctx.fold:
-            return torch.baddbmm(bias + weight @ beta, x, (weight * scale).mT)  # (N, S, 4C) and (N, 4C, C) -> (N, S, C)
-        return F.linear(torch.addcmul(beta, x, scale), weight, bias)  # (N, S, 4C) -> (N, S, C)
-
-    @staticmethod
-    @torch.autocast("cpu", enabled=False)  # the types of forward, whatever is in force now
-    @torch.autocast("cuda", enabled=False)
-    def backward(ctx, grad):
-        h, g, gamma, beta, weight = ctx.saved_tensors
-        x = F.gelu(h)
-        spread = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
-        n = g / spread
-        scale, beta = (gamma * n + 1).to(x.dtype), beta.to(x.dtype)
-        grad_bias = grad.sum(dim=(0, 1))
-        # With y = x * scale + beta and out = y @ weight.T + bias:
-        if ctx.fold:
-            products = grad.mT @ x  # (N, C, S) and (N, S, 4C) -> (N, C, 4C)
-            grad_weight = torch.addr((products * scale).sum(dim=0), grad_bias, beta)
-            grad_scale = _sum_of_products(products, weight)  # (N, C, 4C) -> (N, 1, 4C)
-        else:
-            grad_weight = grad.flatten(0, 1).mT @ torch.addcmul(beta, x, scale).flatten(0, 1)  # -> (C, 4C)
-            grad_y = grad @ weight  # (N, S, C) -> (N, S, 4C)
-            grad_scale = _sum_of_products(grad_y, x)  # (N, S, 4C) -> (N, 1, 4C)
-        # With scale = gamma * n + 1, n_i = g_i / (mean_j g_j + eps), g_i = |x_i|:
-        grad_n = grad_scale * gamma
-        grad_g = (grad_n - (grad_n * n).mean(dim=-1, keepdim=True)) / spread
-        through_norm = torch.where(g > 0, grad_g / g, 0)  # d g / d x = x / g, and 0 where a channel is zero
-        grad_x = x.mul_(through_norm.to(x.dtype))
-        grad_x = grad_x.baddbmm_(grad, weight * scale) if ctx.fold else grad_x.addcmul_(grad_y, scale)
-        grad_h = torch.ops.aten.gelu_backward(grad_x, h)
-        return grad_h, (grad_scale * n).sum(dim=(0, 1)), grad_bias @ weight, None, grad_weight, grad_bias
-
-
-def _sum_of_products(a, b):
-    """Over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least. The addends keep the type of `a` where its range allows."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype == torch.float16:  # whose products may overflow
-        a = a.to(wide)
-    return (a * b).sum(dim=1, keepdim=True).to(wide)
-
-
-def gelu_grn_linear(h: torch.Tensor, grn: GRN, linear: nn.Linear) -> torch.Tensor:
-    """`linear(grn(gelu(h)))` for channels-last h (N, ..., 4C): the same function as the modules', which keeps a third as much."""
-    weight, bias = linear.weight.to(h.dtype), linear.bias.to(h.dtype)
-    y = _GeluGRNLinear.apply(h.flatten(1, -2), grn.gamma.flatten(), grn.beta.flatten(), grn.eps, weight, bias)
-    return y.view(*h.shape[:-1], y.shape[-1])  # (N, S, C) -> (N, ..., C)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -328,6 +189,21 @@ def check_images(imgs: torch.Tensor, in_chans: int) -> None:
         raise ValueError(f"images of shape {tuple(imgs.shape)} are not (N, {in_chans}, H, W)")
     if not imgs.is_floating_point():
         raise ValueError(f"images of type {imgs.dtype} are not floating point; scale and normalise them first")
+
+
+def check_size(height: int, width: int, patch_size: int, whole_patches: bool = True) -> None:
+    """Raise ValueError unless an image is at least one patch large and, for `whole_patches`, divides into patches."""
+    for side in (height, width) if whole_patches else ():
+        if side % patch_size or side == 0:
+            small = "" if patch_size == 8 else ", or --stem_stride 1 for small images"
+            fitting = max(1, round(side / patch_size)) * patch_size
+            raise ValueError(
+                f"image size {side} is not a multiple of the patch size {patch_size}; try --input_size {fitting}{small}"
+            )
+    if min(height, width) < patch_size:
+        raise ValueError(
+            f"image size {height} x {width} is below the patch size {patch_size}; use larger images, or a smaller --stem_stride"
+        )
 
 
 # Paper App. A.1: name -> (depths, dims). Huge exists as V2 only.

@@ -12,6 +12,7 @@ claim's table that is there already stays while more runs stand behind it.
 import argparse
 import contextlib
 import csv
+import importlib
 import json
 import math
 import os
@@ -30,12 +31,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import analyze
-import common
 import data
-import finetune
-import pretrain
-from common import BoolFlag, Parser, UserError, number, one_of
+from plumbing.files import find_checkpoints, prepare_output_dir, save_json, versions, write_atomically
+from plumbing.flags import Parser, count, merge, one_of
+from plumbing.log import duration, read_log
+from plumbing.plots import COLOURS, new_figure, save_figure
+from plumbing.script import UserError, run_script
 
 # All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts; the others:
 #   recipes: the settings of fine-tuning that --tune tries, for every arm alike; the first is taken without tuning;
@@ -267,7 +268,7 @@ class Claim:
 
 def top1(job: Job) -> float:
     """Of the last epoch, in percent."""
-    return [record["val_top1"] for record in common.read_log(job.directory) if "val_top1" in record][-1]
+    return [record["val_top1"] for record in read_log(job.directory) if "val_top1" in record][-1]
 
 
 def rows_of(job: Job, cell: str) -> list[dict]:
@@ -454,7 +455,7 @@ CLAIMS = {
         ),
         lambda cells: above("GRN", [cell for cell in cells if cell not in ("GRN", "SE", "CBAM")]) + ties("GRN", ["SE", "CBAM"]),
         {"GRN": 84.6, "nothing (V1, LayerScale)": 83.7, "LRN": 83.2, "BN": 80.5, "LN": 83.8, "SE": 84.4, "CBAM": 84.5},
-        note="CBAM here weighs a site by itself, without the 7x7 neighbourhood (variants.py).",
+        note="CBAM here weighs a site by itself, without the 7x7 neighbourhood (ablations/norms.py).",
     ),
     "6": Claim(
         "GRN is needed in both stages",
@@ -520,7 +521,7 @@ def circumstances(threads: int) -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{threads} of {os.cpu_count()} cores of {cpu}"
-    return {"commit": git.stdout.strip() or "unknown", "hardware": device, "versions": common.versions()}
+    return {"commit": git.stdout.strip() or "unknown", "hardware": device, "versions": versions()}
 
 
 class Running:
@@ -528,21 +529,21 @@ class Running:
 
     def __init__(self, job: Job, threads: int):
         self.job, self.start, self.before = job, time.perf_counter(), job.record.get("seconds", 0.0)
-        common.prepare_output_dir(str(job.directory))
+        prepare_output_dir(str(job.directory))
         self.record = dict(script=job.script, argv=list(job.argv), seconds=self.before, finished=False) | circumstances(threads)
         self.end(False)
 
     def end(self, finished: bool) -> None:
         """Note the time; what serves only for resuming goes once the job has finished."""
         self.record |= dict(seconds=round(self.before + time.perf_counter() - self.start, 1), finished=finished)
-        common.save_json(self.job.directory / "job.json", self.record)
-        for path in common.find_checkpoints(self.job.directory) if finished else ():
+        save_json(self.job.directory / "job.json", self.record)
+        for path in find_checkpoints(self.job.directory) if finished else ():
             path.unlink()
 
 
 def run_here(job: Job, threads: int) -> None:
     """Run a job in this process; what it prints goes to output.txt."""
-    script = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze}[job.script]
+    script = importlib.import_module(job.script)
     running, finished = Running(job, threads), False
     try:
         with open(job.directory / "output.txt", "a") as file, contextlib.redirect_stdout(file):
@@ -582,7 +583,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> None:
         else:
             done += 1
             result = f"top-1 {top1(job):.2f}%, " if job.script == "finetune" else ""
-            line = f"[{done}/{len(jobs)}] {job.name}: {result}{common.duration(job.record['seconds'])}"
+            line = f"[{done}/{len(jobs)}] {job.name}: {result}{duration(job.record['seconds'])}"
         print(line, flush=True)
 
     try:
@@ -631,8 +632,8 @@ def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
         print(f"{state:8}  {seconds / 60:7.1f} min  {job.name}")
     scripts = {job.script: sum(other.script == job.script for other in jobs) for job in jobs}
     counts = ", ".join(f"{count} of {script}.py" for script, count in scripts.items())
-    print(f"{len(jobs)} jobs ({counts}), {len(finished)} finished; about {common.duration(left)} on one core or GPU are left,")
-    print(f"{common.duration(left / side_by_side)} with --jobs {side_by_side}. " + ", ".join(f"{k} {v} images/s" for k, v in speed.items())
+    print(f"{len(jobs)} jobs ({counts}), {len(finished)} finished; about {duration(left)} on one core or GPU are left,")
+    print(f"{duration(left / side_by_side)} with --jobs {side_by_side}. " + ", ".join(f"{k} {v} images/s" for k, v in speed.items())
           + " assumed where no job has finished")  # fmt: skip
 
 
@@ -762,7 +763,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
             table.writeheader()
             table.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
 
-    common.write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def spread(mean: float, std: float | None, digits: int) -> str:
@@ -783,7 +784,7 @@ def markdown_of(claim: Claim, rows: list[dict]) -> list[str]:
 
 def draw(claim: Claim, rows: list[dict], path: Path) -> None:
     """Means with one standard deviation over seeds, and every seed as a point."""
-    figure, axes = common.new_figure(1, 1, 6, 4.2)
+    figure, axes = new_figure(1, 1, 6, 4.2)
     axis, lines = axes[0, 0], {}
     for row in rows:
         name, x = claim.series(row["cell"])
@@ -793,7 +794,7 @@ def draw(claim: Claim, rows: list[dict], path: Path) -> None:
     for k, (name, points) in enumerate(lines.items()):
         x, mean, std, seeds = zip(*sorted(points))
         for place, values in zip(_bars(axis, x, mean, std, name, k, len(lines), log), seeds):
-            axis.scatter([place] * len(values), values, color=common.COLOURS[k], s=16, alpha=0.5, linewidth=0)
+            axis.scatter([place] * len(values), values, color=COLOURS[k], s=16, alpha=0.5, linewidth=0)
     if not claim.x:
         axis.set_xticks([0, 1], ["supervised", "FCMAE, then fine-tuned"])
         axis.set_xlim(-0.3, 1.3)
@@ -807,7 +808,7 @@ def draw(claim: Claim, rows: list[dict], path: Path) -> None:
 
 def draw_collapse(claim: Claim, jobs: dict[str, list[Job]], rows: list[dict], path: Path) -> None:
     """Feature cosine distance against depth, mean and standard deviation over seeds."""
-    figure, axes = common.new_figure(1, 1, 6, 4.2)
+    figure, axes = new_figure(1, 1, 6, 4.2)
     axis = axes[0, 0]
     done = {cell: [rows_of(job, cell) for job in found] for cell, found in jobs.items() if found}
     for k, (cell, tables) in enumerate(done.items()):
@@ -825,7 +826,7 @@ def _bars(axis, x, mean, std, label, k, lines, log=False):
     aside = 0.015 * (k - (lines - 1) / 2)  # of the axis
     x = [place * (x[-1] / x[0]) ** aside if log else place + (x[-1] - x[0]) * aside for place in x]
     style = dict(marker="o", markersize=5, linewidth=2, elinewidth=1.2, capsize=3)
-    axis.errorbar(x, mean, std, color=common.COLOURS[k], label=label, **style)
+    axis.errorbar(x, mean, std, color=COLOURS[k], label=label, **style)
     return x
 
 
@@ -840,12 +841,12 @@ def _finish(figure, axis, claim, rows, path, legend):
     axis.grid(alpha=0.3)
     if legend:
         axis.legend(fontsize=11)
-    common.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> None:
     """README.md, a CSV per claim, and figures, from all jobs that have finished."""
-    common.prepare_output_dir(str(results))
+    prepare_output_dir(str(results))
     budget, sections, summary, missing = plan.budget, [], [], []
     for name, claim in CLAIMS.items():
         jobs, path = gather(claim, plan, seeds), results / f"claim_{name}.csv"
@@ -912,7 +913,7 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     head += ["| | claim | verdict |", "|---|---|---|", *summary, ""]
     head += [f"Not run: {'; '.join(missing)}." if missing else "All claims were run.", "", "## Protocol", "", protocol.rstrip()]
     text = "\n".join([*head, *sections]) + "\n"
-    common.write_atomically(results / "README.md", lambda file: file.write_text(text))
+    write_atomically(results / "README.md", lambda file: file.write_text(text))
     print(f"wrote {results / 'README.md'}, with {len(summary)} of {len(CLAIMS)} claims")
 
 
@@ -951,23 +952,19 @@ def read_tuning(path: Path) -> dict[str, str]:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add, count = parser.add_argument, number(int, 1)
-    abouts = "; ".join(f"{name}: {budget['about']}" for name, budget in BUDGETS.items())
-    add("--budget", type=one_of("budget", BUDGETS), default="laptop", metavar="NAME", help=abouts)
-    titles = "; ".join(f"{name}: {claim.title}" for name, claim in CLAIMS.items()).replace("%", "%%")
-    add("--claim", type=one_of("claim", CLAIMS), nargs="+", default=list(CLAIMS), metavar="NAME", help=f"default: all of {titles}")
-    add("--seeds", type=count, default=None, help="runs of every cell (default: the budget's)")
-    add("--jobs", type=count, default=1, help="jobs side by side, which divide the cores; on two cores 2 is faster than 1")
-    add("--tune", action=BoolFlag, default=False, help="only choose fine-tuning's recipes, into tuning.csv of --results")
-    add("--dry_run", action=BoolFlag, default=False, help="only list the jobs and how long they take")
-    add("--output_dir", default="runs/reproduce", metavar="DIR", help="where the jobs run, in a folder per budget")
+    add = parser.adder()
+    titles = "; ".join(f"{name}: {claim.title}" for name, claim in CLAIMS.items())
     add(
-        "--results",
-        default=None,
-        metavar="DIR",
-        help="tables and figures (default: results, or results/<budget> for another than laptop)",
+        "--budget", one_of("budget", BUDGETS), "laptop", "; ".join(f"{name}: {budget['about']}" for name, budget in BUDGETS.items())
     )
-    args = parser.parse_args(argv)
+    add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
+    add("--seeds", count, None, "runs of every cell (default: the budget's)")
+    add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
+    add("--tune", bool, False, "only choose fine-tuning's recipes, into tuning.csv of --results")
+    add("--dry_run", bool, False, "only list the jobs and how long they take")
+    add("--output_dir", str, "runs/reproduce", "where the jobs run, in a folder per budget", metavar="DIR")
+    add("--results", str, None, "tables and figures (default: results, or results/<budget> for another than laptop)", metavar="DIR")
+    args = merge(parser.parse_args(argv), parser.general)
     args.seeds = args.seeds or BUDGETS[args.budget]["seeds"]
     args.results = args.results or ("results" if args.budget == "laptop" else f"results/{args.budget}")
     return args
@@ -991,7 +988,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.tune:
             write_results(args.budget, plan, args.seeds, results)
     if args.tune:
-        common.prepare_output_dir(str(results))
+        prepare_output_dir(str(results))
         write_tuning(tuning, results / "tuning.csv")
 
 
@@ -1011,4 +1008,4 @@ def draw_toy_data(root: Path, budget: dict) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args)
+    run_script(main, get_args)

@@ -13,14 +13,15 @@ h x w the grid of the last stage, on which masks are drawn, s = H / h sites on a
 True = hidden.
 """
 
-from functools import cached_property, partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GRN, Block, ConvNeXt, check_images, depthwise_conv, depthwise_weight_grad
+from fast import TiledConv, Tiles, choose_tiles, with_zero_row
+from model import GRN, Block, ConvNeXt, check_images, check_size
 
 
 class Sites:
@@ -61,23 +62,14 @@ class Sites:
     @cached_property
     def neighbours(self) -> torch.Tensor:
         """(A, 49) int64: the row under each tap of a 7x7 window, or A where that site is hidden or outside the image."""
-        return self._windows(1).flatten(1)
+        return self.windows(1).flatten(1)
 
     @cached_property
-    def tiles(self) -> "Tiles":
-        """The images, or the visible patches with what surrounds them, where these are not many more sites to read.
+    def tiles(self) -> Tiles:
+        """Rectangles of sites, in which `submanifold_conv` runs a dense convolution."""
+        return choose_tiles(self)
 
-        On CPUs only; what suits a GPU has not been measured.
-        """
-        patches = len(self.cell) // self.side**2
-        if self.cell.device.type != "cpu" or not 0 < patches * (self.side + 6) ** 2 < 1.5 * len(self.row):
-            return Tiles(self.row.view(self.grid), 3, self.cell)
-        rows = self._windows(self.side)
-        place = torch.empty_like(self.cell)
-        place[rows[:, 3:-3, 3:-3].flatten()] = torch.arange(len(self.cell))
-        return Tiles(rows, 0, place)
-
-    def _windows(self, side: int) -> torch.Tensor:
+    def windows(self, side: int) -> torch.Tensor:
         """(A / side^2, side + 6, side + 6) int64: the rows of each side x side patch and 3 sites around it, A where none is."""
         n, height, width = self.grid
         padded = F.pad(self.row.view(n, height, width), (3, 3, 3, 3), value=len(self.cell))  # (N, H + 6, W + 6)
@@ -86,29 +78,11 @@ class Sites:
         return windows[image, y // side, x // side]
 
 
-class Tiles(NamedTuple):
-    """Rectangles of sites that a dense convolution runs on, because it is far faster than a sum over 49 taps.
-
-    rows: (T, h, w) int64, the row of each site, or A where none is.
-    padding: of zeros around them that the convolution adds; 0 where three sites of surroundings are among `rows`.
-    place: (A,) int64, where each row comes out, in the flattened tiles less their surroundings.
-    """
-
-    rows: torch.Tensor
-    padding: int
-    place: torch.Tensor
-
-
 class SparseTensor:
     """Features (A, C) of the visible sites, and where those sites are."""
 
     def __init__(self, features: torch.Tensor, sites: Sites):
         self.features, self.sites = features, sites
-
-    @classmethod
-    def from_dense(cls, x: torch.Tensor, sites: Sites) -> "SparseTensor":
-        """(N, C, H, W) -> the visible sites' features."""
-        return cls(x.permute(0, 2, 3, 1).flatten(0, 2)[sites.cell], sites)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
 
     def dense(self) -> torch.Tensor:
         """(N, C, H, W), zero at hidden sites."""
@@ -126,7 +100,7 @@ def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, si
 
     weight (C, 1, 7, 7) and bias (C,) as in `nn.Conv2d`. Slow, because it stores 49 copies of x; the tests' reference.
     """
-    taps = _with_zero_row(x)[sites.neighbours]  # (A, C) -> (A, 49, C)
+    taps = with_zero_row(x)[sites.neighbours]  # (A, C) -> (A, 49, C)
     return torch.einsum("akc,ck->ac", taps, weight.flatten(1)) + bias
 
 
@@ -134,77 +108,39 @@ def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """The same function as `reference_conv`, through zero-filled tiles and a dense depthwise convolution. (A, C) -> (A, C)."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-    return _SubmanifoldConv.apply(x, weight, *sites.tiles) + bias
-
-
-class _SubmanifoldConv(torch.autograd.Function):
-    """Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the gradient of the input is the same
-    convolution with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic."""
-
-    @staticmethod
-    def forward(ctx, x, weight, rows, padding, place):
-        ctx.save_for_backward(x, weight, rows, place)
-        ctx.padding = padding
-        return _to_rows(depthwise_conv(_to_tiles(x, rows), weight, padding=padding), place)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, rows, place = ctx.saved_tensors
-        grad = _to_tiles(grad, rows)  # (A, C) -> (T, C, h, w)
-        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3), padding=ctx.padding), place)
-        if ctx.padding == 0:
-            grad = grad[:, :, 3:-3, 3:-3]
-        return grad_x, depthwise_weight_grad(_to_tiles(x, rows), grad, ctx.padding), None, None, None
-
-
-def _with_zero_row(x):
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])  # (A, C) -> (A + 1, C): row A is what hidden sites read
-
-
-def _to_tiles(x, rows):
-    return _with_zero_row(x).index_select(0, rows.flatten()).view(*rows.shape, -1).permute(0, 3, 1, 2)  # (A, C) -> (T, C, h, w)
-
-
-def _to_rows(x, place):
-    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, place)  # (T, C, h, w) -> (T * h * w, C) -> (A, C)
+    return TiledConv.apply(x, weight, *sites.tiles) + bias
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
-UNEQUAL = "the mask leaves unequal numbers of sites visible, which only GRN, or nothing in its place, can take"
 
-
-def sparse_encoder(
-    net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, reference: bool = False, keep: list | None = None
-) -> SparseTensor:
-    """Run `net`'s stages on the visible sites of `imgs` (N, in_chans, H, W) only; the last stage's features.
+def sparse_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, conv: Callable = submanifold_conv) -> list[SparseTensor]:
+    """`net.forward_stages` on the visible sites of `imgs` (N, in_chans, H, W) only: the four stages' features, finest first.
 
     mask: (N, H / patch_size, W / patch_size) boolean, True = hidden, any pattern. Hidden pixels are never read.
-    reference: by `reference_conv` and the blocks' own modules, instead of their fast equivalents.
-    keep: gets every stage's features too, as SparseTensors.
+    conv: the blocks' convolution; `reference_conv` is its definition.
     Raises ValueError for images or masks of another shape or type.
     """
     check_mask(net, imgs, mask)
-    levels = _levels(mask, imgs.device, reference)
+    levels, stages = _levels(mask, imgs.device, conv), []
     x = _stem(net.downsample_layers[0], imgs, levels[0])  # (A, dims[0])
     for i, (stage, sites) in enumerate(zip(net.stages, levels)):
         if i > 0:
             x = _downsample(net.downsample_layers[i], x)  # (4A, dims[i - 1]) -> (A, dims[i])
         for block in stage:
-            x = x + block.run(_block_branch, block, x, sites, reference)
-        if keep is not None:
-            keep.append(SparseTensor(x, sites))
-    return SparseTensor(x, sites)
+            x = x + block.run(_branch, block, x, sites, conv)
+        stages.append(SparseTensor(x, sites))
+    return stages
 
 
 @torch.compiler.disable  # the number of visible sites depends on the mask's values
-def _levels(mask: torch.Tensor, device: torch.device, reference: bool) -> list[Sites]:
+def _levels(mask: torch.Tensor, device: torch.device, conv: Callable) -> list[Sites]:
     """The visible sites of every stage, finest first, with the index tables that its blocks will use."""
     levels = [Sites.from_mask(mask, device)]
     while len(levels) < 4:
         levels.insert(0, levels[0].finer())
     for sites in levels:
-        _ = sites.neighbours if reference else sites.tiles
+        _ = sites.neighbours if conv is reference_conv else sites.tiles
     return levels
 
 
@@ -227,56 +163,55 @@ def _layer_norm(x, norm):  # `norm` may be a channels-first module, but rows end
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _block_branch(block: Block, x: torch.Tensor, sites: Sites, reference: bool) -> torch.Tensor:
-    conv = reference_conv if reference else submanifold_conv
-    mlp = partial(block.mlp, fused=not reference)
+def _branch(block: Block, x: torch.Tensor, sites: Sites, conv: Callable) -> torch.Tensor:
     y = conv(x, block.dwconv.weight, block.dwconv.bias, sites)  # (A, C)
-    if len(set(sites.counts)) == 1:  # always so in FCMAE: to the MLP and GRN the batch is a dense (N, 1, A / N, C) map
-        y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])
-        return block.drop_path(mlp(y)).view(x.shape)
-    # Unequal counts: GRN's norm is over one image, so each image is a map of its own.
-    if not isinstance(block.grn, GRN | nn.Identity):
-        raise ValueError(UNEQUAL)
-    return torch.cat([block.drop_path(mlp(y[None, None])).flatten(0, 2) for y in y.split(sites.counts)])
+    if len(set(sites.counts)) > 1:
+        return _image_by_image(block, y, sites.counts)
+    # Always so in FCMAE: every image has as many sites, so to the MLP and GRN the batch is a dense map of one row.
+    y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])  # (A, C) -> (N, 1, A / N, C)
+    return block.drop_path(block.mlp(y)).view(x.shape)
 
 
-def masked_encoder(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, keep: list | None = None) -> torch.Tensor:
+# --- the same by dense convolutions -----------------------------------------------------------------------------------
+
+
+def masked_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
     """The same function by dense convolutions with the mask before and after each, GRN over visible sites: the oracle.
 
-    Same arguments as `sparse_encoder`; returns (N, dims[-1], h, w), zero at hidden cells, and keeps dense maps.
+    Same arguments as `sparse_stages`; four maps (N, dims[i], H / s_i, W / s_i), zero at hidden sites.
     """
     check_mask(net, imgs, mask)
-    mask = mask.to(imgs.device)
+    mask, stages = mask.to(imgs.device), []
     x = imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], 0)
     for i, (downsample, stage) in enumerate(zip(net.downsample_layers, net.stages)):
         hidden = upsample_mask(mask, 8 >> i)[:, None]  # (N, 1, H, W)
         x = downsample(x).masked_fill(hidden, 0)  # (N, dims[i], H, W)
         for block in stage:
             x = x + block.run(_masked_branch, block, x, hidden)
-        if keep is not None:
-            keep.append(x)
-    return x
+        stages.append(x)
+    return stages
 
 
 def _masked_branch(block: Block, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
     y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
     y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
-    y = _over_visible(block.grn, y.masked_fill(hidden.permute(0, 2, 3, 1), 0), ~hidden[:, 0])
+    y = y.masked_fill(hidden.permute(0, 2, 3, 1), 0)  # zeros change no norm, so GRN may see them
+    y = block.grn(y) if isinstance(block.grn, GRN | nn.Identity) else _over_visible(block.grn, y, ~hidden[:, 0])
     y = block.pwconv2(y)  # (N, H, W, C)
     y = y if block.gamma is None else block.gamma * y
     return block.drop_path(y.permute(0, 3, 1, 2)).masked_fill(hidden, 0)
 
 
-def _over_visible(module: nn.Module, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """What stands in GRN's place, on (N, H, W, C) with zeros at hidden sites, which change no norm but would change a mean."""
-    if isinstance(module, GRN | nn.Identity):
-        return module(x)
-    counts = visible.flatten(1).sum(dim=1).tolist()
-    if len(set(counts)) > 1:
-        raise ValueError(UNEQUAL)
-    rows = x[visible].view(len(x), 1, counts[0], -1)  # (N, H, W, C) -> (A, C) -> (N, 1, A / N, C)
-    return torch.zeros_like(x).masked_scatter(visible[..., None], module(rows))
+def leaky_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    """`net` on the zero-filled image, with no mask inside: the paper's "without sparse conv." (Sec. 3), not the same function."""
+    check_mask(net, imgs, mask)
+    mask = mask.to(imgs.device)
+    stages = net.forward_stages(imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], 0))
+    return [x.masked_fill(upsample_mask(mask, 8 >> i)[:, None], 0) for i, x in enumerate(stages)]
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def upsample_mask(mask: torch.Tensor, scale: int) -> torch.Tensor:
@@ -288,16 +223,32 @@ def check_mask(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> None:
     """Raise ValueError unless the images divide into `net`'s patches and `mask` is boolean on their grid."""
     check_images(imgs, net.in_chans)
     n, _, height, width = imgs.shape
-    p = net.patch_size
-    for side in (height, width):
-        if side % p or side == 0:
-            small = "" if net.stem_stride == 1 else ", or --stem_stride 1 for small images"
-            raise ValueError(
-                f"image size {side} is not a multiple of the patch size {p}; try --input_size {max(p, round(side / p) * p)}{small}"
-            )
-    expected = (n, height // p, width // p)
+    check_size(height, width, net.patch_size)
+    expected = (n, height // net.patch_size, width // net.patch_size)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"mask of type {kind} is not a boolean tensor (True = hidden)")
     if tuple(mask.shape) != expected:
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not match the images' grid of patches {expected}")
+
+
+# --- what FCMAE does without: images with unequal numbers of visible sites, and other modules in GRN's place ---------
+
+
+def _image_by_image(block: Block, y: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """The block's MLP where GRN's norm is over one image, each image being a map of its own: (A, C) -> (A, C)."""
+    if not isinstance(block.grn, GRN | nn.Identity):
+        raise ValueError(UNEQUAL)
+    return torch.cat([block.drop_path(block.mlp(image[None, None])).flatten(0, 2) for image in y.split(counts)])
+
+
+def _over_visible(module: nn.Module, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """A module that must not see hidden sites, in GRN's place, on (N, H, W, C): the zeros there would change a mean."""
+    counts = visible.flatten(1).sum(dim=1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(UNEQUAL)
+    rows = x[visible].view(len(x), 1, counts[0], -1)  # (N, H, W, C) -> (A, C) -> (N, 1, A / N, C)
+    return torch.zeros_like(x).masked_scatter(visible[..., None], module(rows))
+
+
+UNEQUAL = "the mask leaves unequal numbers of sites visible, which only GRN, or nothing in its place, can take"

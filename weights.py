@@ -1,389 +1,35 @@
-"""Weights in and out: the tensors of a ConvNeXt under this project's names, and under everybody else's.
+"""Convert weights between this project's names and everybody else's.
 
     python weights.py IN OUT --to timm      # or hf, mmpretrain, authors; IN may have any layout that is known here
 
-In code: `load_weights(model, to_native(read_file(path)))`. "Native" is this project's dense layout and also that of the
-authors' release. Other libraries compute the same logits from the same weights, because their LayerNorm and GRN have this
-project's eps of 1e-6, with one exception: the final norm of Hugging Face transformers takes `layer_norm_eps` of the
-configuration, 1e-12 by default; set it to 1e-6 there.
-
-Shapes: C channels, o and i a convolution's output and input channels, K kernel taps.
+In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that fits.
 """
 
 import argparse
-import math
 import os
-import re
-from functools import cache
 from pathlib import Path
 
 import torch
 
-import common
-from common import BoolFlag, Parser, UserError, one_of
-from model import SIZES, ConvNeXt
-from variants import MLP_NORMS
-
-State = dict[str, torch.Tensor]
-
-# One row per kind of tensor, one column per layout, read in both directions; "" means as in the first column. Fields: p weight
-# or bias, i stage, j block, d stage after the first, k norm or convolution, v what variants.py puts in GRN's place (other
-# libraries have no such networks); {block} stands for the layout's entry in BLOCK.
-LAYOUTS = ("native", "timm", "hf", "mmpretrain")
-NAMES = (
-    ("downsample_layers.0.0.{p}", "stem.0.{p}", "embeddings.patch_embeddings.{p}", ""),
-    ("downsample_layers.0.1.{p}", "stem.1.{p}", "embeddings.layernorm.{p}", ""),
-    ("downsample_layers.{d}.{k}.{p}", "stages.{d}.downsample.{k}.{p}", "encoder.stages.{d}.downsampling_layer.{k}.{p}", ""),
-    ("{block}.dwconv.{p}", "{block}.conv_dw.{p}", "", "{block}.depthwise_conv.{p}"),
-    ("{block}.norm.{p}", "", "{block}.layernorm.{p}", ""),
-    ("{block}.pwconv1.{p}", "{block}.mlp.fc1.{p}", "", "{block}.pointwise_conv1.{p}"),
-    ("{block}.pwconv2.{p}", "{block}.mlp.fc2.{p}", "", "{block}.pointwise_conv2.{p}"),
-    ("{block}.grn.gamma", "{block}.mlp.grn.weight", "{block}.grn.weight", ""),
-    ("{block}.grn.beta", "{block}.mlp.grn.bias", "{block}.grn.bias", ""),
-    ("{block}.grn.{v}", "", "", ""),
-    ("{block}.gamma", "", "{block}.layer_scale_parameter", ""),
-    ("norm.{p}", "head.norm.{p}", "layernorm.{p}", "norm3.{p}"),
-    ("head.{p}", "head.fc.{p}", "classifier.{p}", "head.fc.{p}"),
+from plumbing.flags import Parser, merge, one_of
+from plumbing.layouts import (  # noqa: F401 for `import weights`
+    LAYOUTS,
+    STEM,
+    adapt_stem,
+    architecture,
+    build,
+    describe,
+    detect_layout,
+    from_native,
+    load_weights,
+    mlp_norm_of,
+    read_config,
+    read_content,
+    read_file,
+    to_native,
+    write_file,
 )
-BLOCK = ("stages.{i}.{j}", "stages.{i}.blocks.{j}", "encoder.stages.{i}.layers.{j}", "stages.{i}.{j}")
-FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01]", "v": rf"(?:{'|'.join(MLP_NORMS)})\.[\w.]+"}
-OUTER = r"(?:encoder\.|backbone\.|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
-
-STEM = "downsample_layers.0.0.weight"
-DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+")  # what an FCMAE holds besides its encoder
-DETECTOR = re.compile(r"(neck|fpn|rpn|roi|bbox|mask_head|decode_head|auxiliary_head|panoptic)\w*\.|backbone\.(norm0|body)\.")
-
-
-@cache
-def _patterns(layout: str) -> list[tuple[re.Pattern, tuple[str, ...]]]:
-    """Each row of NAMES, written out, with a pattern for its name in `layout`."""
-
-    def pattern(name: str) -> re.Pattern:
-        return re.compile(OUTER + re.sub(r"\\{(\w)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(name)))
-
-    rows = [tuple((name or names[0]).replace("{block}", block) for name, block in zip(names, BLOCK)) for names in NAMES]
-    return [(pattern(names[LAYOUTS.index(layout)]), names) for names in rows]
-
-
-def _rename(key: str, source: str, target: str) -> str | None:
-    """A tensor's name in another layout; None if no ConvNeXt has such a tensor."""
-    for pattern, names in _patterns(source):
-        if match := pattern.fullmatch(key):
-            return names[LAYOUTS.index(target)].format(**match.groupdict())
-    return None
-
-
-# --- any layout -> native ---------------------------------------------------------------------------------------------
-
-
-def detect_layout(state_dict: State) -> str:
-    """One of `LAYOUTS`, where "native" covers the authors' dense files too, or "sparse", the authors' pre-training layout.
-
-    UserError for anything else.
-    """
-    keys = [_unwrapped(key) for key in state_dict]
-    if any(re.fullmatch(OUTER + r"stages\.0\.0\.dwconv\.kernel", key) for key in keys):
-        return "sparse"
-    for layout in LAYOUTS:
-        if any(_rename(key, layout, "native") == "stages.0.0.dwconv.weight" for key in keys):
-            return layout
-    raise UserError(
-        f"no layout is known for these {len(keys)} tensors ({_few(keys)}){_hint(keys)}; known are ConvNeXt V1 and V2 of this "
-        f"project, its authors, timm, Hugging Face transformers and mmpretrain"
-    )
-
-
-def to_native(state_dict: State) -> State:
-    """Tensors of any known layout, under this project's names and in its shapes; `describe` says what was recognised.
-
-    Prefixes `module.` and `_orig_mod.` are removed and an FCMAE's decoder is left out. UserError for an unknown layout, and
-    for tensors that are no part of a classifier.
-    """
-    layout = detect_layout(state_dict)
-    native, foreign = {}, []
-    for key, value in state_dict.items():
-        key = _unwrapped(key)
-        if _of_decoder(key, layout):
-            continue
-        name = _rename(_dense_name(key), "native", "native") if layout == "sparse" else _rename(key, layout, "native")
-        if name is None or name in native:
-            foreign.append(key)
-            continue
-        try:
-            native[name] = _native_shape(name, _dense_kernel(value) if key.endswith(".kernel") else value)
-        except (RuntimeError, IndexError, TypeError):
-            raise UserError(f"{key} of shape {tuple(value.shape)} cannot be the {name} of a ConvNeXt") from None
-    if foreign:
-        raise UserError(
-            f"{len(foreign)} of {len(state_dict)} tensors are no part of a ConvNeXt in the {layout} layout "
-            f"({_few(foreign)}){_hint(foreign)}"
-        )
-    return native
-
-
-def describe(state_dict: State) -> str:
-    """What `to_native` makes of a state dict, in words, the decoder that it leaves out included."""
-    layout = detect_layout(state_dict)
-    decoder = sum(_of_decoder(_unwrapped(key), layout) for key in state_dict)
-    found = architecture(to_native(state_dict))
-    head = f"{found['num_classes']} classes" if found["num_classes"] else "no head"
-    left_out = f"; {decoder} tensors of the pre-training decoder are left out" if decoder else ""
-    return f"{layout} layout, {len(state_dict) - decoder} tensors, {_network(**found)}, {head}{left_out}"
-
-
-def _unwrapped(key: str) -> str:
-    return re.sub(r"\b(module|_orig_mod)\.", "", key)  # DistributedDataParallel's and torch.compile's
-
-
-def _of_decoder(key: str, layout: str) -> bool:
-    return layout in ("native", "sparse") and DECODER.fullmatch(key) is not None
-
-
-def _dense_name(key: str) -> str:
-    return re.sub(r"\.(ln|linear)\b", "", key).replace(".kernel", ".weight")
-
-
-def _dense_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """(K, i, o) -> (o, i, k, k), or depthwise (K, C) -> (C, 1, k, k); a sparse kernel's taps run down columns."""
-    k = math.isqrt(len(kernel))
-    if kernel.dim() == 2:
-        kernel = kernel[:, None]  # (K, C) -> (K, 1, C)
-    return kernel.permute(2, 1, 0).unflatten(2, (k, k)).transpose(3, 2)
-
-
-def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
-    if name.endswith((".grn.gamma", ".grn.beta")):
-        value = value.reshape(1, 1, 1, -1)
-    elif ".grn." in name:
-        return value  # of variants.py, as it is
-    elif name.endswith("bias"):
-        value = value.flatten()  # (1, C) -> (C,)
-    elif ".pwconv" in name and value.dim() == 4:
-        value = value.flatten(1)  # (o, i, 1, 1) -> (o, i)
-    if value.dim() == 0 or value.numel() == 0:
-        raise TypeError("no channels")
-    return value.contiguous()
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _hint(keys: list[str]) -> str:
-    found = any(DETECTOR.match(key) for key in keys)
-    return "; they look like a detector's or segmenter's: give the classifier or encoder it was built on" if found else ""
-
-
-# --- native -> other layouts ------------------------------------------------------------------------------------------
-
-
-def from_native(state_dict: State, layout: str) -> State:
-    """The inverse of `to_native`: this project's tensors in the layout "timm", "hf", "mmpretrain" or "authors".
-
-    Of a pre-trained encoder, which has neither norm nor head, the others' models must be built without them too, or be
-    told to accept that they are missing.
-    """
-    layout = "native" if layout == "authors" else layout
-    if layout not in LAYOUTS:
-        raise UserError(f"no layout {layout!r} to write; choose from authors, {', '.join(LAYOUTS)}")
-    found = architecture(state_dict)
-    if layout != "native" and mlp_norm_of(state_dict) not in (None, "grn"):
-        raise UserError(f"{layout} has no ConvNeXt with {mlp_norm_of(state_dict)} in GRN's place; only --to native can hold it")
-    outer = {"hf": "convnextv2." if found["version"] == 2 else "convnext.", "mmpretrain": "backbone."}.get(layout, "")
-    # timm runs the MLP of its models narrower than tiny as 1x1 convolutions.
-    as_convolution = layout == "timm" and found["dims"][0] < SIZES["tiny"][1][0]
-    written = {}
-    for key, value in state_dict.items():
-        name = _rename(key, "native", layout)
-        if name is None:
-            raise UserError(f"{key} is not a tensor of this project's classifier; apply to_native first")
-        if ".grn." in key and layout in ("timm", "mmpretrain"):
-            value = value.flatten()  # (1, 1, 1, 4C) -> (4C,)
-        elif ".pwconv" in key and value.dim() == 2 and as_convolution:
-            value = value[:, :, None, None]  # (o, i) -> (o, i, 1, 1)
-        written[name if key.startswith("head.") else outer + name] = value
-    return written
-
-
-# --- native -> a model ------------------------------------------------------------------------------------------------
-
-
-def architecture(native: State) -> dict:
-    """Arguments for which `ConvNeXt(**architecture(native))` fits the tensors; num_classes is 0 if there is no head."""
-    needed = [STEM, *(f"stages.{i}.0.dwconv.weight" for i in range(4))]
-    if missing := [key for key in needed if key not in native]:
-        raise UserError(f"the weights lack {_few(missing)}, which every ConvNeXt has")
-    stem = native[STEM].shape
-    if len(stem) != 4 or stem[2] != stem[3] or stem[2] not in (4, 2, 1):
-        raise UserError(f"the stem's kernel {tuple(stem)} is not (C, in_chans, s, s) with s 4, 2 or 1")
-    in_grns_place = mlp_norm_of(native)
-    return dict(
-        depths=tuple(sum(bool(re.fullmatch(rf"stages\.{i}\.\d+\.dwconv\.weight", key)) for key in native) for i in range(4)),
-        dims=tuple(len(native[key]) for key in needed[1:]),
-        version=2 if in_grns_place else 1,
-        num_classes=len(native["head.weight"]) if "head.weight" in native else 0,
-        in_chans=stem[1],
-        stem_stride=stem[2],
-        **({} if in_grns_place in (None, "grn") else dict(mlp_norm=MLP_NORMS[in_grns_place])),
-    )
-
-
-def mlp_norm_of(native: State) -> str | None:
-    """What stands in GRN's place, a name in `variants.MLP_NORMS`: "grn" in V2, None in V1."""
-    found = {key.split(".grn.")[1].split(".")[0] for key in native if ".grn." in key}
-    return next(iter(found & MLP_NORMS.keys()), "grn" if found else None)
-
-
-def load_weights(model: ConvNeXt, native: State, exchange_mlp_norm: bool = False) -> list[str]:
-    """Copy native tensors into `model`, strictly; returns a report, line by line.
-
-    A model without classes takes neither norm nor head. A head for another number of classes is left out. The model's head
-    keeps its initial values then, and where the file has none; so does its norm where the file has neither, as pre-trained
-    encoders do. A stem for other images is adapted (`adapt_stem`). UserError for another stem stride, and for whatever else is
-    missing, unexpected or of another shape.
-
-    exchange_mlp_norm: what stands in GRN's place may be another in the model than in the file. It is left out then, and the
-        model's keeps its initial values.
-    """
-    native, expected, found = dict(native), model.state_dict(), architecture(native)
-    if found["stem_stride"] != model.stem_stride:
-        raise UserError(
-            f"the weights have stem_stride {found['stem_stride']} and the model {model.stem_stride}: its stages would see "
-            f"features at a scale that they were not trained for; use --stem_stride {found['stem_stride']}"
-        )
-    norm, head = ([name for name in native if name.startswith(part)] for part in ("norm.", "head."))
-    dropped, reason, initial = [], "", ()
-    if model.num_classes == 0:
-        dropped, reason = norm + head, "the model has no classes"
-    elif not head:
-        initial = ("head.",) if norm else ("norm.", "head.")
-    elif found["num_classes"] not in (0, model.num_classes):
-        dropped, initial = head, ("head.",)
-        reason = f"{found['num_classes']} classes in the file, {model.num_classes} in the model"
-    native = {name: value for name, value in native.items() if name not in dropped}
-
-    report = []
-    if found["in_chans"] != model.in_chans:
-        native[STEM] = adapt_stem(native[STEM], model.in_chans)
-        report.append(f"stem adapted from {found['in_chans']} to {model.in_chans} input channels")
-    if dropped:
-        report.append(f"left out {', '.join(dropped)}: {reason}")
-    initial = [name for name in expected if name.startswith(initial)]
-    if initial:
-        report.append(f"at their initial values: {', '.join(initial)}")
-    if exchange_mlp_norm:
-        left, new = ([name for name in names if ".grn." in name] for names in (native, expected))
-        before, after = mlp_norm_of(native), mlp_norm_of(expected)
-        report.append(f"{before} exchanged for {after}: {len(left)} tensors left out, {len(new)} at their initial values")
-        native = {name: value for name, value in native.items() if name not in left}
-        initial += new
-    shapes = {name: (tuple(native[name].shape), tuple(expected[name].shape)) for name in native if name in expected}
-    problems = {
-        "missing": [name for name in expected if name not in native and name not in initial],
-        "unexpected": [name for name in native if name not in expected],
-        "misshaped": [f"{name} {given} for {wanted}" for name, (given, wanted) in shapes.items() if given != wanted],
-    }
-    if any(problems.values()):
-        words = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-        given, wanted = _network(**found), _network(model.depths, model.dims, model.version)
-        fix = "the file is incomplete or altered" if given == wanted else f"the weights are of {given}, the model is {wanted}"
-        raise UserError(f"the weights do not fit the model ({words}); {fix}")
-    model.load_state_dict({name: native.get(name, value) for name, value in expected.items()})
-    return [f"loaded {len(native)} of the model's {len(expected)} tensors", *report]
-
-
-def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """A stem's kernel (o, i, s, s) -> (o, in_chans, s, s) with the same response to images whose channels are all equal.
-
-    Fewer channels: each takes the sum of every in_chans-th old one, a single channel the sum of all. More: the old ones repeat
-    in turn, each divided by the number of its copies, so that the sum over channels stays the same for any two numbers.
-    """
-    old = kernel.shape[1]
-    if in_chans < old:
-        return torch.stack([kernel[:, c::in_chans].sum(dim=1) for c in range(in_chans)], dim=1)
-    source = torch.arange(in_chans) % old
-    return kernel[:, source] / source.bincount()[source].view(1, -1, 1, 1).to(kernel)
-
-
-def _network(depths: tuple, dims: tuple, version: int, **_) -> str:
-    generation = "convnextv2" if version == 2 else "convnext"
-    names = [f"{generation}_{size}" for size, shape in SIZES.items() if shape == (depths, dims)]
-    return names[0] if names else f"{generation} of depths {depths} and dims {dims}"
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_content(path: str | Path) -> dict:
-    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, in the authors' own checkpoints
-        return common.load_file(path)
-
-
-def read_config(path: str | Path) -> dict:
-    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say. UserError for a damaged one."""
-    config = {} if Path(path).suffix == ".safetensors" else read_content(path).get("config")
-    return config if isinstance(config, dict) else {}
-
-
-def read_file(path: str | Path, ema: bool = False) -> State:
-    """The state dict in a file, in whatever layout.
-
-    Looks inside "model", "state_dict" and "module"; with `ema`, inside "model_ema" or "state_dict_ema" for the averaged
-    weights. UserError for a file that cannot be read or holds no state dict.
-    """
-    content = read_content(path)
-    top = ", ".join(str(key) for key in list(content)[:5])
-    if ema:
-        averaged = [content[key] for key in ("model_ema", "state_dict_ema") if isinstance(content.get(key), dict)]
-        if not averaged:
-            raise UserError(f"{path} holds no averaged weights (model_ema), only {top}; read it without --model_ema")
-        content = averaged[0]
-    while inner := [content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict)]:
-        content = inner[0]
-    if not content or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
-        raise UserError(
-            f"{path} holds no state dict of tensors, alone or under 'model' or 'state_dict'; it holds {top or 'nothing'}"
-        )
-    return content
-
-
-def write_file(path: str | Path, state_dict: State, top: str | None = None) -> None:
-    """Write a .safetensors file, or one for torch.load with the tensors under the key `top`, atomically."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            save = _safetensors(path).save_file
-            tensors = {key: value.contiguous() for key, value in state_dict.items()}
-            common.write_atomically(path, lambda file: save(tensors, file, metadata={"format": "pt"}))
-        else:
-            common.save_tensors(path, {top: state_dict} if top else state_dict)
-    except (OSError, RuntimeError) as error:  # torch.save gives a missing folder the latter
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', None) or error})") from None
-
-
-def _safetensors(path: Path):
-    try:
-        import safetensors.torch  # optional, and only for files of that kind
-    except ImportError:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors, or use a .pth file") from None
-    return safetensors.torch
-
-
-def _read_safetensors(path: Path) -> State:
-    load = _safetensors(path).load_file
-    try:
-        return load(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error})") from None
-    except Exception:  # the package's own types
-        raise UserError(f"{path} is not a readable safetensors file: damaged, or something else") from None
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
+from plumbing.script import UserError, run_script
 
 TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm": None, "hf": None}  # as each library saves
 
@@ -391,12 +37,14 @@ TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm"
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("input", metavar="IN", type=Path, help="weights to read: .pth, .pt, .bin or .safetensors, in any layout known here")
-    add("output", metavar="OUT", type=Path, help="file to write: .pth, .pt, .bin or .safetensors")
-    add("--to", type=one_of("layout", TOP), required=True, metavar="LAYOUT", help=", ".join(TOP))
-    add("--model_ema", action=BoolFlag, default=False, help="take a checkpoint's averaged weights instead of the raw ones")
-    return parser.parse_args(argv)
+    add = parser.adder()
+    parser.add_argument(
+        "input", metavar="IN", type=Path, help="weights to read: .pth, .pt, .bin or .safetensors, in any known layout"
+    )
+    parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .pth, .pt, .bin or .safetensors")
+    add("--to", one_of("layout", TOP), None, ", ".join(TOP), required=True)
+    add("--model_ema", bool, False, "take a checkpoint's averaged weights instead of the raw ones")
+    return merge(parser.parse_args(argv), parser.general)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -409,11 +57,11 @@ def main(args: argparse.Namespace) -> None:
     print(f"{args.input}: {describe(given)}")
     native = to_native(given)
     with torch.device("meta"):  # checks that nothing is missing, at no cost
-        load_weights(ConvNeXt(**architecture(native)), {key: value.to("meta") for key, value in native.items()})
+        build({key: value.to("meta") for key, value in native.items()})
     written = from_native(native, args.to)
     write_file(args.output, written, TOP[args.to])
     print(f"{args.output}: {args.to} layout, {len(written)} tensors")
 
 
 if __name__ == "__main__":
-    common.run_script(main, get_args)
+    run_script(main, get_args)

@@ -10,9 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # of `pytest -n`: workers share the cor
 
 import stress
 
-import common
 import finetune
 import pretrain
+from plumbing.files import write_atomically
 
 DRAW = {module: module.draw for module in (pretrain, finetune)}
 PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",)}
@@ -23,11 +23,10 @@ def sketched():
     """Training in the tests' own process writes its log where its pictures belong: drawing takes longer than these short runs."""
 
     def sketch(module):
-        def draw(*args):
-            output_dir = args[3 if module is pretrain else 0]
+        def draw(path, *args):
             text = json.dumps(stress.untimed(args[-1]))
             for name in PICTURES[module]:
-                common.write_atomically(output_dir / name, lambda file: file.write_text(text))
+                write_atomically(path.with_name(name), lambda file: file.write_text(text))
 
         return draw
 

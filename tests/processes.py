@@ -1,4 +1,4 @@
-"""What several processes and signals to them do, as scenarios that test_common.py makes claims about.
+"""What several processes and signals to them do, as scenarios that test_plumbing.py makes claims about.
 
 Prints one JSON object. The processes are forked from this one, so that torch is imported once for all of them.
 """
@@ -14,9 +14,12 @@ from pathlib import Path
 import stress
 import torch
 
-import common
+import data
 import finetune
 import pretrain
+from plumbing.files import find_checkpoints, load_file
+from plumbing.log import read_log
+from plumbing.processes import setup_processes
 
 ROOT = Path(tempfile.mkdtemp())
 FLAGS = stress.STAGES["pretrain"][1].replace("--save_every_steps 2", "").split()
@@ -28,14 +31,14 @@ def rank() -> int:
 
 def run(name: str, processes: int, *flags: str, at: int = 0, then=None) -> tuple[list[int], str]:
     """Pre-train in ROOT/name; in every process call `then(pixels)` before forward pass `at`. Exit statuses and output."""
-    normalise, calls = pretrain.normalise, []
+    normalise, calls = data.normalise, []
 
     def work():
         def patched(pixels, *args):
             calls.append(0)
             return normalise(then(pixels) if len(calls) == at and then else pixels, *args)
 
-        pretrain.normalise = patched
+        data.normalise = patched
         words = [*FLAGS, "--data_path", str(ROOT / "pictures"), "--batch_size", str(4 // processes), *flags]
         pretrain.main(pretrain.get_args(words))
 
@@ -52,15 +55,15 @@ def forked(work: Callable[[], None], name: str, processes: int) -> tuple[list[in
 
 
 def checkpoints(name: str) -> list[str]:
-    return [path.name for path in common.find_checkpoints(ROOT / name / "run")]
+    return [path.name for path in find_checkpoints(ROOT / name / "run")]
 
 
 def log(name: str) -> list[dict]:
-    return stress.untimed(common.read_log(ROOT / name / "run"))
+    return stress.untimed(read_log(ROOT / name / "run"))
 
 
 def weights(name: str) -> dict:
-    return common.load_file(ROOT / name / "run" / checkpoints(name)[-1])["model"]
+    return load_file(ROOT / name / "run" / checkpoints(name)[-1])["model"]
 
 
 def farthest(a: dict, b: dict) -> float:
@@ -90,7 +93,7 @@ def die_on_rank_1(pixels):
 
 
 def measure_agreement() -> None:
-    group = common.setup_processes("cpu")
+    group = setup_processes("cpu")
     group.max(0, 0)
     start = time.perf_counter()
     for _ in range(1000):

@@ -28,10 +28,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
 
-import common
 import finetune
 import pretrain
 from data import draw_images
+from plumbing.files import load_file
+from plumbing.flags import BoolFlag, Parser, number
+from plumbing.script import run_script
 
 TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = (
@@ -73,7 +75,7 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
                 if processes > 1:
                     names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port)
                     os.environ |= {name: str(value) for name, value in names.items()}
-                common.run_script(lambda _: work(), lambda: None)
+                run_script(lambda _: work(), lambda: None)
                 status = 0
             except SystemExit as exit:
                 status = exit.code
@@ -147,7 +149,7 @@ def contents(directory: Path) -> dict:
     found = {}
     for path in (directory / "run").iterdir():
         if path.suffix == ".pth":
-            found[path.name] = common.load_file(path)
+            found[path.name] = load_file(path)
             found[path.name]["log"] = parse(found[path.name].get("log", ""))
         else:
             found[path.name] = parse(path.read_text()) if path.suffix == ".jsonl" else path.read_bytes()
@@ -207,10 +209,10 @@ def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = F
 
 def main() -> None:
     """Stress the stages that the command line names; exit status 1 when a run differs."""
-    parser = common.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=common.number(int, 1), default=50, help="kills of each stage")
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=number(int, 1), default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
-    parser.add_argument("--torchrun", action=common.BoolFlag, default=False, help="kill one process of two under torchrun")
+    parser.add_argument("--torchrun", action=BoolFlag, default=False, help="kill one process of two under torchrun")
     parser.add_argument("--stage", choices=(*STAGES, "both"), default="both", help="what to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()

@@ -11,10 +11,11 @@ from PIL import Image
 from test_model import TINY, randomised
 
 import analyze
-import common
 import data
 from fcmae import FCMAE
 from model import ConvNeXt
+from plumbing.files import load_file
+from plumbing.seeds import mix_seed
 
 # --- measures ---------------------------------------------------------------------------------------------------------
 
@@ -219,7 +220,7 @@ def test_reconstruct_takes_the_loss_and_ratio_of_training(runs, tmp_path):
     row = run("reconstruct", tmp_path, "--checkpoint", runs / "v2/checkpoint-3.pth", "--images", picture)[0]
     mae, generator = analyze.load_mae(runs / "v2/checkpoint-3.pth"), torch.Generator()
     pixels = data.center_transform(16)(Image.open(picture))[None]
-    generator.manual_seed(common.mix_seed("mask", 0, 0))
+    generator.manual_seed(mix_seed("mask", 0, 0))
     with torch.no_grad():
         loss, _, _ = mae(data.normalise(pixels, data.STATISTICS["folder"], torch.device("cpu")), generator=generator)
     assert float(row["mask_ratio"]) == 0.5 and float(row["loss"]) == pytest.approx(loss.item(), rel=1e-4)
@@ -281,7 +282,7 @@ def test_the_network_is_the_one_that_was_saved(runs):
     imgs = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(network(imgs), tiny(num_classes=2)(imgs))
     assert network.num_classes == 2 and mae.encoder.version == 1 and not mae.norm_pix_loss and not mae.training
-    saved = common.load_file(runs / "v1/checkpoint-3.pth")["model"]
+    saved = load_file(runs / "v1/checkpoint-3.pth")["model"]
     assert all(torch.equal(value, saved[key]) for key, value in mae.state_dict().items())
 
 

@@ -19,13 +19,14 @@ from test_model import TINY
 
 import analyze
 import bench
-import common
 import data
 import finetune
 import pretrain
 import weights
 from fcmae import FCMAE
 from model import ConvNeXt
+from plumbing.processes import TORCHRUN_VARIABLES
+from plumbing.script import run_script
 
 SCRIPTS = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze, "weights": weights, "bench": bench}
 SMALL = "--input_size 16 --stem_stride 1 --epochs 2 --num_workers 0"
@@ -93,7 +94,7 @@ TABLE = {
     "pretrain: ratio one": ("--mask_ratio 1", "--mask_ratio: 1 must be more than 0 and less than 1"),
     "pretrain: ratio that leaves nothing": ("--mask_ratio 0.8", "mask_ratio 0.8 leaves no patch visible of 2 x 2", "larger images"),
     "pretrain: one patch": ("--input_size 8", "leaves no patch visible of 1 x 1; choose", "larger images"),
-    "pretrain: size off the grid": ("--input_size 50", "--input_size 50 is not a multiple of the patch size 8", "try --input_size 48"),
+    "pretrain: size off the grid": ("--input_size 50", "image size 50 is not a multiple of the patch size 8", "try --input_size 48"),
     "pretrain: size negative": ("--input_size -16", "--input_size: -16 must be at least 8 and at most 4096"),
     "pretrain: size too large": ("--input_size 4000000000", "at least 8 and at most 4096"),
     "pretrain: stride": ("--stem_stride 3", "--stem_stride: invalid choice: 3 (choose from"),
@@ -120,8 +121,8 @@ TABLE = {
     "finetune: augmentation of timm's alone": ("--aa augmix-m5", "no automatic augmentation --aa augmix-m5; choose rand-m9"),
     "finetune: labels": ("--labels_per_class 7", "--labels_per_class 7 is more than the 3 images of class a; lower it"),
     "finetune: classes": ("--nb_classes 1", "--nb_classes 1 is fewer than the 2 classes of the data; leave it out"),
-    "finetune: image below the patch": ("--stem_stride 4", "--input_size 16 is below the 32 pixels that --stem_stride 4 needs; raise"),
-    "analyze: size off the grid": ("collapse --input_size 20", "--input_size 20 is no multiple of run's patch size 8; try --input_size 16"),
+    "finetune: image below the patch": ("--stem_stride 4", "image size 16 x 16 is below the patch size 32; use larger images, or a smaller --stem_stride"),
+    "analyze: size off the grid": ("collapse --input_size 20", "run: image size 20 is not a multiple of the patch size 8; try --input_size 16"),
     "analyze: more images than there are": ("collapse --num_images 25", "--num_images 25, but folder (val) has 6 images; ask for at most"),
     "analyze: more pictures than given": ("reconstruct --images picture.png --num_images 2", "--images has 1 images; ask for at most"),
     "analyze: ratio above one": ("reconstruct --mask_ratios 0.5,1.5", "1.5 must be more than 0 and less than 1"),
@@ -130,7 +131,7 @@ TABLE = {
     "analyze: nothing hidden": ("reconstruct --mask_ratio 1e-30", "hides no patch of 2 x 2"),
     "bench: ratio": ("--mask_ratio 2", "--mask_ratio: 2 must be more than 0 and less than 1"),
     "bench: ratio that hides everything": ("--mask_ratio 0.99", "no patch visible"),
-    "bench: size off the grid": ("--input_size 50", "--input_size 50 is not a multiple of the patch size 32", "try --input_size 64"),
+    "bench: size off the grid": ("--input_size 50", "image size 50 is not a multiple of the patch size 32", "try --input_size 64"),
     "bench: batches and models": ("--batch_size 1 2 3", "--batch_size has 3 numbers for 2 models; give one"),
     # --- names, and flags that contradict each other
     "pretrain: model misspelt": ("--model convnextv2_ato", "no model 'convnextv2_ato'; did you mean convnextv2_atto?"),
@@ -327,7 +328,7 @@ def things(tmp_path_factory) -> Path:
 def place(things, monkeypatch) -> Path:
     """The folder `things`, as the working directory; nothing in it may change, and no download succeeds."""
     monkeypatch.chdir(things)
-    for name in (*common.TORCHRUN_VARIABLES, "LOCAL_WORLD_SIZE"):
+    for name in (*TORCHRUN_VARIABLES, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
     def refuse(self):
@@ -367,7 +368,7 @@ def the_line(script: str, argv: list[str], capfd, monkeypatch) -> str:
     """What the script writes to standard error, once it is one line and the exit status 2."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
     with pytest.raises(SystemExit) as exit:
-        common.run_script(SCRIPTS[script].main, lambda: SCRIPTS[script].get_args(argv))
+        run_script(SCRIPTS[script].main, lambda: SCRIPTS[script].get_args(argv))
     error = capfd.readouterr().err
     assert exit.value.code == 2 and error.startswith(f"{script}.py: ") and error.count("\n") == 1, error
     return error
@@ -393,7 +394,7 @@ def test_wrong_variables_of_torchrun_are_one_line_and_status_2(name, place, capf
 def test_more_processes_than_gpus_are_one_line(place, capfd, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)  # as if there were a GPU
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in zip(common.TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "localhost")):
+    for name, value in zip(TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "localhost")):
         monkeypatch.setenv(name, value)
     line = the_line("pretrain", command("pretrain", "--device cuda"), capfd, monkeypatch)
     assert "process 1 has no GPU: 1 here; lower torchrun's --nproc_per_node" in line
@@ -403,8 +404,8 @@ def test_processes_that_cannot_meet_are_one_line(place, capfd, monkeypatch):
     def fail(*args, **_):
         raise torch.distributed.DistNetworkError("timed out\nbecause of a wall")
 
-    monkeypatch.setattr(common.distributed, "rendezvous", fail)
-    for name, value in zip(common.TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "far")):
+    monkeypatch.setattr(torch.distributed, "rendezvous", fail)
+    for name, value in zip(TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "far")):
         monkeypatch.setenv(name, value)
     line = the_line("pretrain", command("pretrain", ""), capfd, monkeypatch)
     assert "process 1 cannot meet the others at far:29500 (timed out)" in line
@@ -417,7 +418,7 @@ def test_too_little_memory_is_one_line(place, capfd, monkeypatch, error):
     def fail(*args, **_):
         raise error
 
-    monkeypatch.setattr(pretrain, "FCMAE", fail)
+    monkeypatch.setattr(pretrain, "make_autoencoder", fail)
     assert "out of memory; lower --batch_size" in the_line("pretrain", command("pretrain", ""), capfd, monkeypatch)
 
 
@@ -425,9 +426,9 @@ def test_errors_of_the_code_itself_keep_their_traceback(place, monkeypatch):
     def fail(*args, **_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(pretrain, "FCMAE", fail)
+    monkeypatch.setattr(pretrain, "make_autoencoder", fail)
     with pytest.raises(RuntimeError, match="shapes"):
-        common.run_script(pretrain.main, lambda: pretrain.get_args(command("pretrain", "")))
+        run_script(pretrain.main, lambda: pretrain.get_args(command("pretrain", "")))
 
 
 @pytest.mark.parametrize(

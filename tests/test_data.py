@@ -1,24 +1,18 @@
 """Claims about data.py."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import common
 import data
-from data import (
-    STATISTICS,
-    TEXTURES,
-    EpochSampler,
-    Unreadable,
-    center_transform,
-    draw_images,
-    load_images,
-    make_loader,
-    pretrain_transform,
-    training_transform,
-)
+from data import STATISTICS, TEXTURES, center_transform, draw_images, load_images, pretrain_transform, training_transform
+from plumbing.loading import EpochSampler, Unreadable, make_loader
+from plumbing.processes import Processes
+from plumbing.script import UserError
+from plumbing.seeds import mix_seed
 
 
 def save(path, size=(40, 30), mode="RGB", **kwargs):
@@ -126,7 +120,7 @@ def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, 
     monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.width) or original(image))
     for epoch in range(20):
         found = images[epoch, 0][0].float()
-        torch.manual_seed(common.mix_seed("crop", 0, epoch, 0))
+        torch.manual_seed(mix_seed("crop", 0, epoch, 0))
         wanted = pretrain_transform(32)(Image.open(tmp_path / name).convert("RGB")).float()
         assert (found - wanted).abs().mean() < 4
         if "png" in name or side == 16:
@@ -140,13 +134,13 @@ def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
     (tmp_path / "007.jpg").write_bytes((tmp_path / "007.jpg").read_bytes()[:300])
     images = folder(tmp_path)
     assert images[0, 7][2] == 7 and torch.equal(images[0, 7][0], images[0, 8][0]) and images[0, 8][2] == -1
-    unreadable, processes = Unreadable(images), common.Processes(0, 1, torch.device("cpu"))
+    unreadable, processes = Unreadable(images), Processes(0, 1, torch.device("cpu"))
     for _ in range(2):
         unreadable.note(torch.tensor([-1, 7]))
     assert capsys.readouterr().err.count("007.jpg") == 1
     unreadable.check(processes)
     unreadable.note(torch.tensor([3, 9]))
-    with pytest.raises(common.UserError, match=r"3 of 200 images cannot be read, more than 1%"):
+    with pytest.raises(UserError, match=r"3 of 200 images cannot be read, more than 1%"):
         unreadable.check(processes)
 
 
@@ -188,12 +182,14 @@ def test_only_what_is_cropped_and_flipped_in_memory_is_held(tmp_path):
     ):
         images.transform = transform
         assert data.HeldImages.fit(images) == fit
-        assert data.hold(images, None, device) is images  # CPUs keep the loader unless told otherwise
+        assert (
+            data.hold_on_device(images, argparse.Namespace(hold_data=None), device) is images
+        )  # CPUs keep the loader unless told otherwise
         if fit:
-            assert isinstance(data.hold(images, True, device), data.HeldImages)
+            assert isinstance(data.hold_on_device(images, argparse.Namespace(hold_data=True), device), data.HeldImages)
         else:
-            with pytest.raises(common.UserError, match="hold_data"):
-                data.hold(images, True, device)
+            with pytest.raises(UserError, match="hold_data"):
+                data.hold_on_device(images, argparse.Namespace(hold_data=True), device)
 
 
 # --- CIFAR
@@ -218,7 +214,7 @@ def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr(data.datasets, "CIFAR10", refuse)
-    with pytest.raises(common.UserError, match="cifar10 is not in .*no network"):
+    with pytest.raises(UserError, match="cifar10 is not in .*no network"):
         load_images("cifar10", str(tmp_path), "train", None)
 
 

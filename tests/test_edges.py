@@ -17,10 +17,12 @@ from test_data import folder, save
 from torchvision.transforms import v2
 
 import analyze
-import common
 import data
 import finetune
 import pretrain
+from plumbing.files import load_file
+from plumbing.log import read_log
+from plumbing.script import run_script
 
 UNDECODABLE = os.fsdecode(b"\xff\xfe")  # what Python makes of a name that is not UTF-8
 NAMES = ("with  spaces", "quote's\"", "new\nline", "ünï日本", UNDECODABLE, "..data", "$^{$", "-n", "%d{}")
@@ -40,8 +42,8 @@ def finetune_flags(images, output_dir, **more) -> list[str]:
 
 def run(script, argv: list[str], output_dir=None) -> dict | None:
     """Run a script's main in this process; the last record of its log."""
-    common.run_script(script.main, lambda: script.get_args([str(word) for word in argv]))
-    return common.read_log(output_dir)[-1] if output_dir else None
+    run_script(script.main, lambda: script.get_args([str(word) for word in argv]))
+    return read_log(output_dir)[-1] if output_dir else None
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def classifier(named, tmp_path_factory) -> Path:
 
 
 def test_classes_of_any_name_are_trained_saved_and_evaluated(named, classifier, capsys):
-    assert common.load_file(classifier / "checkpoint-1.pth")["classes"] == sorted(NAMES)
+    assert load_file(classifier / "checkpoint-1.pth")["classes"] == sorted(NAMES)
     run(finetune, ["--eval", "--resume", classifier / "checkpoint-1.pth", "--data_path", named, "--device", "cpu"])
     assert f"on {len(NAMES)} images" in capsys.readouterr().out
 

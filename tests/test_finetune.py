@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from PIL import Image
 from stress import untimed
 
-import common
 import finetune
-from data import STATISTICS, Images, draw_images, evaluation_transform, training_transform
+from data import STATISTICS, Images, draw_images, evaluation_transform, few_labels, training_transform
 from model import MODELS, ConvNeXt
+from plumbing.files import find_checkpoints, load_file, save_tensors
+from plumbing.log import RunLog, read_log
+from plumbing.optim import averaged, layer_groups, layer_id
+from plumbing.script import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +44,7 @@ def encoder(tmp_path_factory) -> Path:
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     net = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
-    common.save_tensors(path, {"model": net.state_dict(), "config": {"input_size": 16}})
+    save_tensors(path, {"model": net.state_dict(), "config": {"input_size": 16}})
     return path
 
 
@@ -54,7 +57,7 @@ def flags(folder, output_dir, **more) -> list[str]:
 def run(*args, **more) -> dict:
     args = finetune.get_args(flags(*args, **more))
     finetune.main(args)
-    return common.load_file(common.find_checkpoints(Path(args.output_dir))[-1])
+    return load_file(find_checkpoints(Path(args.output_dir))[-1])
 
 
 # --- recipes, layers, optimiser
@@ -148,10 +151,10 @@ def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
     for name, _ in net.named_parameters():
         part, i, j, *_ = [*name.split("."), 0, 0]
         expected[name] = downsample[int(i)] if part == "downsample_layers" else blocks[int(i)][int(j)] if part == "stages" else last
-        assert finetune.layer_id(name, net.depths, kind) == expected[name], name
+        assert layer_id(name, net.depths, kind) == expected[name], name
     names = {id(p): name for name, p in net.named_parameters()}
     seen = set()
-    for group in finetune.layer_groups(net, 0.05, 0.9, kind):
+    for group in layer_groups(net, 0.05, 0.9, kind):
         for p in group["params"]:
             name = names[id(p)]
             seen.add(name)
@@ -161,13 +164,13 @@ def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
 
 
 def test_groups_are_refused_for_depths_they_were_not_made_for():
-    with pytest.raises(common.UserError, match=r"group was made for depths \(3, 3, 27, 3\), not \(2, 2, 6, 2\)"):
-        finetune.layer_groups(MODELS["convnextv2_atto"](), 0.05, 0.9, "group")
+    with pytest.raises(UserError, match=r"group was made for depths \(3, 3, 27, 3\), not \(2, 2, 6, 2\)"):
+        layer_groups(MODELS["convnextv2_atto"](), 0.05, 0.9, "group")
 
 
 def test_the_moving_average_equals_a_loop():
     net = ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), num_classes=2)
-    ema = finetune.averaged(net, decay=0.3)
+    ema = averaged(net, decay=0.3)
     generator, expected = torch.Generator().manual_seed(0), None
     for t in range(6):
         for p in net.parameters():
@@ -198,7 +201,9 @@ def test_mixed_targets_sum_to_one_and_match_the_pixels(mixup, cutmix, prob):
 
 
 def test_no_mixing_without_alphas():
-    assert finetune.make_mixing(finetune.get_args(["--data_path", "x"]), 4) is None
+    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
+    mixed = finetune.make_mixing(finetune.get_args(["--data_path", "x"]), 4)(*batch)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, batch))
 
 
 def test_label_smoothing_is_the_formula():
@@ -216,15 +221,15 @@ def test_few_labels_are_balanced_seeded_and_nested():
     images = Images(np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1), [k % 3 for k in range(60)], ["a", "b", "c"], None, None)
 
     def chosen(n, seed):
-        subset = finetune.few_labels(images, n, seed)
+        subset = few_labels(images, n, seed)
         assert [subset.labels.count(k) for k in range(3)] == [n] * 3
         assert [int(item.item()) % 3 for item in subset.items] == subset.labels
         return {int(item.item()) for item in subset.items}
 
     assert chosen(4, 0) == chosen(4, 0) < chosen(9, 0)
     assert chosen(4, 1) != chosen(4, 0)
-    with pytest.raises(common.UserError, match="--labels_per_class 21 is more than the 20"):
-        finetune.few_labels(images, 21, 0)
+    with pytest.raises(UserError, match="--labels_per_class 21 is more than the 20"):
+        few_labels(images, 21, 0)
 
 
 @pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5-inc1", "rand-m5-n1", "original", "trivial"])
@@ -253,15 +258,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path, monkeypatch
     more = dict(update_freq=2, mixup=0.8, cutmix=1.0, drop_path=0.3, model_ema="true", aa="rand-m9")
     whole = run(shapes, tmp_path / "whole", epochs=3, **more)
     with monkeypatch.context() as patch:
-        calls, report = [], common.RunLog.report
-        patch.setattr(common.RunLog, "report", lambda *args: report(*args) if len(calls) < 4 and not calls.append(0) else stop())
+        calls, report = [], RunLog.report
+        patch.setattr(RunLog, "report", lambda *args: report(*args) if len(calls) < 4 and not calls.append(0) else stop())
         with pytest.raises(KeyboardInterrupt):
             run(shapes, tmp_path / "parts", epochs=3, **more)
     parts = run(shapes, tmp_path / "parts", epochs=3, **more)
     for name in ("model", "model_ema"):
         for key, value in whole[name].items():
             assert torch.equal(value, parts[name][key]), key
-    assert untimed(common.read_log(tmp_path / "parts")) == untimed(common.read_log(tmp_path / "whole"))
+    assert untimed(read_log(tmp_path / "parts")) == untimed(read_log(tmp_path / "whole"))
 
 
 def stop():
@@ -277,7 +282,7 @@ def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
     for hold in (True, False):
         output_dir = tmp_path / str(hold)
         run("any", output_dir, hold_data=hold, labels_per_class=1, data_set="cifar10", disable_eval=True)
-        losses[hold] = [record["loss"] for record in common.read_log(output_dir)]
+        losses[hold] = [record["loss"] for record in read_log(output_dir)]
     assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
 
 
@@ -287,7 +292,7 @@ def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys, drawn):
     assert {p.name for p in tmp_path.iterdir()} == names
     assert min(Image.open(tmp_path / "accuracy.png").size) > 300
     assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3
-    last = [record for record in common.read_log(tmp_path) if "val_top1" in record][-1]
+    last = [record for record in read_log(tmp_path) if "val_top1" in record][-1]
 
     finetune.main(
         finetune.get_args(
@@ -315,7 +320,7 @@ def test_pretrained_weights_are_loaded_and_named(shapes, encoder, tmp_path, caps
     args = finetune.get_args(["--data_path", str(shapes), "--finetune", str(encoder)])
     assert (args.model, args.stem_stride, args.input_size, args.head_init_scale) == ("convnextv2_atto", 1, 16, 0.001)
     state = run(shapes, tmp_path, finetune=encoder, epochs=1, lr=1e-12, min_lr=0)
-    before = common.load_file(encoder)["model"]
+    before = load_file(encoder)["model"]
     for key, value in before.items():
         torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-6)
     assert str(encoder) in capsys.readouterr().out
@@ -329,7 +334,7 @@ def test_a_head_of_matching_shape_is_kept(shapes, tmp_path):
 
 def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):
     state = run(shapes, tmp_path, finetune=encoder, linear_probe="true", epochs=2, lr=1e-2)
-    before = common.load_file(encoder)["model"]
+    before = load_file(encoder)["model"]
     assert all(torch.equal(state["model"][key], value) for key, value in before.items())
     assert len(state["optimizer"]["state"]) == 2
 
@@ -339,10 +344,10 @@ def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(shapes, tm
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
     result = subprocess.run([*torchrun, *flags(shapes, tmp_path / "two", batch_size=2)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], common.load_file(tmp_path / "two/checkpoint-2.pth")["model"]
+    one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], load_file(tmp_path / "two/checkpoint-2.pth")["model"]
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
-    for a, b in zip(*(untimed(common.read_log(tmp_path / name)) for name in ("two", "one")), strict=True):
+    for a, b in zip(*(untimed(read_log(tmp_path / name)) for name in ("two", "one")), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
@@ -350,7 +355,7 @@ def test_v1_sgd_and_half_precision_train(shapes, tmp_path):
     run(shapes, tmp_path / "v1", model="convnext_atto", opt="sgd", clip_grad=1, epochs=1)
     run(shapes, tmp_path / "bf16", use_amp="true", epochs=1, labels_per_class=2, opt="adam")
     for name in ("v1", "bf16"):
-        assert common.read_log(tmp_path / name)[-1]["val_loss"] > 0
+        assert read_log(tmp_path / name)[-1]["val_loss"] > 0
 
 
 def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):
@@ -359,4 +364,4 @@ def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):
         --model_ema_eval True --use_amp True --finetune {encoder} --data_path {shapes} --output_dir {tmp_path} --data_set image_folder
         --nb_classes 3 --auto_resume true --dist_eval true --num_workers 0 --input_size 16 --stem_stride 1""".split()
     finetune.main(finetune.get_args(words))
-    assert "val_ema_top1" in common.read_log(tmp_path)[-1]
+    assert "val_ema_top1" in read_log(tmp_path)[-1]

@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from stress import untimed
 
-import common
+import data
 import pretrain
 from data import STATISTICS, Images, draw_images
 from model import MODELS
+from plumbing.files import find_checkpoints, load_file
+from plumbing.log import read_log
+from plumbing.script import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def run(*args, **more) -> dict:
     """Run main in this process; the last checkpoint."""
     args = pretrain.get_args(flags(*args, **more))
     pretrain.main(args)
-    return common.load_file(common.find_checkpoints(Path(args.output_dir))[-1])
+    return load_file(find_checkpoints(Path(args.output_dir))[-1])
 
 
 def assert_equal(a, b, **tolerance):
@@ -50,9 +53,9 @@ def test_a_run_writes_what_the_readme_says(photographs, tmp_path, capsys, drawn)
         ".lock", "checkpoint-3.pth", "checkpoint-4.pth", "encoder.pth", "log.jsonl", "config.json", "loss.png", "reconstructions.png",
     }  # fmt: skip
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
-    encoder.load_state_dict(common.load_file(tmp_path / "encoder.pth")["model"], strict=True)
+    encoder.load_state_dict(load_file(tmp_path / "encoder.pth")["model"], strict=True)
     assert state["config"]["model"] == "convnextv2_atto" and "torch" in state["versions"]
-    records = common.read_log(tmp_path)
+    records = read_log(tmp_path)
     assert [record["update"] for record in records] == list(range(1, 13)) and records[-1]["epoch"] == 4
     assert 0.8 < records[0]["loss"] < 1.2
     config = json.loads((tmp_path / "config.json").read_text())
@@ -74,7 +77,7 @@ def test_the_loss_falls_below_that_of_predicting_the_mean(photographs, tmp_path)
         save_ckpt_freq=40,
         log_every=20,
     )
-    losses = [record["loss"] for record in common.read_log(tmp_path)[-10:]]
+    losses = [record["loss"] for record in read_log(tmp_path)[-10:]]
     assert sum(losses) / len(losses) < 0.93  # the mean of each normalised patch, 0, has a loss of 1
 
 
@@ -83,8 +86,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkey
 
     with monkeypatch.context() as patch:  # stop once the second epoch has begun, when its log lines are written
         calls = []
-        normalise = pretrain.normalise
-        patch.setattr(pretrain, "normalise", lambda *args: calls.append(0) or (normalise(*args) if len(calls) < 7 else stop()))
+        normalise = data.normalise
+        patch.setattr(data, "normalise", lambda *args: calls.append(0) or (normalise(*args) if len(calls) < 7 else stop()))
         with pytest.raises(KeyboardInterrupt):
             run(photographs, tmp_path / "parts", epochs=3, update_freq=2)
     parts = run(photographs, tmp_path / "parts", epochs=3, update_freq=2)
@@ -92,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photographs, tmp_path, monkey
     assert_equal(parts["model"], whole["model"])
     for key, moments in whole["optimizer"]["state"].items():
         assert_equal(parts["optimizer"]["state"][key], moments)
-    assert untimed(common.read_log(tmp_path / "parts")) == untimed(common.read_log(tmp_path / "whole"))
+    assert untimed(read_log(tmp_path / "parts")) == untimed(read_log(tmp_path / "whole"))
 
 
 def stop():
@@ -135,20 +138,20 @@ def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
     held, again = (run("any", tmp_path / f"held{workers}", hold_data=True, num_workers=workers) for workers in (0, 1))
     assert_equal(again["model"], held["model"])
     assert held["config"]["hold_data"] and not loaded["config"]["hold_data"]
-    losses = [[record["loss"] for record in common.read_log(tmp_path / name)] for name in ("held0", "loaded")]
+    losses = [[record["loss"] for record in read_log(tmp_path / name)] for name in ("held0", "loaded")]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3) and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_and_resumes(photographs, tmp_path, amp):
     run(photographs, tmp_path, amp=amp, clip_grad=1.0)
-    losses = [record["loss"] for record in common.read_log(tmp_path)]
+    losses = [record["loss"] for record in read_log(tmp_path)]
     assert all(0.5 < loss < 1.5 for loss in losses if loss is not None) and losses[-1] is not None
 
 
 def test_v1_trains(photographs, tmp_path):
     run(photographs, tmp_path, model="convnext_atto", norm_pix_loss="false", epochs=1)
-    assert common.read_log(tmp_path)[-1]["loss"] > 0
+    assert read_log(tmp_path)[-1]["loss"] > 0
 
 
 def test_clipping_bounds_the_update(photographs, tmp_path):
@@ -159,27 +162,25 @@ def test_clipping_bounds_the_update(photographs, tmp_path):
 
 
 def test_a_non_finite_loss_skips_the_update_and_ten_in_a_row_stop_the_run(photographs, tmp_path, monkeypatch, capsys):
-    good, calls = pretrain.normalise, []
+    good, calls = data.normalise, []
 
     def spoiled(pixels, *args):
         calls.append(0)
         x = good(pixels, *args)
         return x * float("nan") if len(calls) in bad and len(pixels) == 4 else x
 
-    monkeypatch.setattr(pretrain, "normalise", spoiled)
+    monkeypatch.setattr(data, "normalise", spoiled)
     bad = {2}
     run(photographs, tmp_path / "one", epochs=1)
-    records = common.read_log(tmp_path / "one")
+    records = read_log(tmp_path / "one")
     assert [record["skipped_updates"] for record in records] == [0, 1, 0] and records[1]["loss"] is None
     assert "1 update" in capsys.readouterr().err
 
     calls.clear()
     bad = set(range(5, 100))  # the second epoch onwards; its pictures have 8 images
-    with pytest.raises(common.UserError, match="10 updates in a row.*checkpoint-"):
+    with pytest.raises(UserError, match="10 updates in a row.*checkpoint-"):
         run(photographs, tmp_path / "many", epochs=8)
-    assert all(
-        value.isfinite().all() for value in common.load_file(common.find_checkpoints(tmp_path / "many")[-1])["model"].values()
-    )
+    assert all(value.isfinite().all() for value in load_file(find_checkpoints(tmp_path / "many")[-1])["model"].values())
 
 
 def test_unreadable_files_are_counted_in_the_log_and_too_many_stop_the_run(photographs, tmp_path):
@@ -189,23 +190,23 @@ def test_unreadable_files_are_counted_in_the_log_and_too_many_stop_the_run(photo
         (folder / f"{i:03}.png").write_bytes((photographs / "0.png").read_bytes())
     (folder / "000.png").write_text("not an image")
     run(folder, tmp_path / "a", epochs=1, batch_size=50)
-    assert common.read_log(tmp_path / "a")[-1]["unreadable_images"] == 1
+    assert read_log(tmp_path / "a")[-1]["unreadable_images"] == 1
     (folder / "001.png").write_text("neither is this")
-    with pytest.raises(common.UserError, match="2 of 150 images cannot be read"):
+    with pytest.raises(UserError, match="2 of 150 images cannot be read"):
         run(folder, tmp_path / "b", epochs=1, batch_size=50)
 
 
 @pytest.mark.parametrize("more", [dict(batch_size=100), dict(batch_size=1, epochs=1), dict(num_workers=2)])
 def test_edges_simply_work(photographs, tmp_path, more):
     run(photographs, tmp_path, **more)
-    assert common.read_log(tmp_path)[-1]["loss"] > 0
+    assert read_log(tmp_path)[-1]["loss"] > 0
 
 
 def test_one_image_is_enough(photographs, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images/one.png").write_bytes((photographs / "0.png").read_bytes())
     run(tmp_path / "images", tmp_path / "out")
-    assert common.read_log(tmp_path / "out")[-1]["loss"] > 0
+    assert read_log(tmp_path / "out")[-1]["loss"] > 0
 
 
 def test_defaults_follow_the_data_and_flags_win():
@@ -256,13 +257,13 @@ def test_the_authors_command_is_understood():
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(photographs, tmp_path):
     run(photographs, tmp_path, epochs=1)
-    with pytest.raises(common.UserError, match=r"--epochs 1 \(now 2\), --mask_ratio 0.6 \(now 0.5\)"):
+    with pytest.raises(UserError, match=r"--epochs 1 \(now 2\), --mask_ratio 0.6 \(now 0.5\)"):
         run(photographs, tmp_path, epochs=2, mask_ratio=0.5)
-    with pytest.raises(common.UserError, match="not a checkpoint-<epoch>.pth of pretrain.py"):
+    with pytest.raises(UserError, match="not a checkpoint-<epoch>.pth of pretrain.py"):
         run(photographs, tmp_path / "other", epochs=1, resume=tmp_path / "encoder.pth")
 
 
 def test_a_new_run_never_mixes_with_an_old_one(photographs, tmp_path):
     run(photographs, tmp_path, epochs=1)
-    with pytest.raises(common.UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run"):
         run(photographs, tmp_path, epochs=1, auto_resume="false")

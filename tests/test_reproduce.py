@@ -12,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+import data
 import finetune
 import pretrain
 import reproduce
-from common import UserError
 from data import Images
+from plumbing.log import duration, read_log
+from plumbing.script import UserError
 from reproduce import BUDGETS, CLAIMS, Expectation, Job, Plan, contrast, judge, unique
 
 
@@ -61,7 +62,7 @@ def test_a_number_comes_with_its_command_commit_hardware_versions_and_time(toy):
         commands = row["command"].split(" && ")
         assert len(commands) == (2 if "FCMAE" in row["cell"] else 1)
         last = finetune.get_args(shlex.split(commands[-1])[2:])
-        logged = [record["val_top1"] for record in common.read_log(Path(last.output_dir)) if "val_top1" in record]
+        logged = [record["val_top1"] for record in read_log(Path(last.output_dir)) if "val_top1" in record]
         assert float(row["mean"]) == pytest.approx(logged[-1], rel=1e-5) and row["n"] == "1"
 
 
@@ -256,7 +257,7 @@ def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and "10 jobs (4 of pretrain.py, 6 of finetune.py)" in out
     jobs = unique(job for seed in (0, 1) for job in CLAIMS["6"].jobs(plan, seed).values())
     seconds = sum(job.work / BUDGETS["laptop"]["speed"][job.script] for job in jobs)
-    assert f"about {common.duration(seconds)} on one core" in out and f"{common.duration(seconds / 2)} with --jobs 2" in out
+    assert f"about {duration(seconds)} on one core" in out and f"{duration(seconds / 2)} with --jobs 2" in out
 
 
 @pytest.mark.parametrize("words", [["--claim", "12"], ["--budget", "lapto"], ["--seeds", "0"]])
@@ -321,11 +322,11 @@ def labelled(count: int) -> Images:
 
 
 def test_held_out_images_are_a_share_of_every_class_and_are_not_trained_on():
-    rest, held = finetune.hold_out(labelled(30), 0.2)
+    rest, held = data.split_holdout(labelled(30), 0.2)
     assert Counter(held.labels) == {0: 2, 1: 2, 2: 2} and set(rest.items) | set(held.items) == set(range(30))
     assert not set(rest.items) & set(held.items)
     with pytest.raises(UserError, match="none of any class"):
-        finetune.hold_out(labelled(6), 0.1)
+        data.split_holdout(labelled(6), 0.1)
 
 
 def test_tuning_never_opens_the_validation_images(toy, tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ from model import ConvNeXt
 from sparse import (
     Sites,
     SparseTensor,
-    masked_encoder,
+    masked_stages,
     reference_conv,
-    sparse_encoder,
+    sparse_stages,
     submanifold_conv,
     upsample_mask,
 )
@@ -49,8 +49,9 @@ def images_for(net: ConvNeXt, n: int = 3) -> torch.Tensor:
 
 def encode(net, imgs, mask, backend):
     if backend == "masked":
-        return masked_encoder(net, imgs, mask)
-    return sparse_encoder(net, imgs, mask, reference=backend == "reference").dense()
+        return masked_stages(net, imgs, mask)[-1]
+    conv = reference_conv if backend == "reference" else submanifold_conv
+    return sparse_stages(net, imgs, mask, conv)[-1].dense()
 
 
 # --- the convolution
@@ -75,7 +76,7 @@ def test_convolution_equals_conv2d_between_two_masks(conv, kind, side):
     x = torch.randn(3, 6, side * H, side * W, dtype=torch.float64)
     weight, bias = torch.randn(6, 1, 7, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     expected = F.conv2d(x.masked_fill(hidden, 0), weight, bias, padding=3, groups=6).masked_fill(hidden, 0)
-    y = conv(SparseTensor.from_dense(x, sites).features, weight, bias, sites)
+    y = conv(x.permute(0, 2, 3, 1).flatten(0, 2)[sites.cell], weight, bias, sites)
     torch.testing.assert_close(SparseTensor(y, sites).dense(), expected)
 
 
@@ -168,10 +169,10 @@ def test_hidden_pixels_do_not_change_the_encoding(backend, value):
 def test_an_images_encoding_does_not_depend_on_its_batch_mates(kind):
     net = network()
     imgs, mask = images_for(net), some_mask(kind)
-    together = sparse_encoder(net, imgs, mask).dense()
+    together = sparse_stages(net, imgs, mask)[-1].dense()
     for i in range(len(imgs)):
         torch.testing.assert_close(
-            sparse_encoder(net, imgs[i : i + 1], mask[i : i + 1]).dense()[0], together[i], rtol=1e-12, atol=1e-12
+            sparse_stages(net, imgs[i : i + 1], mask[i : i + 1])[-1].dense()[0], together[i], rtol=1e-12, atol=1e-12
         )
 
 
@@ -190,7 +191,7 @@ def test_mlps_norms_and_downsampling_see_visible_sites_only():
     for name, module in net.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
             module.register_forward_hook(count(name))
-    sparse_encoder(net, images_for(net), mask)
+    sparse_stages(net, images_for(net), mask)
     assert rows == {f"stages.{i}.{j}.{part}": visible * 4 ** (3 - i)
                     for i in range(4) for j in range(TINY["depths"][i]) for part in ("norm", "pwconv1")} | {
         f"stages.{i}.{j}.pwconv2": visible * 4 ** (3 - i) for i in range(4) for j in range(TINY["depths"][i])}  # fmt: skip
@@ -201,8 +202,8 @@ def test_mlps_norms_and_downsampling_see_visible_sites_only():
 def test_lower_precision_stays_near_float64(dtype, kind):
     net, mask = network(), some_mask(kind)
     imgs = images_for(net)
-    expected = masked_encoder(net, imgs, mask)
-    out = sparse_encoder(net.to(dtype), imgs.to(dtype), mask).dense()
+    expected = masked_stages(net, imgs, mask)[-1]
+    out = sparse_stages(net.to(dtype), imgs.to(dtype), mask)[-1].dense()
     assert out.dtype == dtype
     assert (out.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[
         dtype
@@ -210,7 +211,7 @@ def test_lower_precision_stays_near_float64(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gradients_stay_near_the_masked_encoders(dtype):
+def test_autocast_gradients_stay_near_the_masked_stages(dtype):
     net, mask = network().float(), some_mask("equal")
     imgs, gradients = images_for(net).float(), []
     for backend in ("masked", "sparse"):
@@ -250,5 +251,5 @@ def test_masks_and_images_of_the_wrong_kind_are_named():
         (imgs[:, :2], mask, "(3, 2, 24, 32)"),
     ):
         with pytest.raises(ValueError) as error:
-            sparse_encoder(net, bad_imgs, bad_mask)
+            sparse_stages(net, bad_imgs, bad_mask)
         assert words in str(error.value) and "\n" not in str(error.value)

@@ -16,11 +16,17 @@ import pytest
 import stress
 import torch
 
-import common
 import data
-import finetune
 import pretrain
-from common import Processes, UserError
+from plumbing import checkpoints
+from plumbing.checkpoints import Checkpoints
+from plumbing.devices import set_determinism
+from plumbing.files import DamagedFile, find_checkpoints, load_file, save_tensors
+from plumbing.loading import EpochSampler
+from plumbing.log import Meters, RunLog, read_log
+from plumbing.optim import nan_gradient_unless_finite
+from plumbing.processes import Processes
+from plumbing.script import UserError, run_script
 
 HERE = Path(__file__).parent
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -105,10 +111,10 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_continues_exactly(
     module, more = stress.STAGES[stage][0], dict(save_every_steps=100, save_ckpt_freq=2)
     argv = words(stage, pictures, tmp_path, **more)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
-        call_at(patch, module, "normalise", turn, lambda: os.kill(os.getpid(), number))
-        common.run_script(module.main, lambda: module.get_args(argv))
+        call_at(patch, data, "normalise", turn, lambda: os.kill(os.getpid(), number))
+        run_script(module.main, lambda: module.get_args(argv))
     assert exit.value.code == 128 + number
-    assert [path.name for path in common.find_checkpoints(tmp_path / "run")] == [name]
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == [name]
     assert name in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     found = end_state(run(stage, pictures, tmp_path, **more))
@@ -118,12 +124,12 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_continues_exactly(
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     args = pretrain.get_args(["--output_dir", str(tmp_path)])
-    log = common.RunLog(tmp_path, 5, 2, 0, "", ALONE)
+    log = RunLog(tmp_path, 5, 10, 0, "", ALONE)
     child = os.fork()
     if not child:
-        checkpoints = common.Checkpoints(tmp_path, args, ALONE, log, common.Meters(ALONE.device))
+        saver = Checkpoints(tmp_path, args, ALONE, log, Meters(ALONE.device))
         os.kill(os.getpid(), signal.SIGTERM)
-        if checkpoints.due():
+        if saver.due():
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
         os._exit(0)
@@ -140,7 +146,7 @@ def test_checkpoints_every_few_minutes_and_none_without_save_ckpt(pictures, tmp_
 def test_what_an_epoch_leaves_is_there_when_a_kill_follows_its_checkpoint(pictures, whole, tmp_path, monkeypatch):
     for stage in stress.STAGES:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the last file written before this is a checkpoint
-            call_at(patch, common, "prune_checkpoints", 1, lambda: signal.raise_signal(signal.SIGINT) or stop())
+            call_at(patch, checkpoints, "prune_checkpoints", 1, lambda: signal.raise_signal(signal.SIGINT) or stop())
             run(stage, pictures, tmp_path / stage, save_every_steps=100, epochs=1, warmup_epochs=1)
         names = {path.name for path in (tmp_path / stage / "run").iterdir()}
         assert names >= {name for name in whole[stage] if not name.startswith("checkpoint-2")}
@@ -151,17 +157,17 @@ def stop():
 
 
 def test_unreadable_images_found_before_a_kill_are_counted_after_it(pictures, tmp_path, monkeypatch):
-    folder, order = tmp_path / "images", data.EpochSampler(150, 50, 0, 1, 0)
+    folder, order = tmp_path / "images", EpochSampler(150, 50, 0, 1, 0)
     folder.mkdir()
     for i in range(150):
         shutil.copy(pictures / "train/0/0.png", folder / f"{i:03}.png")
     (folder / f"{next(iter(order))[0][1]:03}.png").write_text("not an image")
     more = dict(batch_size=50, epochs=1, save_every_steps=2, log_every=100)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        call_at(patch, pretrain, "normalise", 3, stop)
+        call_at(patch, data, "normalise", 3, stop)
         run("pretrain", folder, tmp_path, **more)
     assert run("pretrain", folder, tmp_path, **more)["log.jsonl"][-1]["unreadable_images"] == 1
-    assert len(common.read_log(tmp_path / "run")) == 1
+    assert len(read_log(tmp_path / "run")) == 1
 
 
 # --- files
@@ -170,7 +176,7 @@ def test_unreadable_images_found_before_a_kill_are_counted_after_it(pictures, tm
 def test_every_damage_is_detected_or_harmless(tmp_path):
     generator, rng, path = torch.Generator().manual_seed(0), random.Random(0), tmp_path / "checkpoint-1.pth"
     content = {"model": {"a": torch.randn(40, generator=generator), "b": torch.arange(7)}, "name": "x", "epoch": 3}
-    common.save_tensors(path, content)
+    save_tensors(path, content)
     assert stress.difference(torch.load(path, weights_only=True), content) is None  # the seal does not disturb torch
     whole, detected = path.read_bytes(), 0
     damaged = []
@@ -184,8 +190,8 @@ def test_every_damage_is_detected_or_harmless(tmp_path):
     for raw in damaged:
         path.write_bytes(raw)
         try:
-            assert stress.difference(common.load_file(path), content) is None
-        except common.DamagedFile:
+            assert stress.difference(load_file(path), content) is None
+        except DamagedFile:
             detected += 1
     assert len(damaged) == 599 and detected > 500  # what is left cuts or clears nothing but the checksum
 
@@ -199,7 +205,7 @@ def flip_a_bit(path: Path) -> None:
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(pictures, whole, tmp_path, capsys):
     run("pretrain", pictures, tmp_path)
     run_dir = tmp_path / "run"
-    for path in common.find_checkpoints(run_dir)[-2:]:
+    for path in find_checkpoints(run_dir)[-2:]:
         flip_a_bit(path)
     with pytest.raises(UserError, match=r"checkpoint-2.pth is not a readable checkpoint: damaged"):
         run("pretrain", pictures, tmp_path, resume=run_dir / "checkpoint-2.pth")
@@ -210,7 +216,7 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(pictures, 
     for name in ("checkpoint-2.pth", "log.jsonl", "encoder.pth"):
         assert stress.difference(found[name], whole["pretrain"][name]) is None
 
-    for path in common.find_checkpoints(run_dir):
+    for path in find_checkpoints(run_dir):
         path.write_bytes(path.read_bytes()[:1000])
     found = run("pretrain", pictures, tmp_path)
     assert "starting from the beginning" in capsys.readouterr().err
@@ -220,14 +226,14 @@ def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(pictures, 
 def test_a_full_disk_costs_a_warning_and_the_next_save_succeeds(pictures, whole, tmp_path, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        call_at(monkeypatch, pretrain, "normalise", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1])))
-        call_at(monkeypatch, pretrain, "normalise", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+        call_at(monkeypatch, data, "normalise", 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1])))
+        call_at(monkeypatch, data, "normalise", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
         found = run("pretrain", pictures, tmp_path, save_every_steps=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert all(f"warning: cannot write {name}" in error for name in ("a checkpoint", "log.jsonl", "encoder.pth", "pictures"))
-    names = [path.name for path in common.find_checkpoints(tmp_path / "run")]
+    names = [path.name for path in find_checkpoints(tmp_path / "run")]
     assert names == ["checkpoint-0-1.pth", "checkpoint-1-2.pth", "checkpoint-1-3.pth", "checkpoint-2.pth"]
     assert not list((tmp_path / "run").glob(".*.tmp"))
     for name in ("checkpoint-2.pth", "log.jsonl", "encoder.pth", "loss.png"):
@@ -241,7 +247,7 @@ def test_what_could_not_be_written_to_the_end_is_an_error(tmp_path, monkeypatch,
 
 
 def test_a_directory_that_vanishes_is_made_anew_with_the_whole_log(pictures, whole, tmp_path, monkeypatch, capsys):
-    call_at(monkeypatch, finetune, "normalise", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    call_at(monkeypatch, data, "normalise", 3, lambda: shutil.rmtree(tmp_path / "run"))
     found = run("finetune", pictures, tmp_path, save_every_steps=100)
     assert "has vanished" in capsys.readouterr().err
     assert stress.difference(found["log.jsonl"], whole["finetune"]["log.jsonl"]) is None
@@ -250,14 +256,14 @@ def test_a_directory_that_vanishes_is_made_anew_with_the_whole_log(pictures, who
 
 def test_a_file_system_that_vanishes_for_a_while_costs_no_line_of_the_log(tmp_path, capsys):
     (tmp_path / "mount/run").mkdir(parents=True)
-    log = common.RunLog(tmp_path / "mount/run", 5, 2, 0, "", ALONE)
+    log = RunLog(tmp_path / "mount/run", 5, 10, 0, "", ALONE)
     log.write({"step": 0}, "")
     (tmp_path / "mount").rename(tmp_path / "elsewhere")
     log.write({"step": 1}, "")
     assert "cannot write log.jsonl" in capsys.readouterr().err
     (tmp_path / "elsewhere").rename(tmp_path / "mount")
     log.write({"step": 2}, "")
-    assert [record["step"] for record in common.read_log(tmp_path / "mount/run")] == [0, 1, 2]
+    assert [record["step"] for record in read_log(tmp_path / "mount/run")] == [0, 1, 2]
     assert isinstance(log.close(), str)
 
 
@@ -265,7 +271,7 @@ def test_the_log_survives_a_small_disk_that_is_full_for_a_while(tmp_path, capsys
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("may not mount a small disk here")
     try:
-        log = common.RunLog(tmp_path, 5, 2, 0, "", ALONE)
+        log = RunLog(tmp_path, 5, 10, 0, "", ALONE)
         for step in range(300):
             log.write({"step": step, "text": 100 * "x"}, "")
             if step == 100:
@@ -273,9 +279,9 @@ def test_the_log_survives_a_small_disk_that_is_full_for_a_while(tmp_path, capsys
             elif step == 250:
                 (tmp_path / "filler").unlink()
         assert "warning: cannot write log.jsonl" in capsys.readouterr().err
-        assert [record["step"] for record in common.read_log(tmp_path)] == list(range(300))
+        assert [record["step"] for record in read_log(tmp_path)] == list(range(300))
         with pytest.raises(OSError, match=r"torch.save failed|No space"):
-            common.save_tensors(tmp_path / "large.pth", {"a": torch.zeros(100000)})
+            save_tensors(tmp_path / "large.pth", {"a": torch.zeros(100000)})
         assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl"}
     finally:
         subprocess.run(["umount", tmp_path], check=True)
@@ -329,7 +335,7 @@ def test_deterministic_runs_need_no_more_than_the_flag(stage, pictures, whole, t
         found = run(stage, pictures, tmp_path, deterministic="true", save_every_steps=100)
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
     finally:
-        common.set_determinism(False)
+        set_determinism(False)
     assert stress.difference(found, whole[stage]) is None
 
 
@@ -341,17 +347,15 @@ def test_an_infinite_loss_has_no_finite_gradient():
     (x * x).mean().backward()
     assert x.grad.isfinite().all()  # so that it would pass for a good one
     x.grad = None
-    common.guard((x * x).mean()).backward()
+    nan_gradient_unless_finite((x * x).mean()).backward()
     assert x.grad.isnan().all()
     y = torch.tensor([3.0, 1.0], requires_grad=True)
     loss = (y * y).mean()
-    assert torch.equal(common.guard(loss), loss)
+    assert torch.equal(nan_gradient_unless_finite(loss), loss)
 
 
 def test_no_checkpoint_inside_an_epoch_replaces_a_good_one_while_updates_are_skipped(pictures, tmp_path, monkeypatch):
-    good, calls = pretrain.normalise, []
-    monkeypatch.setattr(
-        pretrain, "normalise", lambda *args: calls.append(0) or good(*args) * (float("nan") if len(calls) > 2 else 1)
-    )
+    good, calls = data.normalise, []
+    monkeypatch.setattr(data, "normalise", lambda *args: calls.append(0) or good(*args) * (float("nan") if len(calls) > 2 else 1))
     with pytest.raises(UserError, match=r"in 10 updates in a row; the last checkpoint is .*checkpoint-0-2.pth"):
         run("pretrain", pictures, tmp_path, batch_size=1, epochs=1, save_every_steps=1, log_every=12, save_ckpt_num=2)

@@ -10,9 +10,9 @@ import torch
 from test_model import TINY, randomised, relative_error
 
 import weights
-from common import UserError
 from fcmae import FCMAE
 from model import MODELS, SIZES, ConvNeXt
+from plumbing.script import UserError
 
 WRITTEN = ("authors", "timm", "hf", "mmpretrain")
 

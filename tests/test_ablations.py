@@ -1,4 +1,4 @@
-"""Claims about variants.py, decoders.py and the flags that choose among them."""
+"""Claims about ablations and the flags that choose among them."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ import analyze
 import finetune
 import pretrain
 import weights
-from common import UserError
+from ablations.decoders import DECODERS, Positions
+from ablations.norms import MLP_NORMS, exchange_norm
 from data import draw_images
-from decoders import DECODERS
 from fcmae import FCMAE
-from model import GRN, SIZES, ConvNeXt
-from sparse import masked_encoder, sparse_encoder
-from variants import MLP_NORMS, choose_mlp_norm
+from model import SIZES, ConvNeXt
+from plumbing.script import UserError
+from sparse import masked_stages, sparse_stages
 
 C = 32
 
@@ -26,6 +26,10 @@ C = 32
 def module(name: str, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return randomised(MLP_NORMS[name](C).double(), seed)
+
+
+def exchange(net: ConvNeXt, name: str) -> ConvNeXt:
+    return randomised(exchange_norm(net, name).double(), 3)
 
 
 def features(seed: int = 0) -> torch.Tensor:
@@ -38,20 +42,20 @@ def features(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("backend", ["sparse", "reference"])
 @pytest.mark.parametrize("name", MLP_NORMS)
 def test_encoding_and_every_gradient_equal_the_masked_oracles(name, backend):
-    net = network(mlp_norm=MLP_NORMS[name])
+    net = exchange(network(), name)
     check_against_masked(net, images_for(net), some_mask("equal"), backend)
 
 
 @pytest.mark.parametrize("name", MLP_NORMS)
 def test_all_visible_sites_give_the_dense_networks_features(name):
-    net = network(mlp_norm=MLP_NORMS[name])
+    net = exchange(network(), name)
     imgs = images_for(net)
-    torch.testing.assert_close(sparse_encoder(net, imgs, some_mask("all visible")).dense(), net.forward_stages(imgs)[-1])
+    torch.testing.assert_close(sparse_stages(net, imgs, some_mask("all visible"))[-1].dense(), net.forward_stages(imgs)[-1])
 
 
-@pytest.mark.parametrize("encode", [sparse_encoder, masked_encoder])
+@pytest.mark.parametrize("encode", [sparse_stages, masked_stages])
 def test_unequal_masks_are_refused_where_pooling_would_need_more(encode):
-    net = network(mlp_norm=MLP_NORMS["se"])
+    net = exchange(network(), "se")
     with pytest.raises(ValueError, match="unequal"):
         encode(net, images_for(net), some_mask("unequal"))
 
@@ -114,7 +118,7 @@ def test_cbam_weighs_channels_then_sites_by_mean_and_maximum():
 @pytest.mark.parametrize(("name", "millions"), [("se", 109), ("cbam", 109), ("none", 89), ("ln", 89), ("grn", 89)])
 def test_base_models_have_the_papers_millions_of_parameters(name, millions):
     with torch.device("meta"):
-        net = ConvNeXt(*SIZES["base"], mlp_norm=MLP_NORMS[name])
+        net = exchange_norm(ConvNeXt(*SIZES["base"]), name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == pytest.approx(millions, abs=1)
 
 
@@ -125,9 +129,8 @@ def test_with_a_skip_they_start_as_the_identity(name):
 
 
 def test_v1_takes_nothing_in_grns_place():
-    assert choose_mlp_norm(None, "convnext_atto") is None and choose_mlp_norm("grn", "convnextv2_atto") is GRN
-    with pytest.raises(UserError, match="convnext_atto"):
-        choose_mlp_norm("ln", "convnext_atto")
+    with pytest.raises(ValueError, match="ln takes GRN's place, and ConvNeXt V1 has none"):
+        exchange_norm(ConvNeXt(**TINY, version=1), "ln")
 
 
 # --- their weights
@@ -135,7 +138,8 @@ def test_v1_takes_nothing_in_grns_place():
 
 def tiny(name: str | None = None, seed: int = 0, num_classes: int = 3) -> ConvNeXt:
     torch.manual_seed(seed)
-    return randomised(ConvNeXt(**TINY, stem_stride=1, num_classes=num_classes, mlp_norm=MLP_NORMS.get(name)), seed)
+    net = ConvNeXt(**TINY, stem_stride=1, num_classes=num_classes)
+    return randomised(exchange_norm(net, name) if name else net, seed)
 
 
 @pytest.mark.parametrize("name", MLP_NORMS)
@@ -143,8 +147,7 @@ def test_weights_tell_what_stands_in_grns_place(name):
     source = tiny(name)
     native = weights.to_native({f"module.{key}": value for key, value in source.state_dict().items()})
     assert weights.mlp_norm_of(native) == name
-    copy = ConvNeXt(**weights.architecture(native))
-    weights.load_weights(copy, native)
+    copy = weights.build(native)
     imgs = torch.randn(2, 3, 16, 16)
     assert torch.equal(copy.eval()(imgs), source.eval()(imgs))
 
@@ -179,7 +182,7 @@ def autoencoder(decoder: str, **kwargs) -> FCMAE:
     torch.manual_seed(0)
     stem = kwargs.pop("stem_stride", 1)
     encoder = ConvNeXt(**TINY, num_classes=0, stem_stride=stem)
-    return FCMAE(encoder, decoder_embed_dim=32, decoder=decoder, **kwargs)
+    return DECODERS[decoder](encoder, decoder_embed_dim=32, **kwargs)
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2])
@@ -219,11 +222,10 @@ def test_only_the_u_net_with_skips_sees_finer_maps_than_the_last():
     imgs, mask = torch.randn(1, 3, 16, 24), torch.tensor([[[True, False, True], [False, True, True]]])
     used = {}
     for decoder in DECODERS:
-        mae, maps = autoencoder(decoder), []
-        mae.forward_encoder(imgs, mask, maps)
-        used[decoder] = [tuple(x.shape) for x in maps]
+        found = autoencoder(decoder).forward_encoder(imgs, mask)
+        used[decoder] = [tuple(x.shape) for x in found] if isinstance(found, list) else tuple(found.shape)
     assert used.pop("unet_skip") == [(1, 8, 16, 24), (1, 16, 8, 12), (1, 32, 4, 6), (1, 64, 2, 3)]
-    assert set(map(len, used.values())) == {0}
+    assert set(used.values()) == {(1, 64, 2, 3)}
 
 
 def test_the_u_net_draws_its_pixels_where_they_belong():
@@ -238,7 +240,7 @@ def test_the_u_net_draws_its_pixels_where_they_belong():
 
 
 def test_the_transformers_positions_tell_every_patch_from_every_other():
-    positions = DECODERS["transformer"](32, 0, ())(torch.zeros(1, 32, 5, 7)).flatten(2)[0].T  # (35, 32)
+    positions = Positions()(torch.zeros(1, 32, 5, 7)).flatten(2)[0].T  # (35, 32)
     assert (torch.cdist(positions, positions) + torch.eye(35)).min() > 0.1
 
 

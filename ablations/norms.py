@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common import UserError
-from model import GRN, LayerNorm
+from model import GRN, ConvNeXt, LayerNorm, init_weights
 
 
 class Affine(nn.Module):
@@ -138,8 +137,14 @@ _VARIANTS = {
 MLP_NORMS = {"grn": GRN} | {name: _named(name, make) for name, make in _VARIANTS.items()}
 
 
-def choose_mlp_norm(name: str | None, model: str) -> Callable[[int], nn.Module] | None:
-    """What `--mlp_norm` and `--model` mean together, for `ConvNeXt(mlp_norm=...)`; UserError for a V1 model."""
-    if name and not model.startswith("convnextv2"):
-        raise UserError(f"--mlp_norm {name} takes GRN's place, and {model} has none; use --model convnextv2_*")
-    return MLP_NORMS.get(name)
+def exchange_norm(net: ConvNeXt, name: str) -> ConvNeXt:
+    """Put what `name` makes in GRN's place, with its initial values, in every block of `net`, which is returned.
+
+    Raises ValueError for a V1 network, which has no GRN.
+    """
+    if net.version != 2:
+        raise ValueError(f"--mlp_norm {name} takes GRN's place, and ConvNeXt V1 has none; use --model convnextv2_*")
+    for stage, dim in zip(net.stages, net.dims):
+        for block in stage:
+            block.grn = MLP_NORMS[name](4 * dim).apply(init_weights)
+    return net

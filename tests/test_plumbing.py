@@ -1,4 +1,4 @@
-"""Claims about common.py, and about several processes that train together."""
+"""Claims about plumbing, and about several processes that train together."""
 
 import argparse
 import json
@@ -15,10 +15,16 @@ import stress
 import torch
 from test_trust import contents
 
-import common
-from common import BoolFlag, Parser, UserError, learning_rate, mix_seed, number, one_of
 from fcmae import FCMAE
 from model import MODELS, ConvNeXt
+from plumbing.devices import autocast_dtype
+from plumbing.files import find_checkpoints, load_file, prune_checkpoints, save_json, save_tensors, write_atomically
+from plumbing.flags import BoolFlag, Parser, number, one_of
+from plumbing.log import Meters, RunLog, duration, read_log, stop_if_diverging
+from plumbing.optim import learning_rate, parameter_groups
+from plumbing.processes import Processes, setup_processes
+from plumbing.script import UserError
+from plumbing.seeds import mix_seed
 
 HERE = Path(__file__).parent
 
@@ -44,7 +50,7 @@ def test_learning_rate_without_warmup_and_with_nothing_but_warmup():
 def test_only_kernels_and_matrices_decay(version):
     with torch.device("meta"):
         mae = FCMAE(MODELS[f"convnext{'v2' if version == 2 else ''}_atto"](num_classes=0))
-    decayed, free = common.parameter_groups(mae, 0.05)
+    decayed, free = parameter_groups(mae, 0.05)
     names = {id(p): name for name, p in mae.named_parameters()}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     modules = {name.split(".")[-2] for name in map(names.get, map(id, decayed["params"]))}
@@ -58,7 +64,7 @@ def test_only_kernels_and_matrices_decay(version):
 def test_frozen_parameters_are_left_out():
     net = ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8))
     net.stages.requires_grad_(False)
-    assert all(p.requires_grad for group in common.parameter_groups(net, 0.1) for p in group["params"])
+    assert all(p.requires_grad for group in parameter_groups(net, 0.1) for p in group["params"])
 
 
 @pytest.mark.parametrize(
@@ -110,19 +116,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        common.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for place in ("11", "9-100", "10-3", "9", "10-20", "10"):
-        common.save_tensors(tmp_path / f"checkpoint-{place}.pth", {"place": place})
+        save_tensors(tmp_path / f"checkpoint-{place}.pth", {"place": place})
     (tmp_path / "checkpoint-best.pth").write_bytes(b"")
     names = [f"checkpoint-{place}.pth" for place in ("9", "9-100", "10", "10-3", "10-20", "11")]
-    assert [path.name for path in common.find_checkpoints(tmp_path)] == names
-    common.prune_checkpoints(tmp_path, keep=2, newest=tmp_path / "checkpoint-9.pth")
-    assert [path.name for path in common.find_checkpoints(tmp_path)] == [names[0], *names[-2:]]
-    assert common.load_file(tmp_path / "checkpoint-11.pth") == {"place": "11"}
+    assert [path.name for path in find_checkpoints(tmp_path)] == names
+    prune_checkpoints(tmp_path, keep=2, newest=tmp_path / "checkpoint-9.pth")
+    assert [path.name for path in find_checkpoints(tmp_path)] == [names[0], *names[-2:]]
+    assert load_file(tmp_path / "checkpoint-11.pth") == {"place": "11"}
 
 
 class Code:
@@ -139,25 +145,25 @@ def test_files_that_are_no_checkpoints_are_named_and_no_code_runs(tmp_path, caps
     (tmp_path / "truncated").write_bytes((tmp_path / "whole").read_bytes()[:1000])
     for name in ("text", "empty", "code", "list", "truncated", "missing", "."):
         with pytest.raises(UserError, match=str(tmp_path / name)):
-            common.load_file(tmp_path / name)
+            load_file(tmp_path / name)
     assert capsys.readouterr().out == ""
 
 
 def test_the_log_drops_lines_that_the_checkpoint_does_not_know(tmp_path):
-    processes = common.Processes(0, 1, torch.device("cpu"))
-    log = common.RunLog(tmp_path, 5, 2, 0, "", processes)
+    processes = Processes(0, 1, torch.device("cpu"))
+    log = RunLog(tmp_path, 5, 10, 0, "", processes)
     for step in range(4):
         log.write({"step": step}, f"step {step}")
-    log = common.RunLog(tmp_path, 5, 2, 2, "".join(log.lines[:2]), processes)
+    log = RunLog(tmp_path, 5, 10, 2, "".join(log.lines[:2]), processes)
     log.write({"step": "two"}, "")
-    assert common.read_log(tmp_path) == log.records() == [{"step": 0}, {"step": 1}, {"step": "two"}]
+    assert read_log(tmp_path) == log.records() == [{"step": 0}, {"step": 1}, {"step": "two"}]
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 3, "lo')  # cut short by a kill
-    assert len(common.read_log(tmp_path)) == 3
+    assert len(read_log(tmp_path)) == 3
 
 
 def test_meters_average_finite_updates_and_count_the_others():
-    processes, meters = common.Processes(0, 1, torch.device("cpu")), common.Meters(torch.device("cpu"))
+    processes, meters = Processes(0, 1, torch.device("cpu")), Meters(torch.device("cpu"))
     for loss, norm in ((1.0, 1.0), (float("nan"), 1.0), (3.0, 2.0), (5.0, float("inf"))):
         meters.add_loss(torch.tensor(loss) / 2)
         meters.add_loss(torch.tensor(loss) / 2)
@@ -170,31 +176,31 @@ def test_meters_average_finite_updates_and_count_the_others():
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path):
-    common.stop_if_diverging({"skipped_in_row": 9}, tmp_path)
-    common.save_tensors(tmp_path / "checkpoint-7.pth", {})
+    stop_if_diverging({"skipped_in_row": 9}, tmp_path)
+    save_tensors(tmp_path / "checkpoint-7.pth", {})
     with pytest.raises(UserError, match="checkpoint-7.pth"):
-        common.stop_if_diverging({"skipped_in_row": 10}, tmp_path)
+        stop_if_diverging({"skipped_in_row": 10}, tmp_path)
 
 
 def test_an_unusable_device_is_named():
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}"):
-            common.setup_processes(name)
+            setup_processes(name)
 
 
 def test_json_and_durations(tmp_path):
-    common.save_json(tmp_path / "a.json", {"a": None})
+    save_json(tmp_path / "a.json", {"a": None})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None}
-    assert [common.duration(s) for s in (4.6, 65, 3725)] == ["5s", "1m05s", "1h02m"]
+    assert [duration(s) for s in (4.6, 65, 3725)] == ["5s", "1m05s", "1h02m"]
 
 
 def test_half_precision_on_a_cpu_that_only_emulates_it_is_warned_of(monkeypatch, capsys):
     cpu = torch.device("cpu")
     for capability, warned in (("AVX2", True), ("AVX512", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert common.autocast_dtype("bf16", cpu) == torch.bfloat16
+        assert autocast_dtype("bf16", cpu) == torch.bfloat16
         assert ("--amp bf16 takes far longer than float32" in capsys.readouterr().err) == warned
-        assert common.autocast_dtype(None, cpu) is None and not capsys.readouterr().err
+        assert autocast_dtype(None, cpu) is None and not capsys.readouterr().err
 
 
 # --- several processes

@@ -1,0 +1,162 @@
+"""Files that are whole or not there: the output directory and its lock, atomic writes, sealed checkpoints."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torchvision
+
+from plumbing.processes import Processes
+from plumbing.script import UserError, call_at_end
+from plumbing.signals import signals_restored
+
+
+def prepare_output_dir(path: str) -> Path:
+    """Create the output directory and make sure that files can be written there; left empty, it goes when the script ends."""
+    directory = Path(path)
+    try:
+        missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        for folder in reversed(missing):
+            call_at_end(folder.rmdir)  # which fails unless it is still empty
+        probe = directory / f".write-test.{os.getpid()}.tmp"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {directory} ({error.strerror}); choose another --output_dir") from None
+    return directory
+
+
+@contextmanager
+def run_directory(path: str, processes: Processes) -> Iterator[Path]:
+    """The output directory, kept from other runs until the block ends; signals then mean what they did before."""
+    with ExitStack() as stack:
+        processes.from_main(lambda: _lock(prepare_output_dir(path), stack))
+        stack.enter_context(signals_restored())
+        yield Path(path)
+
+
+def _lock(directory: Path, stack: ExitStack) -> None:
+    file = os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    stack.callback(os.close, file)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers, which may live longer
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another run is writing to --output_dir {directory}; wait for its end, or choose another one") from None
+    except OSError as error:
+        print(f"warning: cannot lock {directory} ({error.strerror}); start no second run there", file=sys.stderr)
+    stack.callback(_leave_no_lock_alone, directory)
+    for left_behind in directory.glob(".*.tmp"):
+        left_behind.unlink()
+
+
+def _leave_no_lock_alone(directory: Path) -> None:
+    with suppress(OSError):
+        if os.listdir(directory) == [".lock"]:  # the run ended before it wrote anything
+            os.unlink(directory / ".lock")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk and rename it: no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write a dictionary as an indented JSON file, atomically."""
+    write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides this code."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+
+
+_SEAL = b"sha256:"  # and 64 hexadecimal digits: the comment that ends the zip archive which torch.save writes
+_SEAL_LENGTH = len(_SEAL) + 64
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """`torch.save` of plain types, atomically, with the checksum of the file at its end, where torch.load passes over it."""
+
+    def write(file):
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(f"torch.save failed: {str(error).splitlines()[0]}") from error
+        with open(file, "r+b") as archive:
+            archive.seek(-2, os.SEEK_END)
+            archive.write(_SEAL_LENGTH.to_bytes(2, "little"))  # an archive's last field, the length of its comment
+            archive.seek(0)
+            archive.write(_seal(archive, os.path.getsize(file)))
+
+    write_atomically(path, write)
+
+
+def _seal(file, length: int) -> bytes:
+    """The seal of the first `length` bytes of an open file, which is left there."""
+    checksum = hashlib.sha256()
+    while length:
+        block = file.read(min(length, 1 << 20))
+        checksum.update(block)
+        length -= len(block)
+    return _SEAL + checksum.hexdigest().encode()
+
+
+def _is_sealed(path: str | Path) -> bool:
+    """Whether a file ends with a checksum, and so is certainly whole; ValueError when it is not that of the file."""
+    with open(path, "rb") as file:
+        length = max(0, os.path.getsize(path) - _SEAL_LENGTH)
+        file.seek(length)
+        seal = file.read()
+        file.seek(0)
+        if seal.startswith(_SEAL) and seal != _seal(file, length):
+            raise ValueError("damaged")
+    return seal.startswith(_SEAL)
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """The directory's `checkpoint-<epochs done>.pth` and `checkpoint-<epochs done>-<updates of the next>.pth`, oldest first."""
+    named = [(path.stem.split("-")[1:], path) for path in directory.glob("checkpoint-*.pth")]
+    return [path for _, path in sorted((list(map(int, place)), path) for place, path in named if all(n.isdecimal() for n in place))]
+
+
+def prune_checkpoints(directory: Path, keep: int, newest: Path | None = None) -> None:
+    """Delete all but the last `keep` checkpoints, and never `newest`."""
+    for old in find_checkpoints(directory)[:-keep]:
+        if old != newest:
+            old.unlink()
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
+
+def load_file(path: str | Path) -> dict:
+    """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
+    sealed = False
+    try:
+        sealed = _is_sealed(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged and foreign files
+        if isinstance(error, OSError) and error.filename:  # it could not be opened
+            raise UserError(f"cannot read {path} ({error.strerror})") from None
+        raise (UserError if sealed else DamagedFile)(
+            f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content

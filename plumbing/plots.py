@@ -1,0 +1,83 @@
+"""Pictures, drawn without a display."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid
+
+from plumbing.files import write_atomically
+
+
+def new_figure(rows: int, columns: int, width: float, height: float):
+    """A matplotlib figure and its axes (rows, columns), drawn without a display."""
+    if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's
+        os.environ.pop("MPLBACKEND", None)  # none is used here, and a name unknown to matplotlib would stop its import
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state, and imported only when a picture is due
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG atomically, its texts as they are."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # folders' and classes' names are no formulas, and may hold what is no Unicode
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:
+    """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+
+    `rows` names the images, one to a row. Without names two stand side by side, to keep the figure from growing tall.
+    """
+    images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
+    height, width = images.shape[-2:]
+    gap = max(2, width // 24)
+    halves = [images] if rows else [half for half in (images[0::2], images[1::2]) if len(half)]
+    mosaics, ticks, left = [], [], 0
+    for half in halves:
+        mosaic = make_grid(half.flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
+        mosaic = F.pad(mosaic, (0, 2 * gap, 0, (len(halves[0]) - len(half)) * (height + gap)), value=1.0)
+        ticks += [left + gap + width / 2 + k * (width + gap) for k in range(len(columns))]
+        left += mosaic.shape[2]
+        mosaics.append(mosaic)
+    figure, axes = new_figure(1, 1, 1.7 * len(ticks) + 1.4 * bool(rows), 1.7 * len(halves[0]) * height / width + 0.8)
+    axes[0, 0].imshow(torch.cat(mosaics, dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes[0, 0].set_xticks(ticks, list(columns) * len(halves), fontsize=11)
+    axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
+    axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
+    axes[0, 0].spines[:].set_visible(False)
+    axes[0, 0].set_xlabel(caption, fontsize=11)
+    save_figure(figure, path)
+
+
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#f0e442",
+)  # Okabe and Ito: colour-blind-safe
+
+
+def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str, from_zero: bool = False) -> None:
+    """One line per entry of `curves`: label -> (x, y); a single line needs no legend. `from_zero` begins both axes at 0."""
+    figure, axes = new_figure(1, 1, 6, 3.6)
+    for (label, (x, y)), colour in zip(curves.items(), COLOURS):
+        axes[0, 0].plot(x, y, color=colour, linewidth=1.5, marker="o" if len(x) < 3 else None, label=label)
+    axes[0, 0].set(xlabel=x_label, ylabel=y_label, title=title)
+    axes[0, 0].grid(alpha=0.3)
+    if from_zero:
+        axes[0, 0].set(xlim=(0, None), ylim=(0, None))
+    if len(curves) > 1:
+        axes[0, 0].legend()
+    save_figure(figure, path)

@@ -1,0 +1,65 @@
+"""How a script begins and ends: mistakes of the user become one line, and nothing half-made is left behind."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line with the value, the constraint and the fix. Scripts exit with status 2."""
+
+
+_last_calls: list[Callable[[], None]] = []
+
+
+def call_at_end(call: Callable[[], None]) -> None:
+    """Have `run_script` call this in the end, however the script ends; an OSError of it is ignored."""
+    _last_calls.append(call)
+
+
+def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[], argparse.Namespace]) -> None:
+    """Call `main(get_args())`; a UserError becomes one line on standard error and exit status 2, an interrupt status 130."""
+    with suppress(AttributeError):  # a notebook's standard output has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # of file and class names that the terminal's lacks
+    try:
+        main(get_args())
+    except UserError as error:
+        exit_with(2, str(error))
+    except KeyboardInterrupt:
+        exit_with(130, "interrupted; the same command continues from the last checkpoint")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            exit_with(
+                2, "out of memory; lower --batch_size (--update_freq keeps the update as it is), --input_size or the model's size"
+            )
+        if not distributed.is_initialized() or not _tells_of_a_lost_process(error):
+            raise
+        lines = f"process {distributed.get_rank()} lost contact with another one, which has ended or cannot be reached ({error})"
+        exit_with(1, f"{lines.splitlines()[0]}; the same command continues from the last checkpoint")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        while _last_calls:
+            with suppress(OSError):
+                _last_calls.pop()()
+
+
+def _tells_of_a_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+
+
+def exit_with(status: int, message: str) -> None:
+    """One line on standard error, behind the script's name, and the end of the process."""
+    print(f"{Path(sys.argv[0]).name}: {one_line(message.strip())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def one_line(text: str | Path) -> str:
+    """A message or a file's name, which may hold line breaks, on one line."""
+    return re.sub(r"\s*[\n\r]\s*", " ", str(text))
