@@ -11,7 +11,6 @@ Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimen
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -32,12 +31,12 @@ from data import Images, center_transform, denormalise, load_images, normalise
 from fcmae import FCMAE, reconstruction_panels
 from model import GRN, Block, ConvNeXt, check_size
 from plumbing import flags, layouts
-from plumbing.files import find_checkpoints, prepare_output_dir, write_atomically
-from plumbing.loading import Unreadable, make_loader
+from plumbing.files import find_checkpoints, prepare_output_dir, save_csv
+from plumbing.loading import Unreadable, divided, make_loader
 from plumbing.log import read_log
 from plumbing.plots import COLOURS, new_figure, plot_panels, save_figure
 from plumbing.processes import setup_processes
-from plumbing.script import UserError, run_script
+from plumbing.script import UserError, run_script, value_errors_are_the_users
 from plumbing.seeds import mix_seed
 
 INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
@@ -192,8 +191,7 @@ class Batches:
 
     def __init__(self, images: Images, indices: list[int], statistics: tuple, batch_size: int, device: torch.device):
         self.images, self.statistics, self.device = images, statistics, device
-        places = [[(0, index) for index in indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
-        self.loader = make_loader(images, places, num_workers=0, pin_memory=False)
+        self.loader = make_loader(images, divided(indices, batch_size))
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -291,10 +289,8 @@ def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> li
     for label, model in zip(labels, models):
         if model.in_chans != 3:
             raise UserError(f"{label} takes images of {model.in_chans} channels, and the data sets here have 3")
-        try:
+        with value_errors_are_the_users():
             check_size(args.input_size, args.input_size, model.patch_size)
-        except ValueError as error:
-            raise UserError(f"{label}: {error}") from None
     statistics = [data.STATISTICS.get(config.get("data_set"), data.STATISTICS[args.data_set]) for config in configs]
     return [Subject(*parts) for parts in zip(labels, cycle(COLOURS), statistics, models)]
 
@@ -342,10 +338,8 @@ def reconstruct(args: argparse.Namespace) -> None:
         mae.mask_ratio = ratio or mae.mask_ratio
         imgs = normalise(images[0, index][0][None], subject.statistics, args.device)  # (1, 3, S, S)
         seed = mix_seed("mask", args.seed, index)  # the same for every ratio: what a lower one hides, a higher one hides too
-        try:
+        with value_errors_are_the_users():
             panels = reconstruction_panels(mae, imgs, torch.Generator().manual_seed(seed))
-        except ValueError as error:
-            raise UserError(str(error)) from None
         for title, panel in panels.items():
             columns.setdefault(title, []).append(denormalise(panel, subject.statistics))
         with torch.no_grad():
@@ -384,11 +378,7 @@ def collapse(args: argparse.Namespace) -> None:
                 axis.fill_between(x, low.clip(min=0), high, color=subject.colour, alpha=0.12, linewidth=0)
             table += [[subject.label, name, tensor, x[i], *mean[i], *std[i]] for i, name in enumerate(names)]
     titles = ("feature cosine distance", "dead channels", "saturated channels")
-    scales = (
-        "0: all channels alike, 0.5: orthogonal",
-        "% (norm below 1% of the mean)",
-        "% (std below 10% of the mean)",
-    )
+    scales = ("0: all channels alike, 0.5: orthogonal", "% (norm below 1% of the mean)", "% (std below 10% of the mean)")
     for axis, title, scale in zip(axes[0], titles, scales):
         tidy(axis, DEPTH_LABEL, scale, title)
         axis.set_ylim(bottom=min(axis.get_ylim()[0], 0.4) if axis is axes[0, 0] else 0)
@@ -604,13 +594,8 @@ def finish(args: argparse.Namespace, figure, title: str) -> None:
 
 def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -> None:
     """Write <command>.csv, and say where picture and numbers are."""
-
-    def write(path):
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([header, *([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)])
-
     path = Path(args.output_dir) / args.command
-    write_atomically(path.with_suffix(".csv"), write)
+    save_csv(path.with_suffix(".csv"), [dict(zip(header, row)) for row in rows])
     print(f"wrote {path}.png and {path}.csv")
 
 

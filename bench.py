@@ -12,12 +12,15 @@ Prints a table and writes CSV, and pictures where there is something to see, to 
 
 import argparse
 import csv
-import math
+import os
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,12 +31,12 @@ from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS, check_size
 from plumbing import flags
 from plumbing.devices import emulates_half
-from plumbing.files import prepare_output_dir
+from plumbing.files import prepare_output_dir, save_csv
 from plumbing.loading import EpochSampler, make_loader
 from plumbing.optim import parameter_groups
 from plumbing.plots import COLOURS, new_figure, plot_curves, save_figure
 from plumbing.processes import setup_processes
-from plumbing.script import UserError, run_script
+from plumbing.script import UserError, run_script, value_errors_are_the_users
 
 try:
     import timm  # only to compare with
@@ -41,14 +44,13 @@ except ImportError:
     timm = None
 
 SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05)  # shares of hidden patches
-BACKENDS_TRIED = ("sparse", "masked", "leaky")
-TASKS = ("encoder", "step", "sweep", "data", "finetune", "heap")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = flags.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("task", nargs="?", choices=TASKS, default="encoder", help="what to measure")
+    summaries = "; ".join(f"{name}: {measure.__doc__.splitlines()[0]}" for name, measure in TASKS.items())
+    parser.add_argument("task", nargs="?", choices=TASKS, default="encoder", help=summaries)
     add = parser.adder()
     add("--model", flags.one_of("model", MODELS), ["convnextv2_atto", "convnextv2_tiny"], "sizes", nargs="+")
     add("--batch_size", flags.count, [16, 8], "images, one number for all models or one for each", nargs="+")
@@ -56,9 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
     add("--mask_ratio", flags.proper_share, 0.6, "share of the patches to hide")
     add("--amp", ("none", "bf16", "fp16"), None, "autocast types (default: none and bf16, but on CPUs without AVX-512)", nargs="+")
-    add(
-        "--backend", flags.one_of("backend", BACKENDS), BACKENDS_TRIED, f"of `encoder` and `step`: {', '.join(BACKENDS)}", nargs="+"
-    )
+    add("--backend", flags.one_of("backend", BACKENDS), ("sparse", "masked", "leaky"), "of `encoder` and `step`", nargs="+")
     add("--compile", bool, False, "torch.compile every candidate")
     add("--checkpoint_activations", bool, False, "of all candidates but timm's")
     add("--repeats", flags.count, 9, "interleaved rounds; medians are reported")
@@ -70,10 +70,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.batch_size) not in (1, len(args.model)):
         parser.error(f"--batch_size has {len(args.batch_size)} numbers for {len(args.model)} models; give one, or one for each")
     if args.task != "data":
-        try:
+        with value_errors_are_the_users():
             check_size(args.input_size, args.input_size, 8 * args.stem_stride)
-        except ValueError as error:
-            parser.error(str(error))
     args.batch_size = args.batch_size * (len(args.model) if len(args.batch_size) == 1 else 1)
     return args
 
@@ -82,7 +80,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each candidate, over rounds in which every candidate runs once."""
+    """Median seconds of each candidate, over rounds in which every candidate runs once, in random order."""
 
     def seconds(call):
         if device.type == "cuda":
@@ -96,7 +94,9 @@ def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device:
     for call in candidates.values():  # warm-up: allocations, kernel choice, compilation
         seconds(call)
         seconds(call)
-    rounds = [{name: seconds(call) for name, call in candidates.items()} for _ in range(repeats)]
+    rounds = [
+        {name: seconds(candidates[name]) for name in random.sample(list(candidates), len(candidates))} for _ in range(repeats)
+    ]
     return {name: statistics.median(r[name] for r in rounds) for name in candidates}
 
 
@@ -142,6 +142,30 @@ def updates(network: nn.Module) -> Callable[[], None]:
     return call
 
 
+def settings(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Every model with its batch size, in every type."""
+    for (name, batch), amp in product(zip(args.model, args.batch_size), args.amp):
+        yield name, batch, amp
+
+
+def table(
+    candidates: dict[str, Callable[[], None]], args: argparse.Namespace, device: torch.device, base: str, batch: int, **what
+) -> list[dict]:
+    """A row for each candidate: `what` it is, time, throughput, time relative to the candidate `base`, and memory."""
+    seconds = interleaved(candidates, args.repeats, device)
+    rows = []
+    for name, call in candidates.items():
+        row = what | {
+            "batch": batch,
+            "candidate": name,
+            "ms": round(1e3 * seconds[name], 1),
+            "images/s": round(batch / seconds[name], 1),
+        }
+        ratio = {f"of {base}": round(seconds[name] / seconds[base], 3)} if base in seconds else {}
+        rows.append(row | ratio | {"MiB": round(memory(call, device))})
+    return rows
+
+
 def encoder_candidates(name: str, batch: int, args, amp: str, device: torch.device, mask_ratio: float, backends) -> dict:
     """Forward and backward of the encoder by each backend; "dense" is the same network without a mask, "timm" timm's."""
     imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(memory_format=torch.channels_last)
@@ -175,96 +199,69 @@ def bench_encoder(args, device) -> list[dict]:
 
     The unmasked step is timm's where timm is installed and has the model, otherwise that of our own dense network.
     """
-    grid = args.input_size // (8 * args.stem_stride)
-    visible = int(grid * grid * (1 - args.mask_ratio)) / grid**2
+    visible = visible_share(args, args.mask_ratio)
     backends = [*args.backend, "dense"] + ["timm"] * (timm is not None and args.stem_stride == 4)
     rows = []
-    for name, batch in zip(args.model, args.batch_size):
-        for amp in args.amp:
-            candidates = encoder_candidates(name, batch, args, amp, device, args.mask_ratio, backends)
-            seconds = interleaved(candidates, args.repeats, device)
-            for backend, call in candidates.items():
-                rows.append(
-                    {
-                        "model": name,
-                        "batch": batch,
-                        "amp": amp,
-                        "backend": backend,
-                        "ms": round(1e3 * seconds[backend], 1),
-                        "images/s": round(batch / seconds[backend], 1),
-                        "of masked": round(seconds[backend] / seconds.get("masked", math.nan), 3),
-                        "of limit": round(seconds[backend] / (visible * seconds[backends[-1]]), 3),
-                        "MiB": round(memory(call, device)),
-                    }
-                )
+    for name, batch, amp in settings(args):
+        candidates = encoder_candidates(name, batch, args, amp, device, args.mask_ratio, backends)
+        rows += table(candidates, args, device, "masked", batch, model=name, amp=amp)
+        limit = visible * rows[-1]["ms"]
+        for row in rows[-len(candidates) :]:
+            row["of limit"] = round(row["ms"] / limit, 3)
     return rows
+
+
+def visible_share(args: argparse.Namespace, mask_ratio: float) -> float:
+    """The share of patches that a mask leaves, whole patches counted."""
+    cells = (args.input_size // (8 * args.stem_stride)) ** 2
+    return int(cells * (1 - mask_ratio)) / cells
 
 
 def bench_step(args, device) -> list[dict]:
     """The whole FCMAE step: masking, encoder, decoder, loss, backward, AdamW."""
     rows = []
-    for name, batch in zip(args.model, args.batch_size):
-        for amp in args.amp:
-            imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
-            candidates = {}
-            for backend in args.backend:
-                encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
-                encoder.checkpoint_activations(args.checkpoint_activations)
-                mae = FCMAE(encoder, args.mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
-                run = torch.compile(mae) if args.compile else mae
-                candidates[backend] = trainer(lambda run=run, imgs=imgs: run(imgs)[0], updates(mae), amp, device)
-            seconds = interleaved(candidates, args.repeats, device)
-            rows += [
-                {"model": name, "batch": batch, "amp": amp, "backend": backend, "ms": round(1e3 * s, 1), "images/s": round(batch / s, 1),
-                 "of masked": round(s / seconds.get("masked", math.nan), 3), "MiB": round(memory(candidates[backend], device))}
-                for backend, s in seconds.items()
-            ]  # fmt: skip
+    for name, batch, amp in settings(args):
+        imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
+        candidates = {}
+        for backend in args.backend:
+            encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+            encoder.checkpoint_activations(args.checkpoint_activations)
+            mae = FCMAE(encoder, args.mask_ratio, backend=backend).to(device, memory_format=torch.channels_last)
+            run = torch.compile(mae) if args.compile else mae
+            candidates[backend] = trainer(lambda run=run, imgs=imgs: run(imgs)[0], updates(mae), amp, device)
+        rows += table(candidates, args, device, "masked", batch, model=name, amp=amp)
     return rows
 
 
 def bench_sweep(args, device) -> list[dict]:
     """Sparse encoder time against the share of visible patches, beside masked and dense."""
     rows = []
-    name, batch, amp = args.model[0], args.batch_size[0], args.amp[0]
+    name, batch, amp = next(settings(args))
     for hidden in SWEEP:
         candidates = encoder_candidates(name, batch, args, amp, device, hidden, ("sparse", "masked", "dense"))
-        seconds = interleaved(candidates, args.repeats, device)
-        grid = args.input_size // (8 * args.stem_stride)
-        visible = int(grid * grid * (1 - hidden)) / grid**2
-        rows += [
-            {"model": name, "amp": amp, "visible": round(visible, 3), "backend": b, "ms": round(1e3 * s, 1)}
-            for b, s in seconds.items()
-        ]
+        seconds, visible = interleaved(candidates, args.repeats, device), round(visible_share(args, hidden), 3)
+        rows += [dict(model=name, amp=amp, visible=visible, candidate=b, ms=round(1e3 * s, 1)) for b, s in seconds.items()]
     return rows
 
 
 def bench_data(args, device) -> list[dict]:
-    """Images per second that the pre-training pipeline delivers, by worker count and image size, held on the device or not."""
+    """Images per second of the pre-training pipeline, by worker count, loaded or held on the device; 10 s at most for each."""
     rows = []
     kind = "folder" if args.data_path else "embedded"
-    for size, held in ((size, held) for size in (args.input_size, 2 * args.input_size) for held in (False, True)):
-        if held and args.data_path:
-            continue
-        for workers in args.num_workers:
-            images = load_images(kind, args.data_path, "train", pretrain_transform(size))
-            images = HeldImages(images, device) if held else images
-            sampler = EpochSampler(len(images), min(32, len(images)), 0, 1, 0)
-            loader = make_loader(images, sampler, workers, False)
-            start = time.perf_counter()
-            seen = sum(len(images.render(batch)) for batch, _, _ in loader)
+    for held, workers in product((False,) if args.data_path else (False, True), args.num_workers):
+        images = load_images(kind, args.data_path, "train", pretrain_transform(args.input_size))
+        images = HeldImages(images, device) if held else images
+        loader = make_loader(images, EpochSampler(len(images), min(32, len(images)), 0, 1, 0), workers)
+        seen, start = 0, time.perf_counter()
+        for batch, _, _ in loader:
+            seen += len(images.render(batch))
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            speed = seen / (time.perf_counter() - start)
-            rows.append(
-                {
-                    "images": len(images),
-                    "held": held,
-                    "size": size,
-                    "workers": workers,
-                    "images/s": round(speed, 1),
-                    "per worker": round(speed / max(workers, 1), 1),
-                }
-            )
+            seconds = time.perf_counter() - start
+            if seconds > 10:
+                break
+        row = {"images": seen, "held": held, "size": args.input_size, "workers": workers, "images/s": round(seen / seconds, 1)}
+        rows.append(row | {"per worker": round(seen / seconds / max(workers, 1), 1)})
     return rows
 
 
@@ -273,63 +270,40 @@ def bench_finetune(args, device) -> list[dict]:
     if timm is None:
         raise UserError("bench.py finetune compares with timm, which is not installed; pip install timm")
     rows = []
-    for name, batch in zip(args.model, args.batch_size):
-        for amp in args.amp:
-            imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(
-                memory_format=torch.channels_last
-            )
-            labels = torch.arange(batch, device=device) % 1000
-            candidates = {}
-            for library, make in (("ours", MODELS[name]), ("timm", lambda name=name: timm.create_model(name))):
-                net = make().to(device, memory_format=torch.channels_last).train()
-                if library == "ours":
-                    net.checkpoint_activations(args.checkpoint_activations)
-                run = torch.compile(net) if args.compile else net
-                loss = lambda run=run, imgs=imgs, labels=labels: nn.functional.cross_entropy(run(imgs).float(), labels)  # noqa: E731
-                candidates[library] = trainer(loss, updates(net), amp, device)
-            seconds = interleaved(candidates, args.repeats, device)
-            rows += [
-                {"model": name, "batch": batch, "amp": amp, "library": library, "ms": round(1e3 * s, 1),
-                 "of timm": round(s / seconds["timm"], 3), "MiB": round(memory(candidates[library], device))}
-                for library, s in seconds.items()
-            ]  # fmt: skip
+    for name, batch, amp in settings(args):
+        imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
+        imgs, labels = imgs.contiguous(memory_format=torch.channels_last), torch.arange(batch, device=device) % 1000
+        candidates = {}
+        for library, make in (("ours", MODELS[name]), ("timm", lambda name=name: timm.create_model(name))):
+            net = make().to(device, memory_format=torch.channels_last).train()
+            if library == "ours":
+                net.checkpoint_activations(args.checkpoint_activations)
+            run = torch.compile(net) if args.compile else net
+            loss = lambda run=run, imgs=imgs, labels=labels: nn.functional.cross_entropy(run(imgs).float(), labels)  # noqa: E731
+            candidates[library] = trainer(loss, updates(net), amp, device)
+        rows += table(candidates, args, device, "timm", batch, model=name, amp=amp)
     return rows
-
-
-HEAP = """
-import sys, time, torch
-sys.path.insert(0, {folder!r})
-from fcmae import FCMAE
-from model import MODELS
-from plumbing.devices import keep_heap_mapped
-if {keep}: keep_heap_mapped()
-torch.manual_seed(0)
-mae = FCMAE(MODELS[{model!r}](num_classes=0), backend={backend!r}).to(memory_format=torch.channels_last)
-imgs, times = torch.randn({batch}, 3, 224, 224), []
-for _ in range(5):
-    start = time.perf_counter()
-    mae(imgs)[0].backward()
-    mae.zero_grad()
-    times.append(time.perf_counter() - start)
-print(sorted(times[1:])[1])
-"""
 
 
 def bench_heap(args, device) -> list[dict]:
     """A pre-training step with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn."""
-    rows = []
-    for name, batch in zip(args.model, args.batch_size):
-        for backend in ("sparse", "masked"):
-            times = {True: [], False: []}
-            for _ in range(3):
-                for keep in times:
-                    code = HEAP.format(folder=str(Path(__file__).parent), keep=keep, model=name, batch=batch, backend=backend)
-                    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-                    times[keep].append(float(output))
-            kept, default = (statistics.median(times[keep]) for keep in (True, False))
-            rows.append({"model": name, "batch": batch, "backend": backend, "default ms": round(1e3 * default), "kept ms": round(1e3 * kept),
-                         "ratio": round(default / kept, 2)})  # fmt: skip
+    rows, times = [], {}
+    for (name, batch, _), backend in product(settings(args), ("sparse", "masked")):
+        command = [sys.executable, __file__, "step", "--model", name, "--batch_size", str(batch), "--backend", backend]
+        for heap in ("kept", "default") * 3:
+            with tempfile.TemporaryDirectory() as folder:
+                words = [*command, "--amp", "none", "--repeats", "3", "--output_dir", folder]
+                subprocess.run(words, env=os.environ | {"HEAP": heap}, stdout=subprocess.DEVNULL, check=True)
+                with open(f"{folder}/step.csv", newline="") as file:
+                    times.setdefault((name, backend, heap), []).append(float(next(csv.DictReader(file))["ms"]))
+        kept, default = (statistics.median(times[name, backend, heap]) for heap in ("kept", "default"))
+        row = {"model": name, "batch": batch, "candidate": backend, "default ms": default, "kept ms": kept}
+        rows.append(row | {"ratio": round(default / kept, 2)})
     return rows
+
+
+TASKS = {"encoder": bench_encoder, "step": bench_step, "sweep": bench_sweep}
+TASKS |= {"data": bench_data, "finetune": bench_finetune, "heap": bench_heap}
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -346,31 +320,22 @@ def print_table(rows: list[dict]) -> None:
 def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
     """The paper's Figure 6: throughput and memory of each backend, by model and type."""
     groups = list(dict.fromkeys((row["model"], row["amp"]) for row in rows))
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    backends = list(dict.fromkeys(row["candidate"] for row in rows))
     labels = {"dense": "dense, unmasked", "timm": "timm, unmasked"}
     kept = "peak memory, MiB" if device.type == "cuda" else "memory kept for backward, MiB"
     figure, axes = new_figure(1, 2, 11, 4)
     for axis, value, label in ((axes[0, 0], "images/s", "images per second"), (axes[0, 1], "MiB", kept)):
         for k, (backend, colour) in enumerate(zip(backends, COLOURS)):
-            heights = [
-                next(row[value] for row in rows if (row["model"], row["amp"], row["backend"]) == (*group, backend))
-                for group in groups
-            ]
-            axis.bar(
-                [g + k * 0.8 / len(backends) for g in range(len(groups))],
-                heights,
-                0.8 / len(backends),
-                color=colour,
-                label=labels.get(backend, backend),
-            )
+            heights = [row[value] for row in rows if row["candidate"] == backend]
+            places = [g + k * 0.8 / len(backends) for g in range(len(groups))]
+            axis.bar(places, heights, 0.8 / len(backends), color=colour, label=labels.get(backend, backend))
         names = [f"{model.removeprefix('convnextv2_')}\n{amp.replace('none', 'fp32')}" for model, amp in groups]
         axis.set_xticks([g + 0.4 - 0.4 / len(backends) for g in range(len(groups))], names)
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(
-        f"Encoder, forward and backward, {'GPU' if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}"
-    )
+    where = "GPU" if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    figure.suptitle(f"Encoder, forward and backward, {where}")
     save_figure(figure, path)
 
 
@@ -378,7 +343,7 @@ def draw_sweep(path: Path, rows: list[dict]) -> None:
     """Milliseconds against the share of visible patches, a line per backend."""
     curves = {}
     for row in rows:
-        x, y = curves.setdefault(row["backend"], ([], []))
+        x, y = curves.setdefault(row["candidate"], ([], []))
         x.append(row["visible"])
         y.append(row["ms"])
     title = f"{rows[0]['model']}, {rows[0]['amp'].replace('none', 'fp32')}: encoder, forward and backward"
@@ -392,17 +357,12 @@ def main(args: argparse.Namespace) -> None:
     args.amp = args.amp or ["none", "bf16"][: 1 if emulates_half(processes.device) else 2]
     grid = args.input_size // (8 * args.stem_stride)
     for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
-        try:
+        with value_errors_are_the_users():
             random_mask(1, grid, grid, ratio)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    rows = globals()[f"bench_{args.task}"](args, processes.device)
+    rows = TASKS[args.task](args, processes.device)
     print_table(rows)
     path = output_dir / f"{args.task}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    save_csv(path, rows)
     if args.task == "encoder":
         draw_bars(path.with_suffix(".png"), rows, processes.device)
     elif args.task == "sweep":

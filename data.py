@@ -31,6 +31,7 @@ STATISTICS = {
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 DATA_SETS = tuple(STATISTICS)
+BICUBIC = v2.InterpolationMode.BICUBIC
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 
 
@@ -242,12 +243,12 @@ class HeldImages(Images):
         first, *others = images.transform.transforms
         return (
             isinstance(first, (v2.RandomResizedCrop, v2.Resize))
-            and first.interpolation == v2.InterpolationMode.BICUBIC
+            and first.interpolation == BICUBIC
             and all(isinstance(step, (v2.RandomCrop, v2.RandomHorizontalFlip, v2.PILToTensor)) for step in others)
         )
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
-        """As `Images`, with (8,) int64 in the image's place: index, crop (top, left, height, width), shift (down, right), flipped."""
+        """As `Images`, with (8,) int64 for the image: index, crop (top, left, height, width), shift (down, right), flipped."""
         epoch, index = place
         height, width = self.items.shape[1:3]
         where = dict(top=0, left=0, height=height, width=width, down=0, right=0, flip=0)
@@ -482,26 +483,14 @@ def few_labels(images: Images, count: int, seed: int) -> Images:
 
 def pretrain_transform(size: int) -> v2.Transform:
     """Random crop of 20 to 100% of the area and horizontal flip, the only augmentation of FCMAE (paper Tab. 8)."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-        ]
-    )
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def training_transform(
-    size: int,
-    statistics: tuple,
-    min_crop: float = 0.08,
-    interpolation: str = "bicubic",
-    aa: str | None = None,
-    color_jitter: float | None = None,
-    reprob: float = 0.0,
-    remode: str = "pixel",
-    recount: int = 1,
-) -> v2.Transform:
+    size: int, statistics: tuple, min_crop: float = 0.08, interpolation: str = "bicubic", aa: str | None = None,
+    color_jitter: float | None = None, reprob: float = 0.0, remode: str = "pixel", recount: int = 1,
+) -> v2.Transform:  # fmt: skip
     """Augmentation for classification; the arguments are finetune.py's flags."""
     mode = v2.InterpolationMode(interpolation)
     if size <= 32:  # as the authors do: crops of so small an image would leave little
@@ -566,13 +555,13 @@ def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transfo
     """
     crop_pct = crop_pct or (224 / 256 if size < 384 else 1.0)
     if crop_pct == 1:
-        return v2.Compose([v2.Resize((size, size), interpolation=v2.InterpolationMode.BICUBIC), v2.PILToTensor()])
+        return v2.Compose([v2.Resize((size, size), interpolation=BICUBIC), v2.PILToTensor()])
     return center_transform(size, round(size / crop_pct))
 
 
 def center_transform(size: int, short_side: int | None = None) -> v2.Transform:
     """Short side to `short_side` (by default `size`), then the central square of `size`: nothing random."""
-    resize = v2.Resize(short_side or size, interpolation=v2.InterpolationMode.BICUBIC)
+    resize = v2.Resize(short_side or size, interpolation=BICUBIC)
     return v2.Compose([v2.Lambda(trim), resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 

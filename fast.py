@@ -1,7 +1,7 @@
 """The same functions as the plain modules of `model.py` and `sparse.py`, with their backward passes written out: read last.
 
-Nothing here changes what is computed, only how fast and in how much memory. The tests compare each piece with the plain modules and with
-finite differences. `in_training` is the one place that chooses between the two.
+Nothing here changes what is computed, only how fast and in how much memory; the tests compare each piece with the plain modules.
+`in_training` is the one place that chooses between the two.
 
 Shapes: N images, S sites of an image, A active (visible) sites, C channels of a block, H x W sites; T tiles of h x w sites each.
 """
@@ -56,8 +56,8 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
     """The gradient (C, 1, 7, 7) of a 7x7 depthwise convolution's weight, from its input (N, C, H, W) and its output's gradient.
 
-    On CPUs by exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image and channel.
-    PyTorch's own takes several times as long there, and is a large part of the whole backward pass.
+    On CPUs by exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image
+    and channel. PyTorch's own takes several times as long there, and is a large part of the whole backward pass.
     """
     n, channels, height, width = x.shape
     if x.device.type != "cpu" or x.dtype == torch.float64:
@@ -121,8 +121,7 @@ class Tiles(NamedTuple):
 def choose_tiles(sites) -> Tiles:
     """For `sparse.Sites`: whole images; or on a CPU the visible patches and three sites around them, where these are few.
 
-    Up to half as many sites more than the images have still pays, as convolutions of small tiles stay in the cache. What suits a GPU
-    has not been measured.
+    Reading up to half as many sites again still pays, as convolutions of small tiles stay in the cache. Not measured on a GPU.
     """
     patches = len(sites.cell) // sites.side**2
     if sites.cell.device.type != "cpu" or not 0 < patches * (sites.side + 6) ** 2 < 1.5 * len(sites.row):

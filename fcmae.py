@@ -144,8 +144,8 @@ class FCMAE(nn.Module):
     def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
 
-        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: contrast and mean colour are given,
-        structure is predicted.
+        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: contrast and mean colour are
+        given, structure is predicted.
         """
         pred = pred.to(imgs.dtype)
         if self.norm_pix_loss:
@@ -156,7 +156,7 @@ class FCMAE(nn.Module):
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """Of `imgs` (N, C, H, W): the originals, the visible patches on grey, the prediction, and both pasted together, each like `imgs`."""
+    """Of `imgs` (N, C, H, W), in that shape: the originals, the visible patches on grey, the prediction, both together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

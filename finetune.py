@@ -17,35 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
+import data
 from ablations.norms import MLP_NORMS, exchange_norm
-from data import (
-    DATA_SETS,
-    STATISTICS,
-    Images,
-    check_classes,
-    check_labels,
-    check_readable,
-    choose_data_set,
-    evaluation_transform,
-    few_labels,
-    hold_on_device,
-    list_images,
-    load_images,
-    normalise,
-    split_holdout,
-    training_transform,
-)
+from data import Images, check_classes, load_images
 from model import MODELS, ConvNeXt, check_size
 from plumbing import flags, layouts
 from plumbing.devices import autocast_dtype, set_determinism, to_device
 from plumbing.files import run_directory, save_tensors
-from plumbing.loading import ShardSampler, Unreadable, count_workers, make_loader
+from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import plot_curves
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.recipes import RECIPES
 from plumbing.run import Run
-from plumbing.script import UserError, one_line, run_script
+from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
 
 # Defaults of a data set; a recipe's settings come before them, the command line before both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
@@ -82,23 +67,13 @@ def make_parser() -> flags.Parser:
     add("--head_init_scale", flags.positive, None, "factor on a new head's weights (default: 0.001 with --finetune, else 1)")
 
     add = flags.add_data_flags(
-        parser, (*DATA_SETS, *SYNONYMS), "folder with train/ and val/, or where CIFAR lies; none: embedded data"
+        parser, (*data.DATA_SETS, *SYNONYMS), "folder with train/ and val/, or where CIFAR lies; none: embedded data"
     )
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
-    add(
-        "--holdout",
-        flags.number(float, 0, 0.9, above=True),
-        None,
-        "evaluate on this share of the training images, left out: for tuning",
-    )
+    add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
     add("--labels_per_class", flags.count, None, "train on this many images per class, chosen by --seed")
     add("--dist_eval", bool, True, "divide the validation set among processes; else each evaluates all of it")
-    add(
-        "--crop_pct",
-        flags.number(float, 0.1, 1),
-        None,
-        "evaluation: share of the short side kept (default: 224/256, 1 from 384 px on)",
-    )
+    add("--crop_pct", flags.crop_share, None, "evaluation: share of the short side kept (default: 224/256, 1 from 384 px on)")
 
     add = parser.adder(parser.add_argument_group("augmentation"))
     add("--min_crop", flags.some_share, 0.08, "smallest share of the area that a random crop keeps")
@@ -128,7 +103,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     given = parser.parse_args(argv)
     plain = flags.merge(given, parser.general)
-    data_set = choose_data_set(SYNONYMS.get(plain.data_set, plain.data_set), plain.data_path or plain.eval_data_path)
+    data_set = data.choose_data_set(SYNONYMS.get(plain.data_set, plain.data_set), plain.data_path or plain.eval_data_path)
     check_task(plain, data_set, parser)
     only_use = plain.eval or plain.predict
     if not (plain.finetune or plain.scratch or only_use) and data_set == "embedded" and Path(OURS).exists():
@@ -179,10 +154,8 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
     if args.amp is None and args.use_amp is not None:
         args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
-    try:
+    with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride, whole_patches=False)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # --- data and model ---------------------------------------------------------------------------------------------------
@@ -195,21 +168,21 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
         train = load_images(args.data_set, args.data_path, "train", None, args.seed)
         if args.data_set == "folder" and not (Path(args.data_path) / "train").is_dir():
             raise UserError(f"--data_path {args.data_path} has no train/<class>/ folders; fine-tuning needs labelled images")
-        check_labels(train)
+        data.check_labels(train)
         crop = args.min_crop, args.train_interpolation
         erasing = args.reprob, args.remode, args.recount
-        train.transform = training_transform(args.input_size, train.statistics, *crop, args.aa, args.color_jitter, *erasing)
+        train.transform = data.training_transform(args.input_size, train.statistics, *crop, args.aa, args.color_jitter, *erasing)
     if args.holdout and train:
-        train, val = split_holdout(train, args.holdout)
-        val.transform = evaluation_transform(args.input_size, args.crop_pct)
+        train, val = data.split_holdout(train, args.holdout)
+        val.transform = data.evaluation_transform(args.input_size, args.crop_pct)
     elif args.eval or not args.disable_eval:
         source = ("folder", args.eval_data_path) if args.eval_data_path else (args.data_set, args.data_path)
-        val = load_images(*source, "val", evaluation_transform(args.input_size, args.crop_pct))
-        check_labels(val)
+        val = load_images(*source, "val", data.evaluation_transform(args.input_size, args.crop_pct))
+        data.check_labels(val)
     if train and val:
         check_classes(train.classes, val.classes)
     if train and args.labels_per_class:
-        train = few_labels(train, args.labels_per_class, args.seed)
+        train = data.few_labels(train, args.labels_per_class, args.seed)
     return train, val
 
 
@@ -219,10 +192,8 @@ def make_classifier(args: argparse.Namespace, classes: int) -> tuple[ConvNeXt, l
     net = MODELS[args.model](num_classes=classes, stem_stride=args.stem_stride, **start)
     report = ["random initial weights"]
     if args.mlp_norm:
-        try:
+        with value_errors_are_the_users():
             exchange_norm(net, args.mlp_norm)
-        except ValueError as error:
-            raise UserError(str(error)) from None
     if args.finetune:
         found = layouts.read_file(args.finetune)
         native = layouts.to_native(found)
@@ -269,7 +240,7 @@ def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes
     """Top-1 and top-5 accuracy in percent and the cross-entropy, every image counted once, however many processes there are."""
     rank, world_size = (processes.rank, processes.world_size) if args.dist_eval else (0, 1)
     unreadable, device = Unreadable(images), processes.device
-    loader = make_loader(images, ShardSampler(len(images), args.batch_size, rank, world_size), count_workers(args, processes))
+    loader = make_loader(images, divided(range(rank, len(images), world_size), args.batch_size), count_workers(args, processes))
     amp_dtype, was_training = autocast_dtype(args.amp, device), net.training
     net.eval()
     sums = torch.zeros(4, device=device, dtype=torch.float64)
@@ -312,12 +283,12 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
     for path in args.predict:
         if not os.path.exists(path):
             raise UserError(f"--predict {path} does not exist; give files or folders of images")
-        paths += list_images(path) if os.path.isdir(path) else [path]
+        paths += data.list_images(path) if os.path.isdir(path) else [path]
     if not paths:
         raise UserError(f"no images under {', '.join(args.predict)}; give others with --predict")
-    statistics = STATISTICS.get(layouts.read_config(args.resume).get("data_set"), STATISTICS["folder"])
-    images = Images(paths, None, None, evaluation_transform(args.input_size, args.crop_pct), statistics)
-    check_readable(images, " and ".join(args.predict))
+    statistics = data.STATISTICS.get(layouts.read_config(args.resume).get("data_set"), data.STATISTICS["folder"])
+    images = Images(paths, None, None, data.evaluation_transform(args.input_size, args.crop_pct), statistics)
+    data.check_readable(images, " and ".join(args.predict))
     unreadable = Unreadable(images)
     for index, path in enumerate(paths):
         pixels, _, failed = images[0, index]
@@ -325,7 +296,7 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
             unreadable.note(torch.tensor([failed]))
             continue
         with torch.no_grad():
-            probabilities = net(normalise(pixels[None], statistics, processes.device))[0].softmax(dim=0)
+            probabilities = net(data.normalise(pixels[None], statistics, processes.device))[0].softmax(dim=0)
         best = probabilities.topk(min(5, len(classes)))
         likeliest = ", ".join(f"{classes[k]} {p:.1%}" for p, k in zip(best.values.tolist(), best.indices.tolist()))
         print(one_line(f"{path}: {likeliest}"))
@@ -348,7 +319,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     """Train a classifier, evaluating after every epoch."""
     with main_process_first():
         images, val = load_labelled(args)
-    images = hold_on_device(images, args, processes.device)
+    images = data.hold_on_device(images, args, processes.device)
     run = Run(args, images, processes, output_dir)
     if args.nb_classes and args.nb_classes < len(images.classes):
         raise UserError(f"--nb_classes {args.nb_classes} is fewer than the {len(images.classes)} classes of the data; leave it out")
@@ -361,8 +332,10 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     optimizer = make_optimizer(args, layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type), run.peak_lr)
     mix = make_mixing(args, args.nb_classes)
 
-    for line in (*flags.describe_origins(args), *describe_recipe(args, run), describe_size(net, args.model), *report):
+    parameters, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False))
+    for line in (*flags.describe_origins(args), *describe_recipe(args, run), *report):
         run.say(line)
+    run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")
     run.say(f"{args.data_set}: {len(images):,} images of {len(images.classes)} classes at {args.input_size} px")
     network = run.start(
         net.train(not args.linear_probe), optimizer, "finetune.py", ema, extra=lambda: {"best": best}, classes=list(images.classes)
@@ -392,12 +365,6 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
             run.save(epoch + 1)
     outputs = f"checkpoint-best.pth (top-1 {best:.2f}%), accuracy.png" if val else "checkpoints"
     run.close(f"{outputs}, log.jsonl, config.json")
-
-
-def describe_size(net: ConvNeXt, name: str) -> str:
-    """How many parameters there are, and how many of them are trained."""
-    counts = [sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False)]
-    return "{}: {:,} parameters, {:,} of them trained".format(name, *counts)
 
 
 def describe_recipe(args: argparse.Namespace, run: Run) -> list[str]:

@@ -201,9 +201,7 @@ def check_size(height: int, width: int, patch_size: int, whole_patches: bool = T
                 f"image size {side} is not a multiple of the patch size {patch_size}; try --input_size {fitting}{small}"
             )
     if min(height, width) < patch_size:
-        raise ValueError(
-            f"image size {height} x {width} is below the patch size {patch_size}; use larger images, or a smaller --stem_stride"
-        )
+        raise ValueError(f"image size {height} x {width} is below the patch size {patch_size}; enlarge it, or lower --stem_stride")
 
 
 # Paper App. A.1: name -> (depths, dims). Huge exists as V2 only.

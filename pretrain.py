@@ -33,7 +33,7 @@ from plumbing.optim import parameter_groups
 from plumbing.plots import plot_curves, plot_panels
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.run import Batch, Run
-from plumbing.script import UserError, run_script
+from plumbing.script import run_script, value_errors_are_the_users
 from plumbing.seeds import mix_seed
 
 # Defaults of the small data sets, with a small stem and a short run. Folders get the paper's recipe (Tab. 8).
@@ -68,10 +68,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40.0, 0.05 * args.epochs)
     flags.check_epochs(args, parser)
-    try:
+    with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
@@ -123,7 +121,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
 
 def make_autoencoder(args: argparse.Namespace) -> FCMAE:
     """The network that the flags describe; UserError where they contradict each other."""
-    try:
+    with value_errors_are_the_users():
         encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride)
         if args.mlp_norm:
             exchange_norm(encoder, args.mlp_norm)
@@ -132,13 +130,11 @@ def make_autoencoder(args: argparse.Namespace) -> FCMAE:
         mae = DECODERS[args.decoder](encoder, *size, args.norm_pix_loss, args.backend)
         grid = args.input_size // encoder.patch_size
         random_mask(1, grid, grid, args.mask_ratio)  # so that a ratio that cannot be drawn is found now
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return mae
 
 
 def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tensor:
-    """The masks of the whole update, drawn from (seed, update), and of these the batch's: the same however the update is divided."""
+    """The batch's part of its update's masks, which are drawn from (seed, update): the same however the update is divided."""
     generator = torch.Generator().manual_seed(mix_seed("mask", args.seed, batch.update))
     return random_mask(batch.images_in_update, grid, grid, args.mask_ratio, generator)[batch.part]
 

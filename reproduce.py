@@ -26,13 +26,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import data
-from plumbing.files import find_checkpoints, prepare_output_dir, save_json, versions, write_atomically
+from plumbing.files import find_checkpoints, prepare_output_dir, save_csv, save_json, versions, write_atomically
 from plumbing.flags import Parser, count, merge, one_of
 from plumbing.log import duration, read_log
 from plumbing.plots import COLOURS, new_figure, save_figure
@@ -46,8 +47,7 @@ from plumbing.script import UserError, run_script
 BUDGETS = {
     "laptop": dict(
         about="embedded pictures, ConvNeXt Atto, two cores without a GPU",
-        seeds=3,
-        size="atto",
+        seeds=3, size="atto", images=4000, val_images=1000, classes=10, measure_images=1000,
         common=dict(data_set="embedded", input_size=32, stem_stride=1),
         pretrain=dict(epochs=16, batch_size=32, lr=1e-3, decoder_embed_dim=256),
         finetune=dict(epochs=40, batch_size=20, head_init_scale=1, labels_per_class=20),
@@ -59,51 +59,33 @@ BUDGETS = {
         },
         labels={5: 200, 100: 8, 400: 2},
         mask_ratios=(0.1, 0.35, 0.6, 0.85),  # the ends of the range that the paper tries, and two between
-        decoder_depths=(1, 2, 4),
-        decoder_widths=(128, 256, 512),
-        images=4000,
-        val_images=1000,
-        classes=10,
-        measure_images=1000,
+        decoder_depths=(1, 2, 4), decoder_widths=(128, 256, 512),
         speed=dict(pretrain=65, finetune=36, analyze=50),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
-        seeds=3,
-        size="atto",
+        seeds=3, size="atto", images=50_000, val_images=10_000, classes=10, measure_images=1000,
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=10, blr=2e-3, decoder_embed_dim=256),
         finetune=dict(epochs=5, aa="none", reprob=0.0),  # crops and flips alone, so that the data are held on the GPU
         recipes={f"blr_{blr:g}": dict(blr=blr) for blr in (2e-3, 5e-4, 8e-3)},
         labels={5: 975, 20: 975, 100: 325, 500: 51},
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        decoder_depths=(1, 2, 4),
-        decoder_widths=(128, 256, 512),
-        images=50_000,
-        val_images=10_000,
-        classes=10,
-        measure_images=1000,
+        decoder_depths=(1, 2, 4), decoder_widths=(128, 256, 512),
         speed=dict(pretrain=10_000, finetune=10_000, analyze=10_000),
     ),
     "toy": dict(
         about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
-        seeds=1,
-        size="atto",
+        seeds=1, size="atto", images=10, val_images=4, classes=2, measure_images=4,
         common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
         pretrain=dict(epochs=1, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
         finetune=dict(epochs=1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
         recipes={"plain": dict(blr=0.1), "slow": dict(blr=0.05), "mixed": dict(blr=0.1, mixup=0.8)},
         labels={2: 2},
-        mask_ratios=(0.3, 0.6),
-        decoder_depths=(1, 2),
-        decoder_widths=(16, 32),
-        images=10,
-        val_images=4,
-        classes=2,
-        measure_images=4,
+        mask_ratios=(0.3, 0.6), decoder_depths=(1, 2), decoder_widths=(16, 32),
         speed=dict(pretrain=40, finetune=40, analyze=40),
     ),
-}
+}  # fmt: skip
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
 COST = {"masked": 3.5, "leaky": 2.4}  # of an image, relative to the sparse encoder
 HOLDOUT = 0.2  # share of the training images on which --tune compares
@@ -219,6 +201,12 @@ def arm(version: str, scratch: bool) -> str:
     return f"{version} {'supervised' if scratch else 'FCMAE'}"
 
 
+def arms(plan: Plan, seed: int) -> dict[str, Job | str]:
+    """Where fine-tuning starts from in each arm: random weights, or an encoder pre-trained with this seed."""
+    kinds = product(("V1", "V2"), (True, False))
+    return {arm(version, scratch): version if scratch else plan.pretrain(seed, version) for version, scratch in kinds}
+
+
 def _flags(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
@@ -229,14 +217,8 @@ def _words(changes: dict) -> list[str]:
 
 def tuning_jobs(plan: Plan) -> dict[tuple[str, str], Job]:
     """The same recipes for each of the four arms, on one seed, without the held-out images."""
-    starts = {
-        arm(version, scratch): version if scratch else plan.pretrain(0, version) for version in ("V1", "V2") for scratch in (0, 1)
-    }
-    return {
-        (name, recipe): plan.finetune(0, start, recipe, holdout=HOLDOUT)
-        for name, start in starts.items()
-        for recipe in plan.budget["recipes"]
-    }
+    tried = product(arms(plan, 0).items(), plan.budget["recipes"])
+    return {(name, recipe): plan.finetune(0, start, recipe, holdout=HOLDOUT) for (name, start), recipe in tried}
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -299,12 +281,7 @@ def finetuned(plan: Plan, seed: int, variants: dict[str, dict]) -> dict[str, Job
 
 def four_cells(plan: Plan, seed: int) -> dict[str, Job]:
     """V1 and V2, supervised and with FCMAE; supervised training takes the fine-tuning's steps."""
-    starts = {
-        arm(version, scratch): version if scratch else plan.pretrain(seed, version)
-        for version in ("V1", "V2")
-        for scratch in (1, 0)
-    }
-    return {cell: plan.finetune(seed, start) for cell, start in starts.items()}
+    return {cell: plan.finetune(seed, start) for cell, start in arms(plan, seed).items()}
 
 
 def studied(plan: Plan, seed: int) -> dict[str, Job]:
@@ -393,14 +370,8 @@ def expect_fewer_labels(cells: list[str]) -> list[Expectation]:
 
 
 NORM_CELLS = {"GRN": "grn", "nothing (V2 without GRN)": "none", "LRN": "lrn", "BN": "bn", "LN": "ln", "SE": "se", "CBAM": "cbam"}
-GRN_CELLS = {
-    "GRN": "grn",
-    "average": "grn_average",
-    "L1": "grn_l1",
-    "standardised": "grn_standardise",
-    "inverse sum": "grn_inverse",
-    "no skip": "grn_no_skip",
-}
+GRN_CELLS = {"GRN": "grn", "average": "grn_average", "L1": "grn_l1", "standardised": "grn_standardise"}
+GRN_CELLS |= {"inverse sum": "grn_inverse", "no skip": "grn_no_skip"}
 DECODER_CELLS = {"U-Net with skip": "unet_skip", "U-Net without": "unet", "transformer": "transformer"}
 
 
@@ -642,27 +613,7 @@ def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
 # Student's t, 97.5%, by degrees of freedom from 1 to 10; more take the last, which is a little too strict.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
-PROTOCOL = """\
-Fixed before the runs of the tables below; the budget itself (length of pre-training, recipes to try) was settled on held-out images of seed 0:
-
-* **Cells differ in what they are named for and in nothing else**: data, augmentation, epochs, batch, schedule and seeds are those of
-  the table at the top of `reproduce.py`. The commands beside the numbers are complete.
-* **Tuning.** `--tune` tries the same recipes of fine-tuning ({recipes}) for each of four arms, V1 and V2, from FCMAE weights
-  and from random ones, on one seed, and takes the best on {holdout:.0%} of the training images that are held out (`finetune.py
-  --holdout`), never on the validation images. Variants of V2, and runs with other numbers of labels, take the recipe of their arm and
-  get no tuning of their own, which favours the network that they are compared with. Pre-training has one recipe for all. {tuned}
-* **Supervised training** has exactly the steps of fine-tuning. An FCMAE cell has seen more images, without labels, by its pre-training
-  ({pretrain_epochs} epochs of {images:,} images, before fine-tuning's {finetune_epochs} of {finetune_images:,}); this asks what pre-training adds to a given amount of
-  labelled training. The paper gives its supervised networks 300 epochs and its pre-trained ones 800 + 100.
-* **The number** is top-1 on the validation images after the last epoch; no epoch is chosen by it. The spread is the standard deviation
-  over seeds (n - 1). A seed draws weights, order, crops, masks and the choice of few labels, all anew; the validation images are
-  the same for all, so their choice is not in the spread.
-* **A difference** counts if it exceeds its margin: Student's t (97.5%, two-sided 5%) times the standard error from the pooled
-  variance over seeds of the cells compared, {t:.2f} standard errors for two cells of three seeds. Comparisons are not corrected for
-  their number: of twenty true ties one will look like a difference.
-* **Verdicts.** Reproduced: every expectation holds. Not reproduced: one is contradicted by a difference that counts. Otherwise not
-  distinguishable at this scale. An expected tie holds if no difference counts; its margin says how large a one could be missed.
-"""
+PROTOCOL = Path(__file__).parent / "results" / "protocol.md"  # what {stands in braces} is filled in
 
 
 def contrast(values: dict[str, list[float]], weights: dict[str, float]) -> tuple[float, float]:
@@ -754,29 +705,12 @@ def table_of(claim: Claim, jobs: dict[str, list[Job]]) -> list[dict]:
     return rows
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write dictionaries of one shape."""
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
-
-    write_atomically(path, write)
-
-
-def spread(mean: float, std: float | None, digits: int) -> str:
-    """A mean and, if there is one, its standard deviation."""
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
-
-
 def markdown_of(claim: Claim, rows: list[dict]) -> list[str]:
     """The table as Markdown."""
     digits = 1 if "%" in claim.quantity else 4
     lines = [f"| | {claim.quantity} | n | the paper's | pre-training | fine-tuning |", "|---|---|---|---|---|---|"]
     for row in rows:
-        number = spread(row["mean"], row["std"], digits)
+        number = f"{row['mean']:.{digits}f}" + ("" if row["std"] is None else f" ± {row['std']:.{digits}f}")
         minutes = " | ".join(f"{row[f'{script}_minutes']:.1f} min" for script in ("pretrain", "finetune"))
         lines.append(f"| {row['cell']} | {number} | {row['n']} | {row['paper'] or ''} | {minutes} |")
     return lines
@@ -834,10 +768,8 @@ def _finish(figure, axis, claim, rows, path, legend):
     if claim.x:
         axis.set_xlabel(claim.x, fontsize=12)
     n = sorted({row["n"] for row in rows})
-    title = claim.title.split(":")[0]
-    axis.set_title(
-        f"{title}\nmean and standard deviation of {' to '.join(map(str, n))} seed{'s' if n[-1] > 1 else ''}", fontsize=12
-    )
+    seeds = f"{' to '.join(map(str, n))} seed{'s' if n[-1] > 1 else ''}"
+    axis.set_title(f"{claim.title.split(':')[0]}\nmean and standard deviation of {seeds}", fontsize=12)
     axis.grid(alpha=0.3)
     if legend:
         axis.legend(fontsize=11)
@@ -857,17 +789,12 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         if not lines:  # nothing to compare yet
             missing.append(f"{name} ({claim.title})")
             continue
-        write_csv(path, rows)
+        save_csv(path, rows)
         incomplete = [cell for cell in jobs if len(values.get(cell, ())) < seeds]
+        verdict += ", so far" if incomplete else ""
         heading = f"{'Claim ' if name != 'labels' else ''}{name}. {claim.title}"
-        summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
-        sections += [
-            "",
-            f"## {heading}",
-            "",
-            f"**{verdict[0].upper()}{verdict[1:]}{', so far' if incomplete else ''}.** {claim.note}",
-            "",
-        ]
+        summary.append(f"| {name} | {claim.title} | {verdict} |")
+        sections += ["", f"## {heading}", "", f"**{verdict[0].upper()}{verdict[1:]}.** {claim.note}", ""]
         flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
         sections += [f"    python reproduce.py{flag} --claim {name}", ""]
         sections += [*markdown_of(claim, rows), "", *(f"* {line}" for line in lines)]
@@ -878,9 +805,6 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         if claim.quantity.startswith("top-1") and any(near.values()):
             listed = "; ".join(f"{cell} ({', '.join(found)})" for cell, found in near.items() if found)
             sections += [f"* Runs below one and a half times chance ({chance:.0f}%), which hardly learned: {listed}"]
-        precision, now = (re.findall(r"--amp \w+", text) for text in (rows[0]["command"], _command(claim.jobs(plan, 0).values())))
-        if precision and not now:
-            sections += [f"* Run with `{precision[0]}`, which the budget no longer has: that changes rounding only"]
         picture = results / f"claim_{name}.png"
         if name == "3":
             if rows is own:  # it shows what the table does not hold
@@ -892,7 +816,7 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         sections += ["", f"Commands, commit, hardware and versions of every number: [claim_{name}.csv](claim_{name}.csv)."]
 
     tuned = ", ".join(f"{name} `{recipe}`" for name, recipe in plan.chosen.items())
-    protocol = PROTOCOL.format(
+    protocol = PROTOCOL.read_text().format(
         recipes="; ".join(f"`{name}`: {shlex.join(_flags(flags))}" for name, flags in budget["recipes"].items()),
         holdout=HOLDOUT,
         tuned=f"Chosen: {tuned} ([tuning.csv](tuning.csv))." if tuned else f"Not done here: all take `{plan.recipe('')}`.",
@@ -902,13 +826,8 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         finetune_images=budget["finetune"].get("labels_per_class", budget["images"] // budget["classes"]) * budget["classes"],
         t=T[3],
     )
-    head = [
-        f"# The paper's claims at the {budget_name} budget",
-        "",
-        "Written by `reproduce.py`; do not edit.",
-        "",
-        f"Budget: {budget['about']}.",
-    ]
+    head = [f"# The paper's claims at the {budget_name} budget", "", "Written by `reproduce.py`; do not edit.", ""]
+    head += [f"Budget: {budget['about']}."]
     head += ["The paper's own numbers are of ConvNeXt-Base on ImageNet-1K, and stand beside ours for their direction.", ""]
     head += ["| | claim | verdict |", "|---|---|---|", *summary, ""]
     head += [f"Not run: {'; '.join(missing)}." if missing else "All claims were run.", "", "## Protocol", "", protocol.rstrip()]
@@ -926,15 +845,11 @@ def write_tuning(jobs: dict[tuple[str, str], Job], path: Path) -> None:
         record = job.record
         rows.append(
             {"arm": name, "recipe": recipe, "held_out_top1": top1(job), "chosen": int(recipe == best), "n": 1}
-            | {
-                "minutes": record["seconds"] / 60,
-                "command": job.command,
-                "commit": record["commit"],
-                "hardware": record["hardware"],
-            }
+            | {"minutes": record["seconds"] / 60, "command": job.command}
+            | {"commit": record["commit"], "hardware": record["hardware"]}
             | {"versions": ", ".join(f"{key} {value}" for key, value in record["versions"].items())}
         )
-    write_csv(path, rows)
+    save_csv(path, rows)
     print(f"wrote {path}: " + ", ".join(f"{row['arm']} {row['recipe']}" for row in rows if row["chosen"]))
 
 
@@ -954,9 +869,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n\n")[0])
     add = parser.adder()
     titles = "; ".join(f"{name}: {claim.title}" for name, claim in CLAIMS.items())
-    add(
-        "--budget", one_of("budget", BUDGETS), "laptop", "; ".join(f"{name}: {budget['about']}" for name, budget in BUDGETS.items())
-    )
+    budgets = "; ".join(f"{name}: {budget['about']}" for name, budget in BUDGETS.items())
+    add("--budget", one_of("budget", BUDGETS), "laptop", budgets)
     add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
     add("--seeds", count, None, "runs of every cell (default: the budget's)")
     add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
@@ -996,14 +910,11 @@ def draw_toy_data(root: Path, budget: dict) -> None:
     """The toy budget's pictures, as a folder."""
     images, labels = data.draw_images(100, seed=0, size=32)
     for label, name in enumerate(data.TEXTURES[: budget["classes"]]):
-        for split, first, last in (
-            ("train", 0, budget["images"]),
-            ("val", budget["images"], budget["images"] + budget["val_images"]),
-        ):
+        found, train = images[labels == label], budget["images"] // budget["classes"]
+        for split, pictures in (("train", found[:train]), ("val", found[train:][: budget["val_images"] // budget["classes"]])):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            count = budget["classes"]
-            for i, image in enumerate(images[labels == label][first // count : last // count]):
+            for i, image in enumerate(pictures):
                 Image.fromarray(image).save(folder / f"{i}.png")
 
 

@@ -12,23 +12,8 @@ from pathlib import Path
 import torch
 
 from plumbing.flags import Parser, merge, one_of
-from plumbing.layouts import (  # noqa: F401 for `import weights`
-    LAYOUTS,
-    STEM,
-    adapt_stem,
-    architecture,
-    build,
-    describe,
-    detect_layout,
-    from_native,
-    load_weights,
-    mlp_norm_of,
-    read_config,
-    read_content,
-    read_file,
-    to_native,
-    write_file,
-)
+from plumbing.layouts import *  # noqa: F403 for `import weights`
+from plumbing.layouts import build, describe, from_native, read_file, to_native, write_file
 from plumbing.script import UserError, run_script
 
 TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm": None, "hf": None}  # as each library saves

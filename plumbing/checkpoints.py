@@ -26,7 +26,7 @@ RUN_FLAGS = {
 
 
 def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str, processes: Processes) -> dict:
-    """Where to continue: the checkpoint of `--resume`, or with `--auto_resume` the newest sound one in `directory`, or the beginning.
+    """Where to continue: at the checkpoint of --resume, with --auto_resume the newest sound one in `directory`, or the beginning.
 
     The beginning has no "path". UserError if the checkpoint belongs to another stage or, without `--resume_anyway`, to a run with
     other settings; or if a new run would mix with an old one.

@@ -29,8 +29,10 @@ def keep_heap_mapped() -> None:
     """Keep freed memory instead of returning it to the system after every operation.
 
     With glibc's defaults each large temporary is mapped, zeroed page by page and unmapped again; `python bench.py heap` measures
-    what that costs a training step. Elsewhere than on glibc this does nothing.
+    what that costs a training step. Elsewhere than on glibc, or with HEAP=default in the environment, this does nothing.
     """
+    if os.environ.get("HEAP") == "default":
+        return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

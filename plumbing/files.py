@@ -1,11 +1,12 @@
 """Files that are whole or not there: the output directory and its lock, atomic writes, sealed checkpoints."""
 
+import csv
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -80,52 +81,33 @@ def save_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write_text(json.dumps(content, indent=2) + "\n"))
 
 
+def save_csv(path: Path, rows: list[dict]) -> None:
+    """Write dictionaries with the same keys as a table, floats to six digits, atomically."""
+
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+
+    write_atomically(path, write)
+
+
 def versions() -> dict[str, str]:
     """What a result depends on besides this code."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
 
-_SEAL = b"sha256:"  # and 64 hexadecimal digits: the comment that ends the zip archive which torch.save writes
-_SEAL_LENGTH = len(_SEAL) + 64
-
-
 def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save` of plain types, atomically, with the checksum of the file at its end, where torch.load passes over it."""
+    """`torch.save` of plain types, atomically."""
 
     def write(file):
         try:
             torch.save(content, file)
         except RuntimeError as error:  # so torch reports a full disk
             raise OSError(f"torch.save failed: {str(error).splitlines()[0]}") from error
-        with open(file, "r+b") as archive:
-            archive.seek(-2, os.SEEK_END)
-            archive.write(_SEAL_LENGTH.to_bytes(2, "little"))  # an archive's last field, the length of its comment
-            archive.seek(0)
-            archive.write(_seal(archive, os.path.getsize(file)))
 
     write_atomically(path, write)
-
-
-def _seal(file, length: int) -> bytes:
-    """The seal of the first `length` bytes of an open file, which is left there."""
-    checksum = hashlib.sha256()
-    while length:
-        block = file.read(min(length, 1 << 20))
-        checksum.update(block)
-        length -= len(block)
-    return _SEAL + checksum.hexdigest().encode()
-
-
-def _is_sealed(path: str | Path) -> bool:
-    """Whether a file ends with a checksum, and so is certainly whole; ValueError when it is not that of the file."""
-    with open(path, "rb") as file:
-        length = max(0, os.path.getsize(path) - _SEAL_LENGTH)
-        file.seek(length)
-        seal = file.read()
-        file.seek(0)
-        if seal.startswith(_SEAL) and seal != _seal(file, length):
-            raise ValueError("damaged")
-    return seal.startswith(_SEAL)
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
@@ -146,15 +128,21 @@ class DamagedFile(UserError):
 
 
 def load_file(path: str | Path) -> dict:
-    """Read a `torch.save` file of plain types; UserError for anything else. Code in the file is never run."""
-    sealed = False
+    """Read a `torch.save` file of plain types; UserError for what cannot be opened, DamagedFile for all else. No code is run."""
     try:
-        sealed = _is_sealed(path)
+        if zipfile.is_zipfile(
+            path
+        ):  # as torch.save writes since 2020: with a checksum for every part, which torch does not look at
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():
+                    raise ValueError(f"{part} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged and foreign files
         if isinstance(error, OSError) and error.filename:  # it could not be opened
             raise UserError(f"cannot read {path} ({error.strerror})") from None
-        raise (UserError if sealed else DamagedFile)(
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
+        raise DamagedFile(
             f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
         ) from None
     if not isinstance(content, dict):

@@ -156,6 +156,7 @@ def number(
 image_side, worker_count, class_count = number(int, 8, 4096), number(int, 0, 1024), number(int, 1, 1_000_000)
 count, seed_number = number(int, 1), number(int, 0, 2**63 - 1)
 positive, not_negative, below_one = number(float, 0, above=True), number(float, 0), number(float, 0, 1, below=True)
+crop_share, most_share = number(float, 0.1, 1), number(float, 0, 0.9, above=True)
 share, some_share, proper_share = number(float, 0, 1), number(float, 0, 1, above=True), number(float, 0, 1, above=True, below=True)
 
 
@@ -172,12 +173,7 @@ def add_data_flags(parser: Parser, data_sets: Iterable[str], data_path: str) -> 
     add("--input_size", image_side, 224, "pixels per side of the network's input")
     add("--num_workers", worker_count, None, "loading processes per training process (default: up to 8 for folders, else 0)")
     add("--pin_mem", bool, True, "pinned host memory, for faster transfer to a GPU")
-    add(
-        "--hold_data",
-        bool,
-        None,
-        "hold CIFAR or the embedded data on the device, crop and flip there (default: on GPUs, where it fits)",
-    )
+    add("--hold_data", bool, None, "hold CIFAR or embedded data on the device, crop and flip there (default: on GPUs, if it can)")
     return add
 
 

@@ -1,8 +1,8 @@
 """Weights in and out: the tensors of a ConvNeXt under this project's names, and under everybody else's; `weights.py` is its front.
 
-"Native" is this project's dense layout and also that of the authors' release. Other libraries compute the same logits from the same
-weights, because their LayerNorm and GRN have this project's eps of 1e-6, with one exception: the final norm of Hugging Face transformers
-takes `layer_norm_eps` of the configuration, 1e-12 by default; set it to 1e-6 there.
+"Native" is this project's dense layout and also that of the authors' release. Other libraries compute the same logits from the
+same weights, because their LayerNorm and GRN have this project's eps of 1e-6, with one exception: the final norm of Hugging Face
+transformers takes `layer_norm_eps` of the configuration, 1e-12 by default; set it to 1e-6 there.
 
 Shapes: C channels, o and i a convolution's output and input channels, K kernel taps.
 """
@@ -236,7 +236,7 @@ def build(native: State, load: bool = True) -> ConvNeXt:
 
 
 def flags_of(path: str | Path) -> dict:
-    """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, and the input_size that it was trained with."""
+    """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, and the input_size of its training."""
     native = to_native(read_file(path))
     shape = architecture(native)
     key = (shape["depths"], shape["dims"]), shape["version"]
@@ -344,7 +344,7 @@ def read_content(path: str | Path) -> dict:
 
 
 def read_config(path: str | Path) -> dict:
-    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say. UserError for a damaged one."""
+    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say."""
     config = {} if Path(path).suffix == ".safetensors" else read_content(path).get("config")
     return config if isinstance(config, dict) else {}
 
@@ -365,9 +365,7 @@ def read_file(path: str | Path, ema: bool = False) -> State:
     while inner := [content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict)]:
         content = inner[0]
     if not content or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
-        raise UserError(
-            f"{path} holds no state dict of tensors, alone or under 'model' or 'state_dict'; it holds {top or 'nothing'}"
-        )
+        raise UserError(f"{path} holds no state dict of tensors, alone or under 'model' or 'state_dict', but {top or 'nothing'}")
     return content
 
 

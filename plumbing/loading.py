@@ -1,7 +1,7 @@
 """Loaders whose order and draws are a pure function of the place in the run, and the files that could not be read.
 
-The order of an epoch depends on (seed, epoch), what is drawn for a sample on (seed, epoch, sample index). So any number of workers gives
-the same run, and a run can be continued from any update.
+The order of an epoch depends on (seed, epoch), what is drawn for a sample on (seed, epoch, sample index). So any number of workers
+gives the same run, and a run can be continued from any update.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -44,23 +44,15 @@ class EpochSampler:
             yield [(self.epoch, index) for index in order[start : start + self.batch_size].tolist()]
 
 
-class ShardSampler:
-    """Batches of (0, index) that give every item to exactly one rank, in order and without repetition: for evaluation."""
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int):
-        self.indices, self.batch_size = range(rank, length, world_size), batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int]]]:
+    """Batches of (0, index), in order and the last as small as need be: for evaluation, where every image counts once."""
+    return [[(0, index) for index in indices[start : start + batch_size]] for start in range(0, len(indices), batch_size)]
 
 
-def make_loader(
-    images: Dataset, sampler: EpochSampler | ShardSampler, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
-    """A loader of (images, targets, failed) batches, with workers that outlive the epoch; `images.collate` joins items, if there is one."""
+def make_loader(images: Dataset, batches: EpochSampler | list, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """A loader of (images, targets, failed), joined by `images.collate` if there is one, with workers that outlive the epoch."""
     return DataLoader(
-        images, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
+        images, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
         worker_init_fn=_leave_signals_to_the_parent, collate_fn=getattr(images, "collate", None),
     )  # fmt: skip
 

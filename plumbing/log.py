@@ -106,9 +106,7 @@ class RunLog:
             self._flush()
         if self.unwritten:
             missing, directory = ", ".join(sorted(self.unwritten)), self.path.parent
-            raise UserError(
-                f"could not write {missing} to {directory}; make room, and the same command continues from what is there"
-            )
+            raise UserError(f"could not write {missing} to {directory}; make room, and the same command continues from there")
         return duration(time.perf_counter() - self.start)
 
 

@@ -24,9 +24,7 @@ def peak_learning_rate(args: argparse.Namespace, images_per_update: int) -> floa
     """--lr, or --blr for this many images; UserError if --min_lr is above it."""
     peak = args.lr if args.lr is not None else args.blr * images_per_update / 256
     if args.min_lr > peak:
-        raise UserError(
-            f"--min_lr {args.min_lr:g} is more than the learning rate {peak:g}, which should fall to it; lower --min_lr"
-        )
+        raise UserError(f"--min_lr {args.min_lr:g} is more than the learning rate {peak:g}, which is to fall to it; lower --min_lr")
     return peak
 
 

@@ -57,16 +57,8 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     save_figure(figure, path)
 
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-    "#f0e442",
-)  # Okabe and Ito: colour-blind-safe
+# Okabe and Ito's, colour-blind-safe.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
 
 
 def plot_curves(path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str, from_zero: bool = False) -> None:

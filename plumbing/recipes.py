@@ -1,5 +1,7 @@
 """The paper's settings, as its tables print them (Tab. 9-13), and as flags of finetune.py."""
 
+import ast
+
 
 def by_size(table: str) -> dict[str, dict]:
     """A table whose first line names sizes and whose others begin with a flag's name -> the flags of each size."""
@@ -8,17 +10,10 @@ def by_size(table: str) -> dict[str, dict]:
 
 
 def _value(word: str) -> bool | int | float | str:
-    if word in ("true", "false"):
-        return word == "true"
-    for kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            continue
-    return word
+    return word if word in ("single", "group") else ast.literal_eval(word)
 
 
-# ImageNet-1K from FCMAE weights, Tab. 9-11. Where Tab. 11 prints a base learning rate of 6.25e-3, the released commands have 6.25e-4.
+# ImageNet-1K from FCMAE weights, Tab. 9-11. Where Tab. 11 prints a blr of 6.25e-3, the released commands have 6.25e-4.
 IN1K = """
                    atto    femto   pico    nano    tiny    base     large    huge
 blr                2e-4    2e-4    2e-4    2e-4    8e-4    6.25e-4  6.25e-4  1.25e-3
@@ -31,7 +26,7 @@ drop_path          0.1     0.0     0.0     0.1     0.2     0.1      0.2      0.3
 mixup              0.0     0.3     0.3     0.5     0.8     0.8      0.8      0.8
 cutmix             0.0     0.3     0.3     0.5     1.0     1.0      1.0      1.0
 smoothing          0.2     0.2     0.2     0.2     0.1     0.1      0.1      0.1
-model_ema          true    true    true    true    true    true     true     true
+model_ema          True    True    True    True    True    True     True     True
 images_per_update  1024    1024    1024    1024    1024    1024     1024     1024
 """
 
@@ -47,7 +42,7 @@ drop_path          0.0     0.0     0.1     0.1     0.3
 mixup              0.8     0.8     0.8     0.8     0.8
 cutmix             1.0     1.0     1.0     1.0     1.0
 smoothing          0.1     0.1     0.1     0.1     0.1
-model_ema          false   false   false   false   false
+model_ema          False   False   False   False   False
 images_per_update  4096    4096    4096    4096    4096
 """
 
@@ -63,7 +58,7 @@ drop_path          0.1     0.1     0.2     0.3     0.5
 mixup              0.0     0.0     0.0     0.0     0.0
 cutmix             0.0     0.0     0.0     0.0     0.0
 smoothing          0.1     0.1     0.1     0.1     0.1
-model_ema          true    true    true    true    false
+model_ema          True    True    True    True    False
 images_per_update  512     512     512     512     512
 """
 

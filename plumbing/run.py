@@ -50,12 +50,12 @@ class Run:
         run.close("what lies in the output directory")
 
     Args:
-        images: a data set of (image, target, failed) items, indexed by (epoch, index). Its `on_device(images, targets, device)` makes of
-            a loaded batch what the network takes; `items` names its files.
+        images: a data set of (image, target, failed) items, indexed by (epoch, index). Its `on_device(images, targets, device)`
+            makes of a loaded batch what the network takes; its `items` are named when they cannot be read.
         iterations: updates of the whole run, for one that is not counted in epochs. Its last epoch may end early.
 
-    Attributes that scripts read: device, images_per_update, updates (per epoch), total (updates of the run), peak_lr, config, resumed (the
-    state of the checkpoint that the run continues from), log.
+    Attributes that scripts read: device, images_per_update, updates (per epoch), total (updates of the run), peak_lr, config,
+    resumed (the state of the checkpoint that the run continues from), log.
     """
 
     def __init__(
@@ -112,12 +112,17 @@ class Run:
         self.first_epoch, self.first_update = state["epoch"], state["update"]
         lines, self.lines = self.lines, None
         if self.first_epoch > self.last_epoch:
-            self.say(
-                f"{self.output_dir} has already finished its {self.last_epoch + 1} epochs; choose another --output_dir for a new run"
-            )
+            finished = f"{self.output_dir} has already finished its {self.last_epoch + 1} epochs"
+            self.say(f"{finished}; choose another --output_dir for a new run")
             return None
-        for line in (*lines, *self._describe(state["path"])):
+        per_epoch = f"{self.updates} updates per epoch, {self.last_epoch + 1} epochs"
+        precision = "float32" if self.amp_dtype is None else args.amp or self.amp_dtype
+        for line in lines:
             self.say(line)
+        self.say(f"{self.images_per_update} images per update, {per_epoch}, lr {self.peak_lr:.2e}")
+        self.say(f"{processes.world_size} x {self.device.type}, {precision}, into {self.output_dir}")
+        if state["path"]:
+            self.say(f"continuing from {state['path']} at epoch {self.first_epoch}, update {self.first_update}")
         done = self.updates * self.first_epoch + self.first_update
         self.log = RunLog(self.output_dir, self.updates, self.total, done, state["log"], processes)
         self.meters = Meters(self.device, state["meters"], processes.rank)
@@ -129,14 +134,6 @@ class Run:
         if processes.world_size > 1:
             self.network = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         return self.network
-
-    def _describe(self, continued_from: str | None) -> Iterator[str]:
-        per_epoch = f"{self.updates} updates per epoch, {self.last_epoch + 1} epochs"
-        yield f"{self.images_per_update} images per update, {per_epoch}, lr {self.peak_lr:.2e}"
-        precision = "float32" if self.amp_dtype is None else self.args.amp or self.amp_dtype
-        yield f"{self.processes.world_size} x {self.device.type}, {precision}, into {self.output_dir}"
-        if continued_from:
-            yield f"continuing from {continued_from} at epoch {self.first_epoch}, update {self.first_update}"
 
     def epochs(self) -> range:
         """The epochs that are left."""
@@ -194,7 +191,7 @@ class Run:
         return (epoch + 1) % every == 0 or epoch == self.last_epoch
 
     def save_due(self, epoch: int) -> bool:
-        """Whether to save at the end of `epoch`. What the epoch leaves besides is to be written before `save`: a kill may follow it."""
+        """Whether to save at the end of `epoch`. Whatever else the epoch leaves is written before: a kill may follow `save`."""
         return self.checkpoints.due_at_end(epoch, epoch == self.last_epoch)
 
     def save(self, epoch: int, update: int = 0) -> None:
@@ -229,5 +226,6 @@ class Run:
 
     def close(self, outputs: str) -> None:
         """End the run."""
+        self.loader = None  # its workers end at once; the garbage collector would wait five seconds for them
         took = self.log.close()
         self.say(f"finished {self.last_epoch + 1} epochs after {took}; in {self.output_dir}:\n  {outputs}")

