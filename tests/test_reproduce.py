@@ -123,9 +123,9 @@ def test_the_table_with_more_runs_behind_it_is_kept_whole(toy, tmp_path):
     plan, path = Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), tmp_path / "claim_2.csv"
     own = reproduce.table_of(CLAIMS["2"], reproduce.gather(CLAIMS["2"], plan, 1))
     for runs, kept in ((3, [3, 3]), (1, [1, 1, 1, 1])):  # two cells of an earlier table, against four of one seed
-        reproduce.write_csv(path, [row | {"n": runs} for row in own[:2]])
+        reproduce.save_csv(path, [row | {"n": runs} for row in own[:2]])
         assert [row["n"] for row in reproduce.fuller_table(own, path, CLAIMS["2"], plan)] == kept
-    reproduce.write_csv(path, [row | {"n": 9, "command": row["command"].replace("--epochs 1", "--epochs 2")} for row in own])
+    reproduce.save_csv(path, [row | {"n": 9, "command": row["command"].replace("--epochs 1", "--epochs 2")} for row in own])
     assert reproduce.fuller_table(own, path, CLAIMS["2"], plan) is own
 
 
