@@ -148,9 +148,7 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
         yield name, batch, amp
 
 
-def table(
-    candidates: dict[str, Callable[[], None]], args: argparse.Namespace, device: torch.device, base: str, batch: int, **what
-) -> list[dict]:
+def table(candidates: dict[str, Callable[[], None]], args, device: torch.device, base: str, batch: int, **what) -> list[dict]:
     """A row for each candidate: `what` it is, time, throughput, time relative to the candidate `base`, and memory."""
     seconds = interleaved(candidates, args.repeats, device)
     rows = []

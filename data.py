@@ -361,7 +361,8 @@ def list_images(directory: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        found += [os.path.join(folder, name) for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        names = [name for name in files if not name.startswith("._")]  # what macOS leaves beside each file on other disks
+        found += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 
@@ -548,15 +549,25 @@ class EraseBytes(v2.RandomErasing):
         return params
 
 
-def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transform:
-    """Short side to size / crop_pct, then the central square; crop_pct 1 warps the whole image to the square instead.
+def mixing(args: argparse.Namespace, classes: int) -> v2.Transform:
+    """MixUp and CutMix: a batch (N, 3, S, S) with labels (N,) -> mixed images, and (N, classes) shares for targets, where mixed."""
+    kinds = [(v2.MixUp, args.mixup, 1 - args.mixup_switch_prob), (v2.CutMix, args.cutmix, args.mixup_switch_prob)]
+    kinds = [(kind(alpha=alpha, num_classes=classes), chance) for kind, alpha, chance in kinds if alpha > 0]
+    if not kinds:
+        return v2.Identity()
+    transforms, chances = zip(*kinds)
+    either = transforms[0] if len(kinds) == 1 else v2.RandomChoice(list(transforms), p=list(chances))
+    return v2.RandomApply([either], p=args.mixup_prob) if args.mixup_prob < 1 else either
 
-    By default 224 / 256 below 384 pixels and 1 from there on, as published.
+
+def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transform:
+    """Short side to size / crop_pct (by default 224 / 256), then the central square.
+
+    By default the whole image is warped to the square from 384 pixels on, and up to 32, as in training: both as the authors do.
     """
-    crop_pct = crop_pct or (224 / 256 if size < 384 else 1.0)
-    if crop_pct == 1:
+    if crop_pct is None and not 32 < size < 384:
         return v2.Compose([v2.Resize((size, size), interpolation=BICUBIC), v2.PILToTensor()])
-    return center_transform(size, round(size / crop_pct))
+    return center_transform(size, int(size / (crop_pct or 224 / 256)))
 
 
 def center_transform(size: int, short_side: int | None = None) -> v2.Transform:

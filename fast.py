@@ -218,7 +218,8 @@ class _GeluGRNLinear(torch.autograd.Function):
         grad_n = grad_scale * gamma
         grad_g = (grad_n - (grad_n * n).mean(dim=-1, keepdim=True)) / mean
         through_norm = torch.where(g > 0, grad_g / g, 0)  # d g / d x = x / g, and 0 where a channel is zero
-        grad_x = x.mul_(through_norm.to(x.dtype))
+        # Where a channel is nearly dead the factor is beyond float16's range, though the product is not.
+        grad_x = (x * through_norm).to(x.dtype) if x.dtype == torch.float16 else x.mul_(through_norm.to(x.dtype))
         grad_x = grad_x.baddbmm_(grad, weight * scale) if ctx.fold else grad_x.addcmul_(grad_y, scale)
         grad_h = torch.ops.aten.gelu_backward(grad_x, h, approximate=ctx.approximate)
         return grad_h, (grad_scale * n).sum(dim=(0, 1)), grad_bias @ weight, None, grad_weight, grad_bias, None

@@ -156,14 +156,14 @@ class FCMAE(nn.Module):
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """Of `imgs` (N, C, H, W), in that shape: the originals, the visible patches on grey, the prediction, both together."""
+    """Of `imgs` (N, C, H, W), in that shape: the originals, on grey the visible patches and the prediction of the others; both together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)
     return {
         "original": imgs,
         "visible": imgs.masked_fill(hidden, 0),
-        "prediction": prediction,
+        "prediction": prediction.masked_fill(~hidden, 0),
         "pasted": torch.where(hidden, prediction, imgs),
     }
 

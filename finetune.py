@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 
 import data
 from ablations.norms import MLP_NORMS, exchange_norm
@@ -35,7 +34,7 @@ from plumbing.script import UserError, one_line, run_script, value_errors_are_th
 # Defaults of a data set; a recipe's settings come before them, the command line before both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
 DEFAULTS = {
-    "folder": dict(model="convnextv2_base", aa=TIMM_AA, reprob=0.25),
+    "folder": dict(aa=TIMM_AA, reprob=0.25),
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
     "embedded": dict(input_size=48, stem_stride=1, batch_size=32, epochs=3, blr=8e-3, crop_pct=1.0, min_crop=0.35),
 }
@@ -66,9 +65,8 @@ def make_parser() -> flags.Parser:
     add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
     add("--head_init_scale", flags.positive, None, "factor on a new head's weights (default: 0.001 with --finetune, else 1)")
 
-    add = flags.add_data_flags(
-        parser, (*data.DATA_SETS, *SYNONYMS), "folder with train/ and val/, or where CIFAR lies; none: embedded data"
-    )
+    place = "folder with train/ and val/, or where CIFAR lies; none: embedded data"
+    add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place)
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
     add("--labels_per_class", flags.count, None, "train on this many images per class, chosen by --seed")
@@ -95,6 +93,7 @@ def make_parser() -> flags.Parser:
     add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
     add("--disable_eval", bool, False, "do not evaluate while training")
     flags.add_run_flags(parser, "runs/finetune")
+    parser.general["images_per_update"] = None  # no flag: the update that a recipe was made for
     return parser
 
 
@@ -106,12 +105,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data_set = data.choose_data_set(SYNONYMS.get(plain.data_set, plain.data_set), plain.data_path or plain.eval_data_path)
     check_task(plain, data_set, parser)
     only_use = plain.eval or plain.predict
-    if not (plain.finetune or plain.scratch or only_use) and data_set == "embedded" and Path(OURS).exists():
+    if only_use and not (plain.data_set or plain.data_path or plain.eval_data_path):
+        data_set, given.data_path = trained_on(plain.resume)
+        if plain.eval and data_set == "folder" and not given.data_path:
+            parser.error(f"{plain.resume} does not say what it was trained on; give --data_path DIR, images to evaluate it on")
+    if not (plain.finetune or plain.scratch or only_use) and Path(OURS).exists() and is_of(OURS, data_set, plain.data_path):
         given.finetune = OURS
 
     sources, file = {}, plain.resume if only_use else getattr(given, "finetune", None)
     if file:
         sources[file] = layouts.flags_of(file)
+        if only_use:  # images are prepared as in the training's own evaluation
+            sources[file] |= {name: value for name, value in layouts.read_config(file).items() if name == "crop_pct"}
         for name, value in vars(given).items() if only_use else ():
             found = sources[file].get(name, "a size of its own")
             if name in ("model", "stem_stride") and value != found:
@@ -128,6 +133,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data_set = data_set
     derive(args, parser)
     return args
+
+
+def trained_on(path: str) -> tuple[str, str | None]:
+    """The data set that a checkpoint was trained on, and where it lay: a folder of unknown place if the file does not say."""
+    config = layouts.read_config(path)
+    return (config["data_set"], config.get("data_path")) if config.get("data_set") in data.DATA_SETS else ("folder", None)
+
+
+def is_of(path: str, data_set: str, data_path: str | None) -> bool:
+    """Whether a checkpoint was trained on this data set."""
+    name, place = trained_on(path)
+    return name == data_set and os.path.realpath(place or "") == os.path.realpath(data_path or "")
 
 
 def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) -> None:
@@ -186,10 +203,10 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
     return train, val
 
 
-def make_classifier(args: argparse.Namespace, classes: int) -> tuple[ConvNeXt, list[str]]:
+def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvNeXt, list[str]]:
     """The network to train, with the weights of --finetune; and lines that say what was found there and what was left out."""
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
-    net = MODELS[args.model](num_classes=classes, stem_stride=args.stem_stride, **start)
+    net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
     report = ["random initial weights"]
     if args.mlp_norm:
         with value_errors_are_the_users():
@@ -198,6 +215,8 @@ def make_classifier(args: argparse.Namespace, classes: int) -> tuple[ConvNeXt, l
         found = layouts.read_file(args.finetune)
         native = layouts.to_native(found)
         exchange = args.mlp_norm not in (None, layouts.mlp_norm_of(native))
+        if layouts.read_content(args.finetune).get("classes", classes) != classes:  # a head for others is none
+            native = {name: value for name, value in native.items() if not name.startswith("head.")}
         report = [f"{args.finetune}: {layouts.describe(found)}", *layouts.load_weights(net, native, exchange)]
     if args.linear_probe:
         net.requires_grad_(False)
@@ -221,17 +240,6 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
     return networks, classes if isinstance(classes, list) and len(classes) == net.num_classes else None
 
 
-def make_mixing(args: argparse.Namespace, classes: int) -> v2.Transform:
-    """MixUp and CutMix: a batch (N, 3, S, S) with labels (N,) -> mixed images, and (N, classes) shares for targets, where mixed."""
-    kinds = [(v2.MixUp, args.mixup, 1 - args.mixup_switch_prob), (v2.CutMix, args.cutmix, args.mixup_switch_prob)]
-    kinds = [(kind(alpha=alpha, num_classes=classes), chance) for kind, alpha, chance in kinds if alpha > 0]
-    if not kinds:
-        return v2.Identity()
-    transforms, chances = zip(*kinds)
-    either = transforms[0] if len(kinds) == 1 else v2.RandomChoice(list(transforms), p=list(chances))
-    return v2.RandomApply([either], p=args.mixup_prob) if args.mixup_prob < 1 else either
-
-
 # --- the three tasks --------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +247,7 @@ def make_mixing(args: argparse.Namespace, classes: int) -> v2.Transform:
 def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes: Processes) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and the cross-entropy, every image counted once, however many processes there are."""
     rank, world_size = (processes.rank, processes.world_size) if args.dist_eval else (0, 1)
-    unreadable, device = Unreadable(images), processes.device
+    unreadable, device = Unreadable(images, "it is left out"), processes.device
     loader = make_loader(images, divided(range(rank, len(images), world_size), args.batch_size), count_workers(args, processes))
     amp_dtype, was_training = autocast_dtype(args.amp, device), net.training
     net.eval()
@@ -263,6 +271,8 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
     networks, classes = load_classifier(args.resume, processes.device)
     _, val = load_labelled(args)
+    val.statistics = data.STATISTICS[trained_on(args.resume)[0]]
+    where = f"{args.eval_data_path or args.data_path or args.data_set}, {describe_input(args)}"
     if classes:
         check_classes(classes, val.classes)
     for name, net in networks.items():
@@ -271,7 +281,18 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
         score = evaluate(net, val, args, processes)
         if processes.is_main:
             accuracy = f"top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%"
-            print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {score['images']:,} images")
+            print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {score['images']:,} images of {where}")
+
+
+def describe_input(args: argparse.Namespace) -> str:
+    """How images are prepared for the checkpoint of --resume."""
+    whole = args.crop_pct is None and not 32 < args.input_size < 384
+    shape = (
+        "whole, warped to the square"
+        if whole
+        else f"the centre of a short side of {int(args.input_size / (args.crop_pct or 0.875))}"
+    )
+    return f"at {args.input_size} px ({shape}), normalised as {trained_on(args.resume)[0]}"
 
 
 def predict(args: argparse.Namespace, processes: Processes) -> None:
@@ -286,10 +307,11 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
         paths += data.list_images(path) if os.path.isdir(path) else [path]
     if not paths:
         raise UserError(f"no images under {', '.join(args.predict)}; give others with --predict")
-    statistics = data.STATISTICS.get(layouts.read_config(args.resume).get("data_set"), data.STATISTICS["folder"])
+    statistics = data.STATISTICS[trained_on(args.resume)[0]]
     images = Images(paths, None, None, data.evaluation_transform(args.input_size, args.crop_pct), statistics)
     data.check_readable(images, " and ".join(args.predict))
-    unreadable = Unreadable(images)
+    print(f"{len(paths):,} images {describe_input(args)}")
+    unreadable = Unreadable(images, "it is left out")
     for index, path in enumerate(paths):
         pixels, _, failed = images[0, index]
         if failed >= 0:
@@ -326,15 +348,19 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     args.nb_classes = args.nb_classes or len(images.classes)
 
     torch.manual_seed(args.seed)
-    net, report = make_classifier(args, args.nb_classes)
+    net, report = make_classifier(args, list(images.classes))
     to_device(net, run.device)
     ema = averaged(net, args.model_ema_decay) if args.model_ema else None
     optimizer = make_optimizer(args, layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type), run.peak_lr)
-    mix = make_mixing(args, args.nb_classes)
+    mix = data.mixing(args, args.nb_classes)
 
     parameters, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad or every) for every in (True, False))
-    for line in (*flags.describe_origins(args), *describe_recipe(args, run), *report):
+    for line in (*flags.describe_origins(args), *report):
         run.say(line)
+    if Path(OURS).exists() and not (args.finetune or args.scratch):
+        run.say(f"{OURS} was pre-trained on other data ({trained_on(OURS)[1] or trained_on(OURS)[0]}); --finetune {OURS} takes it")
+    if args.images_per_update not in (None, run.images_per_update):
+        run.say(f"the recipe is for {args.images_per_update} images per update; the learning rate follows {run.images_per_update}")
     run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")
     run.say(f"{args.data_set}: {len(images):,} images of {len(images.classes)} classes at {args.input_size} px")
     network = run.start(
@@ -353,7 +379,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
                 run.update()
 
         if val and run.is_due(epoch, args.eval_freq):
-            candidates = run.networks() if args.model_ema_eval else {"model": net}
+            candidates = {"model": net} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
             scores = {name: evaluate(each, val, args, processes) for name, each in candidates.items()}
             winner = max(scores, key=lambda name: scores[name]["top1"])
             improved, best = scores[winner]["top1"] > best, max(best, scores[winner]["top1"])
@@ -365,14 +391,6 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
             run.save(epoch + 1)
     outputs = f"checkpoint-best.pth (top-1 {best:.2f}%), accuracy.png" if val else "checkpoints"
     run.close(f"{outputs}, log.jsonl, config.json")
-
-
-def describe_recipe(args: argparse.Namespace, run: Run) -> list[str]:
-    """A line if the recipe was made for another batch."""
-    made_for = RECIPES[args.recipe][args.model.split("_")[1]]["images_per_update"] if args.recipe else run.images_per_update
-    if made_for == run.images_per_update:
-        return []
-    return [f"the recipe has {made_for} images per update; the learning rate follows the {run.images_per_update} here"]
 
 
 def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> None:

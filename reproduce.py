@@ -30,9 +30,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-import data
 from plumbing.files import find_checkpoints, prepare_output_dir, save_csv, save_json, versions, write_atomically
 from plumbing.flags import Parser, count, merge, one_of
 from plumbing.log import duration, read_log
@@ -73,17 +71,6 @@ BUDGETS = {
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         decoder_depths=(1, 2, 4), decoder_widths=(128, 256, 512),
         speed=dict(pretrain=10_000, finetune=10_000, analyze=10_000),
-    ),
-    "toy": dict(
-        about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
-        seeds=1, size="atto", images=10, val_images=4, classes=2, measure_images=4,
-        common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
-        pretrain=dict(epochs=1, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
-        finetune=dict(epochs=1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
-        recipes={"plain": dict(blr=0.1), "slow": dict(blr=0.05), "mixed": dict(blr=0.1, mixup=0.8)},
-        labels={2: 2},
-        mask_ratios=(0.3, 0.6), decoder_depths=(1, 2), decoder_widths=(16, 32),
-        speed=dict(pretrain=40, finetune=40, analyze=40),
     ),
 }  # fmt: skip
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
@@ -894,8 +881,6 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         show(jobs, budget["speed"], args.jobs)
         return
-    if args.budget == "toy":
-        draw_toy_data(root / budget["common"]["data_path"], budget)
     try:
         run_all(jobs, args.jobs)
     finally:
@@ -904,18 +889,6 @@ def main(args: argparse.Namespace) -> None:
     if args.tune:
         prepare_output_dir(str(results))
         write_tuning(tuning, results / "tuning.csv")
-
-
-def draw_toy_data(root: Path, budget: dict) -> None:
-    """The toy budget's pictures, as a folder."""
-    images, labels = data.draw_images(100, seed=0, size=32)
-    for label, name in enumerate(data.TEXTURES[: budget["classes"]]):
-        found, train = images[labels == label], budget["images"] // budget["classes"]
-        for split, pictures in (("train", found[:train]), ("val", found[train:][: budget["val_images"] // budget["classes"]])):
-            folder = root / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(pictures):
-                Image.fromarray(image).save(folder / f"{i}.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from plumbing.signals import StopRequest
 # and how its updates are divided among processes and forward passes.
 RUN_FLAGS = {
     "output_dir", "device", "amp", "use_amp", "compile", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq",
-    "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "backend", "dist_eval", "eval_freq",
+    "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "dist_eval", "eval_freq",
     "save_every_steps", "save_every_minutes", "resume_anyway", "deterministic", "timeout_minutes", "checkpoint_activations",
     "update_freq", "processes", "images_per_forward", "images_per_epoch",
 }  # fmt: skip
@@ -36,19 +36,15 @@ def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str
         return {"path": None, "epoch": args.start_epoch, "update": 0, "log": "", "meters": [], "unreadable": []}
     state = load_file(path)
     if state.get("stage") != stage or not {"meters", "config"} <= state.keys():
-        raise UserError(
-            f"{path} is not a checkpoint-<epoch>.pth of {stage}, which alone can be continued; its weights load by --finetune"
-        )
+        raise UserError(f"{path} is not a checkpoint-<epoch>.pth of {stage}, which could be continued; weights load by --finetune")
     saved = state["config"]
-    differing = [
-        name for name in sorted(config.keys() | saved.keys()) if name not in RUN_FLAGS and saved.get(name) != config.get(name)
-    ]
+    free = RUN_FLAGS | ({"backend"} if "leaky" not in (saved.get("backend"), config.get("backend")) else set())  # one function
+    differing = [name for name in sorted(config.keys() | saved.keys()) if name not in free and saved.get(name) != config.get(name)]
     if differing:
         fields = ", ".join(f"{'--' * hasattr(args, name)}{name} {saved.get(name)} (now {config.get(name)})" for name in differing)
         if not args.resume_anyway:
-            raise UserError(
-                f"{path} was written with {fields}; repeat those flags, choose another --output_dir, or mean it: --resume_anyway"
-            )
+            fix = "repeat those flags, choose another --output_dir, or mean it: --resume_anyway"
+            raise UserError(f"{path} was written with {fields}; {fix}")
         state["update"] = state["update"] * config["updates_per_epoch"] // saved["updates_per_epoch"]
         if processes.is_main:
             print(f"{path} was written with {fields}; continuing all the same")
@@ -83,7 +79,7 @@ def _newest_sound(directory: Path, args: argparse.Namespace) -> Path | None:
     return None
 
 
-def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Take over a checkpoint's weights and moments, but not its optimiser's settings; UserError where shapes do not fit."""
     settings = [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in optimizer.param_groups]
     try:
@@ -95,7 +91,6 @@ def restore(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, sca
         raise UserError(f"{state['path']} does not fit these settings: {error}; its weights alone load by --finetune") from None
     for group, values in zip(optimizer.param_groups, settings):
         group.update(values)
-    scaler.load_state_dict(state["scaler"])
 
 
 class Checkpoints:

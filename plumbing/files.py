@@ -142,9 +142,8 @@ def load_file(path: str | Path) -> dict:
             raise UserError(f"cannot read {path} ({error.strerror})") from None
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
-        raise DamagedFile(
-            f"{path} is not a readable checkpoint: damaged, not written by torch.save, or holding code, which is never run"
-        ) from None
+        why = "damaged, not written by torch.save, or holding code, which is never run"
+        raise DamagedFile(f"{path} is not a readable checkpoint: {why}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -59,6 +59,16 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word.rstrip('=') or before} has an empty value; was a shell variable not set?")
         return super().parse_known_args(words, namespace)
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's; a mistyped flag is met with the nearest that there is."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0].replace("-", "_")
+            near = difflib.get_close_matches(name, [option.replace("-", "_") for option in self._option_string_actions], 1)
+            hint = f"; did you mean --{near[0].strip('_')}?" if near else ""
+            self.error(f"unrecognized argument {unknown[0]}{hint}")
+        return found
+
 
 def _shown(value) -> str:
     return (
@@ -129,9 +139,7 @@ def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
     return check
 
 
-def number(
-    kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False
-) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float | None = None, *, above: bool = False, below: bool = False) -> Callable:
     """An argparse type for an int or float in [low, high]; without `low` itself when `above`, without `high` when `below`.
 
     No `high` is 10**9 for an int, and any finite number for a float.

@@ -77,10 +77,10 @@ def _leave_signals_to_the_parent(_):
 
 
 class Unreadable:
-    """The files that could not be read: one warning each, and an end when they exceed 1% of the data set."""
+    """The files that could not be read: one warning each, and an end when they exceed ten and 1% of the data set."""
 
-    def __init__(self, images: Dataset):
-        self.images, self.indices = images, set()
+    def __init__(self, images: Dataset, instead: str = "the next image takes its place"):
+        self.images, self.indices, self.instead = images, set(), instead
 
     def note(self, failed: torch.Tensor) -> None:
         """Take a batch's `failed` column: (B,), the index of a file that could not be read, or -1."""
@@ -88,13 +88,11 @@ class Unreadable:
             if index not in self.indices:
                 self.indices.add(index)
                 name = one_line(self.images.items[index])
-                tqdm.write(f"warning: cannot read {name}; the next image takes its place", file=sys.stderr)
+                tqdm.write(f"warning: cannot read {name}; {self.instead}", file=sys.stderr)
 
     def check(self, processes: Processes) -> None:
         """Share what every process found; UserError, in all of them, past the limit."""
         self.indices = processes.union(self.indices)
-        if len(self.indices) > 0.01 * len(self.images):
-            raise UserError(
-                f"{len(self.indices)} of {len(self.images)} images cannot be read, more than 1%; "
-                f"remove or replace them, {self.images.items[min(self.indices)]} for one"
-            )
+        if len(self.indices) > max(10, 0.01 * len(self.images)):
+            some = f"{len(self.indices)} of {len(self.images)} images cannot be read, more than ten and 1%"
+            raise UserError(f"{some}; remove or replace them, {self.images.items[min(self.indices)]} for one")

@@ -84,7 +84,8 @@ def layer_groups(net: nn.Module, weight_decay: float, layer_decay: float, kind: 
 def make_optimizer(args: argparse.Namespace, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """The optimiser of --opt."""
     if args.opt == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=args.momentum, nesterov=args.momentum > 0, fused=True)
+        # Not fused: torch's fused SGD leaves its momentum uninitialised if the first update is skipped.
+        return torch.optim.SGD(groups, lr=lr, momentum=args.momentum, nesterov=args.momentum > 0, foreach=True)
     kind = torch.optim.AdamW if args.opt == "adamw" else torch.optim.Adam
     return kind(groups, lr=lr, betas=tuple(args.opt_betas), eps=args.opt_eps, fused=True)
 

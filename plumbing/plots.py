@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 from plumbing.files import write_atomically
@@ -34,22 +33,17 @@ def save_figure(figure, path: Path) -> None:
 def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:
     """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
-    `rows` names the images, one to a row. Without names two stand side by side, to keep the figure from growing tall.
+    `rows` names the images, one to a row. Without names two stand side by side, so that the figure grows less tall.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
-    gap = max(2, width // 24)
-    halves = [images] if rows else [half for half in (images[0::2], images[1::2]) if len(half)]
-    mosaics, ticks, left = [], [], 0
-    for half in halves:
-        mosaic = make_grid(half.flatten(0, 1), nrow=len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
-        mosaic = F.pad(mosaic, (0, 2 * gap, 0, (len(halves[0]) - len(half)) * (height + gap)), value=1.0)
-        ticks += [left + gap + width / 2 + k * (width + gap) for k in range(len(columns))]
-        left += mosaic.shape[2]
-        mosaics.append(mosaic)
-    figure, axes = new_figure(1, 1, 1.7 * len(ticks) + 1.4 * bool(rows), 1.7 * len(halves[0]) * height / width + 0.8)
-    axes[0, 0].imshow(torch.cat(mosaics, dim=2).permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes[0, 0].set_xticks(ticks, list(columns) * len(halves), fontsize=11)
+    gap, beside = max(2, width // 24), 1 if rows or len(images) == 1 else 2
+    mosaic = make_grid(images.flatten(0, 1), nrow=beside * len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
+    ticks = [gap + width / 2 + k * (width + gap) for k in range(beside * len(columns))]
+    lines = -(-len(images) // beside)
+    figure, axes = new_figure(1, 1, 1.7 * len(ticks) + 1.4 * bool(rows), 1.7 * lines * height / width + 0.8)
+    axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes[0, 0].set_xticks(ticks, list(columns) * beside, fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
     axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)

@@ -62,5 +62,5 @@ model_ema          True    True    True    True    False
 images_per_update  512     512     512     512     512
 """
 
-# name -> size -> flag -> value; images_per_update is no flag: the learning rate follows the images that an update has.
+# name -> size -> flag -> value
 RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}

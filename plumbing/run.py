@@ -105,7 +105,9 @@ class Run:
         self.stage, self.origin = stage, origin | {"config": self.config, "versions": versions()}
         self.resumed = state = load_run(self.output_dir, args, self.config, stage, processes)
         if state["path"]:
-            restore(state, net, optimizer, self.scaler)
+            restore(state, net, optimizer)
+            if self.amp_dtype == torch.float16 and state["scaler"]["scale"] != 1:  # which is that of the other types
+                self.scaler.load_state_dict(state["scaler"])
             if ema and "model_ema" in state:
                 ema.module.load_state_dict(state["model_ema"])
                 ema.n_averaged.fill_(state["ema_updates"])
@@ -201,10 +203,6 @@ class Run:
         if self.ema:
             state |= {"model_ema": self.ema.module.state_dict(), "ema_updates": int(self.ema.n_averaged)}
         self.checkpoints.save(epoch, update, state | self.origin | self.extra(), self.unreadable.indices)
-
-    def networks(self) -> dict[str, nn.Module]:
-        """What can be evaluated: "model", and "model_ema" where there is an average."""
-        return {"model": self.net} | ({"model_ema": self.ema.module} if self.ema else {})
 
     def write(self, name: str, write: Callable, *args) -> None:
         """In the main process, `write(path, *args)` for an output file of this name; a full disk costs a warning."""

@@ -44,9 +44,7 @@ def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[]
         exit_with(130, "interrupted; the same command continues from the last checkpoint")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            exit_with(
-                2, "out of memory; lower --batch_size (--update_freq keeps the update as it is), --input_size or the model's size"
-            )
+            exit_with(2, "out of memory; lower --batch_size (--update_freq can make up for it), --input_size or the model's size")
         if not distributed.is_initialized() or not _tells_of_a_lost_process(error):
             raise
         lines = f"process {distributed.get_rank()} lost contact with another one, which has ended or cannot be reached ({error})"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from stress import untimed
 
+import data
 import finetune
 from data import STATISTICS, Images, draw_images, evaluation_transform, few_labels, training_transform
 from model import MODELS, ConvNeXt
@@ -185,7 +186,7 @@ def test_the_moving_average_equals_a_loop():
 @pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1), (0, 1, 1), (0.8, 1, 1), (0.8, 1, 0.5)])
 def test_mixed_targets_sum_to_one_and_match_the_pixels(mixup, cutmix, prob):
     args = finetune.get_args(["--data_path", "x", "--mixup", str(mixup), "--cutmix", str(cutmix), "--mixup_prob", str(prob)])
-    mix = finetune.make_mixing(args, classes=4)
+    mix = data.mixing(args, classes=4)
     labels = torch.arange(4)
     imgs = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).contiguous()  # channel c is the share of image c
     mixed = 0
@@ -202,7 +203,7 @@ def test_mixed_targets_sum_to_one_and_match_the_pixels(mixup, cutmix, prob):
 
 def test_no_mixing_without_alphas():
     batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-    mixed = finetune.make_mixing(finetune.get_args(["--data_path", "x"]), 4)(*batch)
+    mixed = data.mixing(finetune.get_args(["--data_path", "x"]), 4)(*batch)
     assert all(torch.equal(a, b) for a, b in zip(mixed, batch))
 
 

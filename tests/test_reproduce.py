@@ -16,10 +16,33 @@ import data
 import finetune
 import pretrain
 import reproduce
-from data import Images
+from data import TEXTURES, Images, draw_images
 from plumbing.log import duration, read_log
 from plumbing.script import UserError
 from reproduce import BUDGETS, CLAIMS, Expectation, Job, Plan, contrast, judge, unique
+
+# Fourteen drawn pictures of two classes; the numbers mean nothing.
+BUDGETS["toy"] = dict(
+    about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
+    seeds=1, size="atto", images=10, val_images=4, classes=2, measure_images=4,
+    common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
+    pretrain=dict(epochs=1, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
+    finetune=dict(epochs=1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
+    recipes={"plain": dict(blr=0.1), "slow": dict(blr=0.05), "mixed": dict(blr=0.1, mixup=0.8)},
+    labels={2: 2},
+    mask_ratios=(0.3, 0.6), decoder_depths=(1, 2), decoder_widths=(16, 32),
+    speed=dict(pretrain=40, finetune=40, analyze=40),
+)  # fmt: skip
+
+
+def draw_toy_data(root: Path) -> None:
+    """The toy budget's pictures, five to train on and two to validate with of each class."""
+    images, labels = draw_images(100, seed=0, size=32)
+    for label, name in enumerate(TEXTURES[:2]):
+        for i, image in enumerate(images[labels == label][:7]):
+            path = root / ("train" if i < 5 else "val") / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
 
 
 def run(folder: Path, *words: str) -> None:
@@ -37,6 +60,7 @@ def table(path: Path) -> list[dict]:
 def toy(tmp_path_factory) -> Path:
     """Everything, once: the runs and the results."""
     folder = tmp_path_factory.mktemp("toy")
+    draw_toy_data(folder / "runs/toy/toy-data")
     run(folder)
     return folder
 
