@@ -23,9 +23,9 @@ def prepare_output_dir(path: str) -> Path:
     directory = Path(path)
     try:
         missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
         for folder in reversed(missing):
             call_at_end(folder.rmdir)  # which fails unless it is still empty
+        directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".write-test.{os.getpid()}.tmp"
         probe.write_text("")
         probe.unlink()
