@@ -229,5 +229,6 @@ class Run:
 
     def close(self, outputs: str) -> None:
         """End the run."""
+        self.loader = None  # its workers end at once; the garbage collector would wait five seconds for them
         took = self.log.close()
         self.say(f"finished {self.last_epoch + 1} epochs after {took}; in {self.output_dir}:\n  {outputs}")
