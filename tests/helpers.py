@@ -75,14 +75,14 @@ def words(**flags) -> list[str]:
     return line
 
 
-def small_args(script, data_path: Path, output_dir: Path, **flags):
-    """Settings of a run of seconds on the images of a folder."""
-    return script.get_args(words(data_path=data_path, output_dir=output_dir, **FLAGS[script] | flags))
+def small(script, data_path: Path, output_dir: Path, **flags) -> list[str]:
+    """The command line of a run of seconds on the images of a folder."""
+    return words(data_path=data_path, output_dir=output_dir, **FLAGS[script] | flags)
 
 
 def run(script, data_path: Path, output_dir: Path, **flags) -> dict:
     """Such a run, in this process; its last checkpoint."""
-    script.main(small_args(script, data_path, output_dir, **flags))
+    script.main(script.get_args(small(script, data_path, output_dir, **flags)))
     return load_file(find_checkpoints(output_dir)[-1])
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 import finetune
 from data import STATISTICS, Images, draw_images
-from model import ConvNeXt
+from model import MODELS, ConvNeXt
 from plumbing.files import find_checkpoints, load_file
 from plumbing.log import read_log
 from plumbing.processes import setup_processes
@@ -112,6 +113,12 @@ def test_two_processes_count_every_image_once_or_each_of_them_all(pictures, tmp_
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A network for seconds instead of minutes bears the name of the smallest one."""
+    monkeypatch.setitem(MODELS, "convnextv2_atto", partial(ConvNeXt, (1, 1, 1, 1), (16, 32, 48, 64), version=2))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return picture_folder(tmp_path_factory.mktemp("pictures"), train=8, val=3, size=20)
@@ -127,7 +134,7 @@ def folder(tmp_path_factory) -> Path:
         ([(60, 60), (60, 60)], (1, "model")),
     ],
 )
-def test_the_best_checkpoint_holds_the_weights_or_the_average_that_scored_best(folder, tmp_path, monkeypatch, scores, best):
+def test_the_best_checkpoint_holds_the_weights_or_the_average_that_scored_best(small, folder, tmp_path, monkeypatch, scores, best):
     tops = iter([top for pair in scores for top in pair])
     monkeypatch.setattr(finetune, "evaluate", lambda *_: dict(loss=1.0, top1=next(tops), top5=100.0, images=3))
     run(finetune, folder, tmp_path, model_ema=True)
@@ -143,10 +150,9 @@ def test_the_best_checkpoint_holds_the_weights_or_the_average_that_scored_best(f
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
-def test_fine_tuning_from_scratch_tells_held_out_pictures_apart(tmp_path):
-    """Three textures, 60 pictures to learn from and 60 others of each class to be told apart; chance is 33%."""
-    root = picture_folder(tmp_path / "pictures", ("stripes", "rings", "shading"), train=180, val=180)
-    flags = dict(input_size=32, stem_stride=2, batch_size=18, epochs=12, warmup_epochs=1, lr=2e-3, log_every=10, eval_freq=12)
-    run(finetune, root, tmp_path / "run", save_ckpt_freq=12, drop_path=0, **flags)
-    scores = [record["val_top1"] for record in read_log(tmp_path / "run") if "val_top1" in record]
-    assert scores[-1] > 60, scores
+def test_fine_tuning_from_scratch_tells_held_out_pictures_apart(small, tmp_path):
+    """Three textures, 120 pictures of each to learn from and 60 others to be told apart: 77% when this was written, 33% is chance."""
+    root = picture_folder(tmp_path / "pictures", ("stripes", "shading", "dots"), train=360, val=180)
+    flags = dict(input_size=32, stem_stride=2, batch_size=24, epochs=24, warmup_epochs=1, lr=4e-3, log_every=15)
+    run(finetune, root, tmp_path / "run", eval_freq=24, save_ckpt_freq=24, **flags)
+    assert read_log(tmp_path / "run")[-1]["val_top1"] > 60

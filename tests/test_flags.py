@@ -117,7 +117,9 @@ def train(tmp_path_factory):
     found = {}
 
     def close(run, outputs):
-        found["weights"] = {f"{name}.{key}": value for name, net in run.networks().items() for key, value in net.state_dict().items()}
+        found["weights"] = {
+            f"{name}.{key}": value for name, net in run.networks().items() for key, value in net.state_dict().items()
+        }
         closed(run, outputs)
 
     @cache
