@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # of `pytest -n`: workers share the cores, and so do the processes that they start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+# Before torch is imported, and for the processes that tests start too. Networks this small gain nothing from a second thread,
+# and lose much where the cores are busy with something else, as with `pytest -n`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import stress
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import stress
 import torch
+from helpers import picture_folder
 
 import data
 import finetune
@@ -104,7 +105,7 @@ def measure_agreement() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    stress.make_pictures(ROOT / "pictures")
+    picture_folder(ROOT / "pictures", train=12, val=6)
     found = {}
     whole = run("whole", 1)
     assert whole[0] == [0], whole

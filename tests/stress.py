@@ -23,14 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
+from helpers import picture_folder
 
 import finetune
 import pretrain
-from data import draw_images
 from plumbing.files import load_file
 from plumbing.flags import BoolFlag, Parser, number
 from plumbing.script import run_script
@@ -44,16 +43,6 @@ STAGES = {
     "pretrain": (pretrain, COMMON + "--decoder_embed_dim 16"),
     "finetune": (finetune, COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25"),
 }
-
-
-def make_pictures(folder: Path) -> None:
-    """Three classes: 12 images to train with and 6 to validate."""
-    images, labels = draw_images(100, seed=0, size=32)
-    for label in range(3):
-        for i, image in enumerate(images[labels == label][:6]):
-            path = folder / ("train" if i < 4 else "val") / str(label) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
@@ -171,7 +160,7 @@ def difference(a, b, place: str = "") -> str | None:
 def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
     rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
-    make_pictures(root / "pictures")
+    picture_folder(root / "pictures", train=12, val=6)
     (root / "whole").mkdir()
     wait(start(stage, root / "pictures", root / "whole", processes))
     whole = contents(root / "whole")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from test_model import TINY, randomised
+from helpers import TINY, picture_folder, randomised, run, words
 from test_sparse import check_against_masked, images_for, network, some_mask
 from torchvision.ops import SqueezeExcitation
 
@@ -14,7 +13,6 @@ import pretrain
 import weights
 from ablations.decoders import DECODERS, Positions
 from ablations.norms import MLP_NORMS, exchange_norm
-from data import draw_images
 from fcmae import FCMAE
 from model import SIZES, ConvNeXt
 from plumbing.script import UserError
@@ -249,36 +247,25 @@ def test_the_transformers_positions_tell_every_patch_from_every_other():
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Two classes, four training and two validation images each."""
-    root = tmp_path_factory.mktemp("shapes")
-    images, labels = draw_images(50, seed=0, size=32)
-    for label, name in enumerate(("disc", "ring")):
-        for i, image in enumerate(images[labels == label][:5]):
-            path = root / ("train" if i < 4 else "val") / name / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    return root
+    """Two classes, four training images and one validation image each."""
+    return picture_folder(tmp_path_factory.mktemp("shapes"), ("stripes", "rings"), train=8, val=2)
 
 
-def words(root, output_dir, **more) -> list[str]:
-    flags = dict(data_path=root, output_dir=output_dir, input_size=16, stem_stride=1, batch_size=4, epochs=1, num_workers=0) | more
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+def train(script, shapes, output_dir, **more) -> None:
+    run(script, shapes, output_dir, **dict(input_size=16, epochs=1) | more)
 
 
 def test_grn_is_dropped_or_added_at_fine_tuning_when_asked_and_kept_otherwise(shapes, tmp_path, capsys):
-    small = dict(model="convnextv2_atto", decoder_embed_dim=16, mask_ratio=0.5)
     for name in ("grn", "none"):
-        pretrain.main(pretrain.get_args(words(shapes, tmp_path / name, mlp_norm=name, **small)))
+        train(pretrain, shapes, tmp_path / name, mlp_norm=name)
     for before, asked, after in (("grn", None, "grn"), ("none", None, "none"), ("grn", "none", "none"), ("none", "grn", "grn")):
         output = tmp_path / f"{before}-{asked}"
-        more = dict(finetune=tmp_path / before / "encoder.pth", aa="none") | (dict(mlp_norm=asked) if asked else {})
         capsys.readouterr()
-        args = finetune.get_args(words(shapes, output, **more))
-        finetune.main(args)
+        train(finetune, shapes, output, finetune=tmp_path / before / "encoder.pth", mlp_norm=asked)
         assert (f"{before} exchanged for {after}" in capsys.readouterr().out) == (before != after)
         state = weights.to_native(weights.read_file(output / "checkpoint-1.pth"))
         assert weights.mlp_norm_of(state) == after
-        finetune.main(finetune.get_args(words(shapes, output, eval="true", resume=output / "checkpoint-1.pth")))
+        finetune.main(finetune.get_args(words(data_path=shapes, eval=True, resume=output / "checkpoint-1.pth")))
         assert "top-1" in capsys.readouterr().out
 
 
@@ -286,8 +273,7 @@ def test_grn_is_dropped_or_added_at_fine_tuning_when_asked_and_kept_otherwise(sh
     "flags", [dict(decoder="unet_skip", mlp_norm="bn"), dict(decoder="transformer", mlp_norm="cbam", decoder_depth=2)]
 )
 def test_a_variants_checkpoint_is_reconstructed_and_measured_by_analyze(shapes, tmp_path, flags):
-    small = dict(model="convnextv2_atto", decoder_embed_dim=32, mask_ratio=0.5)
-    pretrain.main(pretrain.get_args(words(shapes, tmp_path, **small, **flags)))
+    train(pretrain, shapes, tmp_path, **dict(decoder_embed_dim=32, mask_ratio=0.5) | flags)
     for command in ("reconstruct", "collapse"):
         options = ["--checkpoint", str(tmp_path / "checkpoint-1.pth"), "--output_dir", str(tmp_path), "--num_images", "2"]
         analyze.main(analyze.get_args([command, *options]))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TINY, randomised
 from PIL import Image
-from test_model import TINY, randomised
 
 import analyze
 import data
@@ -188,7 +188,7 @@ def runs(tmp_path_factory) -> Path:
         write_log(directory, flags, [{"epoch": 0.5 * k, "loss": 1 / k, "lr": 0.1} for k in range(1, 5)])
     (root / "tuned").mkdir()
     torch.save({"model": tiny(num_classes=2).state_dict(), "config": config}, root / "tuned/checkpoint-best.pth")
-    write_log(root / "tuned", config, [{"epoch": k, "train_loss": 2 / k, "val_top1": 10 * k} for k in range(1, 4)])
+    write_log(root / "tuned", config, [{"epoch": k, "loss": 2 / k, "val_top1": 10 * k} for k in range(1, 4)])
     return root
 
 
@@ -271,7 +271,7 @@ def test_curves_aligns_runs_of_both_stages_and_leaves_out_other_folders(runs, tm
     paths = sorted(runs.iterdir())
     rows = run("curves", tmp_path, *paths)
     assert {(Path(row["run"]).name, row["quantity"]) for row in rows} == {
-        ("v1", "loss"), ("v2", "loss"), ("tuned", "train_loss"), ("tuned", "val_top1"),
+        ("v1", "loss"), ("v2", "loss"), ("tuned", "loss"), ("tuned", "val_top1"),
     }  # fmt: skip
     seen = run("curves", tmp_path, *paths, "--x", "images")
     assert [float(row["images"]) for row in seen] == [24 * float(row["epoch"]) for row in rows]

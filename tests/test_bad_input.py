@@ -11,11 +11,10 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers import TINY, Code, save_noise
 from PIL import Image
-from test_model import TINY
 
 import analyze
 import bench
@@ -231,20 +230,6 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-class Code:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, ("the code ran",)
-
-
-def save(path: Path, *sizes: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for k, size in enumerate(sizes):
-        Image.fromarray(rng.integers(256, size=(size, size, 3), dtype=np.uint8)).save(path / f"{k}.png" if path.is_dir() else path)
-
-
 def bomb(path: Path):
     """A PNG of a few bytes that declares 30000 x 30000 pixels."""
     Image.new("1", (1, 1)).save(path)
@@ -264,10 +249,10 @@ def things(tmp_path_factory) -> Path:
         "emptyclass/train/a", "emptyclass/val/a", "emptyclass/val/b", "oneclass/train/a", "oneclass/val/a",
         "three/val/a", "three/val/b", "three/val/c",
     ):  # fmt: skip
-        (root / folder).mkdir(parents=True)
-        save(root / folder, 16, 20, 16)
-    save(root / "picture.png", 16)
-    save(root / "stray/train/loose.png", 16)
+        for k, size in enumerate((16, 20, 16)):
+            save_noise(root / folder / f"{k}.png", (size, size))
+    save_noise(root / "picture.png", (16, 16))
+    save_noise(root / "stray/train/loose.png", (16, 16))
     for folder in (
         "empty",
         "loop",

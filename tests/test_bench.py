@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from test_data import save
+from helpers import save_noise
 
 import bench
 from fcmae import FCMAE, random_mask
@@ -41,7 +41,7 @@ def test_every_task_writes_its_table(task, rows, tmp_path, capsys, monkeypatch):
 
 def test_the_input_pipeline_is_measured_on_a_folder(tmp_path):
     for i in range(4):
-        save(tmp_path / f"images/{i}.jpg")
+        save_noise(tmp_path / f"images/{i}.jpg")
     bench.main(
         bench.get_args(
             [

@@ -5,20 +5,14 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from helpers import ALONE, save_noise
 from PIL import Image
 
 import data
-from data import STATISTICS, TEXTURES, center_transform, draw_images, load_images, pretrain_transform, training_transform
+from data import STATISTICS, TEXTURES, Images, center_transform, draw_images, load_images, pretrain_transform, training_transform
 from plumbing.loading import EpochSampler, Unreadable, make_loader
-from plumbing.processes import Processes
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
-
-
-def save(path, size=(40, 30), mode="RGB", **kwargs):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(values).convert(mode).save(path, **kwargs)
 
 
 def folder(path, transform=None, split="train"):
@@ -44,9 +38,25 @@ def test_embedded_splits_share_no_picture():
     assert len(seen) == 4000 and not any(image.tobytes() in seen for image in val.items)
 
 
-def test_a_shape_is_larger_than_its_clutter_and_differs_from_its_ground():
-    images, _ = draw_images(200, seed=0)
-    assert images.std(axis=(1, 2)).mean() > 20  # not a flat picture
+def test_a_shape_is_larger_than_its_clutter_and_differs_from_its_ground(monkeypatch):
+    """Of three shapes in a picture the first two are clutter. The same pictures are drawn with some of them left out."""
+    distance = data._distance
+
+    def draw(*shapes):
+        asked = iter(range(3 * len(data.SHAPES)))  # once for every kind of shape, three times over
+        monkeypatch.setattr(
+            data, "_distance", lambda *args: distance(*args) if next(asked) // 10 in shapes else np.ones_like(args[1])
+        )
+        return draw_images(50, seed=0)[0].astype(int)
+
+    ground = draw()
+    seen = [
+        abs(draw(shape) - ground).max(axis=3) for shape in range(3)
+    ]  # (n, H, W): how far a shape's pixels are from the ground's
+    small, other, main = ((difference > 8).mean(axis=(1, 2)) for difference in seen)  # (n,): the share of the picture
+    assert main.min() > 0.05 and main.max() < 0.3 and max(small.max(), other.max()) < 0.04 and min(small.min(), other.min()) > 0.005
+    assert (main > 2 * np.maximum(small, other)).all()
+    assert all(difference[difference > 8].mean() > 60 for difference in seen[2])  # of 255 levels
 
 
 # --- folders
@@ -76,7 +86,7 @@ def test_every_format_and_mode_becomes_rgb(tmp_path, name, mode, options):
     if mode == "I;16":
         Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / name)
     else:
-        save(tmp_path / name, mode=mode, **options)
+        save_noise(tmp_path / name, mode=mode, **options)
     image, label, failed = folder(tmp_path)[0, 0]
     assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and (label, failed) == (-1, -1)
     assert 40 < image.float().mean() < 215 and image.float().std() > 5
@@ -90,18 +100,18 @@ def test_sixteen_bit_images_keep_their_gradation(tmp_path):
 
 def test_nested_flat_and_class_folders(tmp_path):
     for name in ("b.jpg", "deep/er/a.png", "ünï cödé\n'x'.jpg", "note.txt"):
-        save(tmp_path / "flat" / name) if not name.endswith("txt") else (tmp_path / "flat" / name).write_text("")
+        save_noise(tmp_path / "flat" / name) if not name.endswith("txt") else (tmp_path / "flat" / name).write_text("")
     flat = folder(tmp_path / "flat")
     assert len(flat) == 3 and flat.labels is None
     for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/..data/z.jpg", "val/cat/w.jpg"):
-        save(tmp_path / "classes" / name)
+        save_noise(tmp_path / "classes" / name)
     train, val = folder(tmp_path / "classes"), folder(tmp_path / "classes", split="val")
     assert train.classes == ["..data", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
     assert [train[0, i][1] for i in range(3)] == [0, 1, 2]
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path):
-    save(tmp_path / "real/a.jpg")
+    save_noise(tmp_path / "real/a.jpg")
     (tmp_path / "images").mkdir()
     (tmp_path / "images/link").symlink_to(tmp_path / "real")
     (tmp_path / "real/loop").symlink_to(tmp_path / "images")
@@ -130,18 +140,18 @@ def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, 
 
 def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
     for i in range(200):
-        save(tmp_path / f"{i:03}.jpg")
+        save_noise(tmp_path / f"{i:03}.jpg")
     (tmp_path / "007.jpg").write_bytes((tmp_path / "007.jpg").read_bytes()[:300])
     images = folder(tmp_path)
     assert images[0, 7][2] == 7 and torch.equal(images[0, 7][0], images[0, 8][0]) and images[0, 8][2] == -1
-    unreadable, processes = Unreadable(images), Processes(0, 1, torch.device("cpu"))
+    unreadable = Unreadable(images)
     for _ in range(2):
         unreadable.note(torch.tensor([-1, 7]))
     assert capsys.readouterr().err.count("007.jpg") == 1
-    unreadable.check(processes)
+    unreadable.check(ALONE)
     unreadable.note(torch.tensor([3, 9]))
     with pytest.raises(UserError, match=r"3 of 200 images cannot be read, more than 1%"):
-        unreadable.check(processes)
+        unreadable.check(ALONE)
 
 
 # --- held on the device
@@ -166,7 +176,7 @@ def test_held_images_are_the_loaders_to_rounding(stage, size):
 
 
 def test_only_what_is_cropped_and_flipped_in_memory_is_held(tmp_path):
-    save(tmp_path / "a.png")
+    save_noise(tmp_path / "a.png")
     device = torch.device("cpu")
     statistics = STATISTICS["embedded"]
     assert not data.HeldImages.fit(folder(tmp_path, pretrain_transform(16)))
@@ -221,6 +231,14 @@ def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
 # --- randomness and loaders
 
 
+@pytest.mark.parametrize("transform", [pretrain_transform(16), training_transform(16, ()), training_transform(40, ())])
+def test_half_of_the_crops_are_mirrored(transform):
+    ramp = np.arange(48, dtype=np.uint8)[None, None, :, None].repeat(48, axis=1).repeat(3, axis=3)  # brighter to the right
+    images = Images(ramp, None, None, transform, None)
+    mirrored = sum(crop[..., :8].sum() > crop[..., -8:].sum() for crop, _, _ in (images[epoch, 0] for epoch in range(400)))
+    assert 150 < mirrored < 250  # 200 and five standard deviations of 10
+
+
 def test_a_crop_depends_on_seed_epoch_and_index_alone():
     images = load_images("embedded", None, "val", pretrain_transform(32), seed=5)
     first = images[2, 11][0]
@@ -235,7 +253,7 @@ def test_a_crop_depends_on_seed_epoch_and_index_alone():
 
 def test_any_number_of_workers_gives_the_same_batches(tmp_path):
     for i in range(12):
-        save(tmp_path / f"{i}.jpg")
+        save_noise(tmp_path / f"{i}.jpg")
     images = folder(tmp_path, pretrain_transform(16))
     runs = []
     for workers in (0, 2):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import TINY, randomised
+from helpers import TINY, randomised
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fcmae import FCMAE, random_mask, reconstruction_panels

@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import assert_equal, call_at, picture_folder, small
+from helpers import run as run_script
 from PIL import Image
 from stress import untimed
 
@@ -16,7 +18,7 @@ import data
 import finetune
 from data import STATISTICS, Images, draw_images, evaluation_transform, few_labels, training_transform
 from model import MODELS, ConvNeXt
-from plumbing.files import find_checkpoints, load_file, save_tensors
+from plumbing.files import load_file, save_tensors
 from plumbing.log import RunLog, read_log
 from plumbing.optim import averaged, layer_groups, layer_id
 from plumbing.script import UserError
@@ -27,16 +29,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     """Three classes: 12 training images and 7 validation images in class folders."""
-    root = tmp_path_factory.mktemp("shapes")
-    images, labels = draw_images(100, seed=0, size=32)
-    for label, name in enumerate(("stripes", "rings", "dots")):
-        for i, image in enumerate(images[labels == label][:7]):
-            split = "train" if i < 4 else "val"
-            if not (split == "val" and label and i == 6):
-                path = root / split / name / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
-    return root
+    return picture_folder(tmp_path_factory.mktemp("shapes"), train=12, val=7)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +42,7 @@ def encoder(tmp_path_factory) -> Path:
     return path
 
 
-def flags(folder, output_dir, **more) -> list[str]:
-    chosen = dict(data_path=folder, output_dir=output_dir, model="convnextv2_atto", input_size=16, stem_stride=1, batch_size=4, epochs=2,
-                  warmup_epochs=1, lr=1e-3, num_workers=0, log_every=1, device="cpu", aa="none", reprob=0) | more  # fmt: skip
-    return [word for name, value in chosen.items() for word in (f"--{name}", *(value if isinstance(value, list) else [str(value)]))]
-
-
-def run(*args, **more) -> dict:
-    args = finetune.get_args(flags(*args, **more))
-    finetune.main(args)
-    return load_file(find_checkpoints(Path(args.output_dir))[-1])
+run = partial(run_script, finetune)
 
 
 # --- recipes, layers, optimiser
@@ -207,14 +191,6 @@ def test_no_mixing_without_alphas():
     assert all(torch.equal(a, b) for a, b in zip(mixed, batch))
 
 
-def test_label_smoothing_is_the_formula():
-    logits, labels = torch.randn(5, 7), torch.randint(7, (5,))
-    soft = torch.full((5, 7), 0.1 / 7)
-    soft[torch.arange(5), labels] += 0.9
-    expected = -(soft * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(F.cross_entropy(logits, labels, label_smoothing=0.1), expected)
-
-
 # --- data
 
 
@@ -258,20 +234,13 @@ def test_evaluation_crops_below_384_and_warps_from_there_on():
 def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path, monkeypatch):
     more = dict(update_freq=2, mixup=0.8, cutmix=1.0, drop_path=0.3, model_ema="true", aa="rand-m9")
     whole = run(shapes, tmp_path / "whole", epochs=3, **more)
-    with monkeypatch.context() as patch:
-        calls, report = [], RunLog.report
-        patch.setattr(RunLog, "report", lambda *args: report(*args) if len(calls) < 4 and not calls.append(0) else stop())
-        with pytest.raises(KeyboardInterrupt):
-            run(shapes, tmp_path / "parts", epochs=3, **more)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        call_at(patch, RunLog, "report", 5)
+        run(shapes, tmp_path / "parts", epochs=3, **more)
     parts = run(shapes, tmp_path / "parts", epochs=3, **more)
     for name in ("model", "model_ema"):
-        for key, value in whole[name].items():
-            assert torch.equal(value, parts[name][key]), key
+        assert_equal(parts[name], whole[name])
     assert untimed(read_log(tmp_path / "parts")) == untimed(read_log(tmp_path / "whole"))
-
-
-def stop():
-    raise KeyboardInterrupt
 
 
 def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
@@ -343,20 +312,32 @@ def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):
 def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(shapes, tmp_path):
     """Of the 7 images to evaluate on one process gets 4 and the other 3."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
-    result = subprocess.run([*torchrun, *flags(shapes, tmp_path / "two", batch_size=2)], capture_output=True, text=True)
+    result = subprocess.run([*torchrun, *small(finetune, shapes, tmp_path / "two", batch_size=2)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], load_file(tmp_path / "two/checkpoint-2.pth")["model"]
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=2e-5)
+    assert_equal(two, one, rtol=1e-4, atol=2e-5)
     for a, b in zip(*(untimed(read_log(tmp_path / name)) for name in ("two", "one")), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_v1_sgd_and_half_precision_train(shapes, tmp_path):
-    run(shapes, tmp_path / "v1", model="convnext_atto", opt="sgd", clip_grad=1, epochs=1)
-    run(shapes, tmp_path / "bf16", use_amp="true", epochs=1, labels_per_class=2, opt="adam")
-    for name in ("v1", "bf16"):
-        assert read_log(tmp_path / name)[-1]["val_loss"] > 0
+def test_v1_trains_all_of_its_weights_by_sgd(shapes, tmp_path):
+    state = run(shapes, tmp_path, model="convnext_atto", opt="sgd", epochs=1)
+    moments = state["optimizer"]["state"].values()
+    assert len(moments) == len(state["model"]) and all(found["momentum_buffer"].any() for found in moments)
+
+
+@pytest.mark.parametrize("opt", ["adam", "adamw"])
+def test_half_precision_trains_as_float32_does(shapes, tmp_path, opt):
+    for amp in (True, False):
+        run(shapes, tmp_path / str(amp), use_amp=amp, epochs=1, opt=opt)
+    half, full = ([record["loss"] for record in read_log(tmp_path / name) if "loss" in record] for name in ("True", "False"))
+    assert half == pytest.approx(full, rel=0.03) and half != full
+
+
+def test_scratch_leaves_encoders_of_earlier_runs_alone(encoder, monkeypatch):
+    monkeypatch.setattr(finetune, "OURS", str(encoder))
+    assert finetune.get_args([]).finetune == str(encoder) and finetune.get_args(["--scratch"]).finetune is None
+    assert finetune.get_args(["--data_path", "x"]).finetune is None  # only the embedded data go on from the embedded data
 
 
 def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import TINY, randomised, relative_error
+from helpers import TINY, randomised
+from test_model import relative_error
 
 from model import ConvNeXt
 from sparse import (

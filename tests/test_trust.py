@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import stress
 import torch
+from helpers import ALONE, call_at, picture_folder, stop
+from helpers import words as command_line
 
 import data
 import pretrain
@@ -25,24 +27,21 @@ from plumbing.files import DamagedFile, find_checkpoints, load_file, save_tensor
 from plumbing.loading import EpochSampler
 from plumbing.log import Meters, RunLog, read_log
 from plumbing.optim import nan_gradient_unless_finite
-from plumbing.processes import Processes
 from plumbing.script import UserError, run_script
+from plumbing.signals import STOP_SIGNALS, StopRequest
 
 HERE = Path(__file__).parent
-ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    stress.make_pictures(folder)
-    return folder
+    return picture_folder(tmp_path_factory.mktemp("pictures"), train=12, val=6)
 
 
 def words(stage: str, pictures: Path, output_dir: Path, **more) -> list[str]:
     flags = [*stress.STAGES[stage][1].split(), "--data_path", str(pictures), "--batch_size", "4", "--save_ckpt_num", "9"]
     flags += ["--output_dir", str(output_dir / "run")]
-    return flags + [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    return flags + command_line(**more)
 
 
 def run(stage: str, pictures: Path, output_dir: Path, **more) -> dict:
@@ -67,17 +66,15 @@ def end_state(found: dict) -> dict:
     return {name: content for name, content in found.items() if not re.match(r"checkpoint-\d+-", name)}
 
 
-def call_at(monkeypatch, module, name: str, turn: int, act) -> None:
-    """Have the `turn`-th call of module.name be preceded by `act()`."""
-    original, calls = getattr(module, name), []
-
-    def patched(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == turn:
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, patched)
+@pytest.fixture
+def at_a_terminal():
+    """Signals as a process has them at a terminal. In the background of a shell's script SIGINT is ignored from the start."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +86,7 @@ def whole(pictures, tmp_path_factory) -> dict[str, dict]:
 # --- kills and signals
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_instants_equal_uninterrupted_ones():
     result = subprocess.run([sys.executable, HERE / "stress.py", "--kills", "2"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -106,7 +104,7 @@ def test_runs_killed_at_random_instants_equal_uninterrupted_ones():
     ],
 )
 def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_continues_exactly(
-    stage, number, turn, name, pictures, whole, tmp_path, monkeypatch, capsys
+    stage, number, turn, name, pictures, whole, tmp_path, monkeypatch, capsys, at_a_terminal
 ):
     module, more = stress.STAGES[stage][0], dict(save_every_steps=100, save_ckpt_freq=2)
     argv = words(stage, pictures, tmp_path, **more)
@@ -122,7 +120,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_continues_exactly(
     assert {"checkpoint-2.pth", "log.jsonl"} <= expected.keys() and stress.difference(expected, found) is None
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
+def test_a_second_signal_ends_the_process_at_once(tmp_path, at_a_terminal):
     args = pretrain.get_args(["--output_dir", str(tmp_path)])
     log = RunLog(tmp_path, 5, 10, 0, "", ALONE)
     child = os.fork()
@@ -136,6 +134,23 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
 
 
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(pictures, whole, tmp_path, monkeypatch, capsys, at_a_terminal):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    call_at(monkeypatch, data, "normalise", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    found = run("pretrain", pictures, tmp_path, save_every_steps=100)
+    assert stress.difference(found, whole["pretrain"]) is None and "SIGINT" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_signal_that_was_ignored_at_the_start_is_not_heeded_after_another_one_either(at_a_terminal):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request = StopRequest()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    assert request.number == signal.SIGUSR1
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signal.SIG_DFL, signal.SIG_IGN, signal.SIG_DFL]
+
+
 def test_checkpoints_every_few_minutes_and_none_without_save_ckpt(pictures, tmp_path):
     found = run("pretrain", pictures, tmp_path / "a", save_every_minutes=1e-9, epochs=1, save_every_steps=100)
     assert {f"checkpoint-{place}.pth" for place in ("0-1", "0-2", "0-3", "1")} <= found.keys()
@@ -143,7 +158,7 @@ def test_checkpoints_every_few_minutes_and_none_without_save_ckpt(pictures, tmp_
     assert not [name for name in found if name.startswith("checkpoint")] and "encoder.pth" in found
 
 
-def test_what_an_epoch_leaves_is_there_when_a_kill_follows_its_checkpoint(pictures, whole, tmp_path, monkeypatch):
+def test_what_an_epoch_leaves_is_there_when_a_kill_follows_its_checkpoint(pictures, whole, tmp_path, monkeypatch, at_a_terminal):
     for stage in stress.STAGES:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the last file written before this is a checkpoint
             call_at(patch, checkpoints, "prune_checkpoints", 1, lambda: signal.raise_signal(signal.SIGINT) or stop())
@@ -152,19 +167,15 @@ def test_what_an_epoch_leaves_is_there_when_a_kill_follows_its_checkpoint(pictur
         assert names >= {name for name in whole[stage] if not name.startswith("checkpoint-2")}
 
 
-def stop():
-    raise KeyboardInterrupt
-
-
 def test_unreadable_images_found_before_a_kill_are_counted_after_it(pictures, tmp_path, monkeypatch):
     folder, order = tmp_path / "images", EpochSampler(150, 50, 0, 1, 0)
     folder.mkdir()
     for i in range(150):
-        shutil.copy(pictures / "train/0/0.png", folder / f"{i:03}.png")
+        shutil.copy(pictures / "train/dots/000.png", folder / f"{i:03}.png")
     (folder / f"{next(iter(order))[0][1]:03}.png").write_text("not an image")
     more = dict(batch_size=50, epochs=1, save_every_steps=2, log_every=100)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        call_at(patch, data, "normalise", 3, stop)
+        call_at(patch, data, "normalise", 3)
         run("pretrain", folder, tmp_path, **more)
     assert run("pretrain", folder, tmp_path, **more)["log.jsonl"][-1]["unreadable_images"] == 1
     assert len(read_log(tmp_path / "run")) == 1

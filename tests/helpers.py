@@ -1,0 +1,119 @@
+"""What many tests need: small pictures on disk, short command lines, runs in the tests' own process, and ways to stop them."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import pretrain
+from data import TEXTURES, draw_images
+from plumbing.files import find_checkpoints, load_file
+from plumbing.processes import Processes
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
+
+
+class Code:
+    """What no file of weights may hold: a pickle that runs code when it is loaded."""
+
+    def __reduce__(self):
+        return pytest.fail, ("the code ran",)
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter drawn anew, so that none is hidden by its initial zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return module
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def save_noise(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **options) -> None:
+    """The same noise every time, (width, height) pixels of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(values).convert(mode).save(path, **options)
+
+
+def picture_folder(root: Path, classes: tuple[str, ...] = ("stripes", "rings", "dots"), size: int = 32, **splits: int) -> Path:
+    """ROOT/<split>/<class>/<i>.png of drawn pictures, so many of each split (`train=12, val=7`), dealt to the classes in turn."""
+    per_class = -(-sum(splits.values()) // len(classes)) + len(splits)
+    images, labels = draw_images(50 * -(-per_class // 5), seed=0, size=size)  # 50 have 5 of each class
+    drawn = {name: iter(images[labels == TEXTURES.index(name)]) for name in classes}
+    for split, count in splits.items():
+        for i, name in zip(range(count), itertools.cycle(classes)):
+            path = root / split / name / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(next(drawn[name])).save(path)
+    return root
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+SMALL = dict(
+    input_size=16, stem_stride=1, batch_size=4, epochs=2, warmup_epochs=1, lr=1e-3, num_workers=0, log_every=1, device="cpu"
+)
+FLAGS = {
+    pretrain: SMALL | dict(input_size=32, decoder_embed_dim=16),
+    finetune: SMALL | dict(model="convnextv2_atto", aa="none", reprob=0),
+}
+
+
+def words(**flags) -> list[str]:
+    """A command line: `words(lr=0.1, opt_betas=(0.9, 0.99), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "0.99"]."""
+    line = []
+    for name, value in flags.items():
+        line += [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"] * (value is not None)
+    return line
+
+
+def small(script, data_path: Path, output_dir: Path, **flags) -> list[str]:
+    """The command line of a run of seconds on the images of a folder."""
+    return words(data_path=data_path, output_dir=output_dir, **FLAGS[script] | flags)
+
+
+def run(script, data_path: Path, output_dir: Path, **flags) -> dict:
+    """Such a run, in this process; its last checkpoint."""
+    script.main(script.get_args(small(script, data_path, output_dir, **flags)))
+    return load_file(find_checkpoints(output_dir)[-1])
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def stop() -> None:
+    """As if somebody had pressed Ctrl-C twice."""
+    raise KeyboardInterrupt
+
+
+def call_at(monkeypatch, module, name: str, turn: int, act=stop) -> None:
+    """Have the `turn`-th call of module.name be preceded by `act()`."""
+    original, calls = getattr(module, name), []
+
+    def patched(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == turn:
+            act()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, patched)
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def assert_equal(a: dict, b: dict, **tolerance) -> None:
+    """The same names, and the same tensors: to the bit without a tolerance."""
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(
+            a[key], b[key], **(tolerance or dict(rtol=0, atol=0)), msg=lambda text, key=key: f"{key}: {text}"
+        )

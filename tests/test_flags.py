@@ -1,0 +1,174 @@
+"""Claims about every flag of the training scripts: it does what its row says, and no flag lacks a row.
+
+A row runs its script twice, with the flag and without, on a network of a few thousand weights, and compares what the runs leave.
+"""
+
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import stress
+import torch
+from helpers import picture_folder, words
+
+import data
+import finetune
+import pretrain
+from model import MODELS, ConvNeXt
+from plumbing.devices import set_determinism
+from plumbing.files import save_tensors
+from plumbing.log import read_log
+from plumbing.run import Run
+
+COMMON = dict(data_path="pictures", input_size=16, stem_stride=1, batch_size=4, epochs=2, warmup_epochs=1, lr=1e-2, num_workers=0, log_every=1, save_ckpt=False)  # fmt: skip
+BASE = {
+    pretrain: COMMON | dict(decoder_embed_dim=8),
+    finetune: COMMON | dict(model="convnextv2_atto", aa="none", reprob=0, eval_freq=2),
+}
+CIFAR = dict(data_set="cifar10")
+MIXED = dict(mixup=0.8, cutmix=1.0)
+SAVING = dict(save_ckpt=True)
+
+# flag: value and the other flags that it needs, if any. Several rows in a list.
+
+TRAINING = {  # other weights, in both scripts
+    "model": "convnext_atto", "stem_stride": (2, dict(input_size=32)), "mlp_norm": "none",
+    "data_path": "others", "data_set": "cifar10", "input_size": 24, "hold_data": (True, CIFAR),
+    "batch_size": 6, "update_freq": 2, "epochs": 3, "warmup_epochs": 0.5, "blr": [(1.0, dict(lr=None))], "lr": 1e-3, "min_lr": 5e-3,
+    "weight_decay": 0.5, "clip_grad": 1e-3, "amp": "bf16", "seed": 1, "start_epoch": 1,
+}  # fmt: skip
+WEIGHTS = {
+    pretrain: TRAINING
+    | {"mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky"},
+    finetune: TRAINING
+    | {
+        "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "drop_path": 0.5, "head_init_scale": 0.1,
+        "holdout": 0.4, "labels_per_class": 2, "min_crop": (0.9, dict(input_size=40)), "aa": "trivial", "color_jitter": 0.5,
+        "train_interpolation": "bilinear", "reprob": 1, "remode": ("rand", dict(reprob=1)), "recount": (3, dict(reprob=1)),
+        "mixup": 0.8, "cutmix": 1.0, "mixup_prob": (0.1, MIXED), "mixup_switch_prob": [(0, MIXED), (1, MIXED)], "smoothing": 0.3,
+        "layer_decay": 0.5, "layer_decay_type": ("group", dict(model="convnextv2_base", layer_decay=0.5, mixup=0)),
+        "opt": ["adam", "sgd"], "opt_eps": 1e-2, "opt_betas": [(0.5, 0.999), (0.9, 0.9)], "momentum": (0.5, dict(opt="sgd")),
+        "model_ema": True, "model_ema_decay": (0.01, dict(model_ema=True)), "use_amp": True,
+    },
+}  # fmt: skip
+
+LOG = {  # the same weights, another log
+    pretrain: {"log_every": 2},
+    finetune: {
+        "log_every": 2, "eval_data_path": "others/val", "crop_pct": 0.5, "eval_freq": 1, "disable_eval": True,
+        "model_ema_eval": (False, dict(model_ema=True)),
+    },
+}  # fmt: skip
+
+SAVES = {"save_ckpt": True, "save_ckpt_freq": (2, SAVING), "save_every_steps": (1, SAVING), "save_every_minutes": (1e-9, SAVING),
+         "save_ckpt_num": (1, SAVING)}  # fmt: skip
+FILES = {pretrain: SAVES, finetune: SAVES}  # the same weights and log, other files
+
+SPEED = {"num_workers": 1, "pin_mem": False, "checkpoint_activations": True, "deterministic": True, "timeout_minutes": 5, "device": "cpu",
+         "auto_resume": False, "resume_anyway": True}  # fmt: skip
+NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}}  # the same weights, log and files, bit for bit
+
+# What two short runs in one process cannot show, and the test that does.
+ELSEWHERE = {
+    "output_dir": "test_every_flag_does_what_its_row_says",  # each run writes to its own
+    "resume": "test_a_named_checkpoint_is_continued_in_another_directory",
+    "auto_resume": "test_a_new_run_never_mixes_with_an_old_one",
+    "resume_anyway": "test_a_run_continues_with_other_settings_when_that_is_meant",
+    "checkpoint_activations": "test_checkpointed_activations_give_the_same_gradients_and_keep_far_less",
+    "deterministic": "test_deterministic_runs_need_no_more_than_the_flag",
+    "timeout_minutes": "test_processes_wait_for_each_other_as_long_as_they_are_told",
+    "num_workers": "test_the_loader_is_built_as_the_flags_say",
+    "pin_mem": "test_the_loader_is_built_as_the_flags_say",
+    "device": "test_an_unusable_device_is_named",
+    "compile": "test_compile_compiles_the_network_that_is_trained",
+    "dist_eval": "test_two_processes_count_every_image_once_or_each_of_them_all",
+    "scratch": "test_scratch_leaves_encoders_of_earlier_runs_alone",
+    "eval": "test_outputs_evaluation_and_prediction",
+    "predict": "test_outputs_evaluation_and_prediction",
+}
+
+
+class Outcome(NamedTuple):
+    """What a run leaves: the weights of the network and of its average, the log without times, the names of its files."""
+
+    weights: dict
+    log: list
+    files: set
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """`train(script, **flags)` -> Outcome, in a folder with all that the rows name; equal runs are run once."""
+    root = tmp_path_factory.mktemp("flags")
+    picture_folder(root / "pictures", train=12, val=6, size=20)
+    picture_folder(root / "others", train=12, val=6, size=24)
+    small = {name: partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)) for name in MODELS}
+    small["convnextv2_base"] = partial(ConvNeXt, (3, 3, 27, 3), (4, 4, 4, 4), version=2)
+    torch.manual_seed(7)
+    encoder = small["convnextv2_atto"](num_classes=0, stem_stride=1)
+    save_tensors(root / "encoder.pth", {"model": encoder.state_dict(), "config": {"model": "convnextv2_atto"}})
+
+    class Cifar:
+        def __init__(self, root, train, download):
+            self.data, self.targets = data.draw_images(12, seed=int(train), size=20)
+            self.classes = data.TEXTURES
+
+    found = {}
+
+    def close(run, outputs):
+        found["weights"] = {
+            f"{name}.{key}": value for name, net in run.networks().items() for key, value in net.state_dict().items()
+        }
+        closed(run, outputs)
+
+    @cache
+    def train(script, flags) -> Outcome:
+        directory = root / f"run{len(list(root.iterdir()))}"
+        try:
+            script.main(script.get_args(words(**BASE[script] | dict(flags), output_dir=directory)))
+        finally:
+            set_determinism(False)
+        names = {path.name for path in directory.iterdir()}
+        return Outcome(found.pop("weights"), stress.untimed(read_log(directory)), names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        closed = Run.close
+        patch.setattr(Run, "close", close)
+        patch.setattr(data.datasets, "CIFAR10", Cifar)
+        for name, network in small.items():
+            patch.setitem(MODELS, name, network)
+        yield lambda script, **flags: train(script, tuple(flags.items()))
+
+
+def rows():
+    for kind, tables in dict(weights=WEIGHTS, log=LOG, files=FILES, nothing=NOTHING).items():
+        for script, table in tables.items():
+            for flag, values in table.items():
+                for row in values if isinstance(values, list) else [values]:
+                    value, base = row if isinstance(row, tuple) and isinstance(row[-1], dict) else (row, {})
+                    yield pytest.param(script, flag, value, base, kind, id=f"{script.__name__}-{flag}-{value}")
+
+
+@pytest.mark.parametrize(("script", "flag", "value", "base", "kind"), [*rows()])
+def test_every_flag_does_what_its_row_says(train, script, flag, value, base, kind):
+    without, given = train(script, **base), train(script, **base, **{flag: value})
+    assert (stress.difference(without.weights, given.weights) is None) == (kind != "weights")
+    if kind != "weights":
+        assert (without.log == given.log) == (kind != "log")
+    if kind not in ("weights", "log"):
+        assert (without.files == given.files) == (kind != "files")
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_every_flag_has_a_row(script):
+    flags = set(vars(script.get_args(["--data_path", "pictures"])))
+    listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
+    assert len(listed) == len(set(listed)) and flags >= set(listed)
+    assert flags - set(listed) <= ELSEWHERE.keys()
+
+
+def test_the_tests_that_stand_for_rows_exist():
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert [name for name in ELSEWHERE.values() if f"\ndef {name}(" not in text] == []

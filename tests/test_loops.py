@@ -1,0 +1,171 @@
+"""Claims about the loops of the training scripts: each computes what a plain loop of a few lines computes, update by update.
+
+The plain loops share with the scripts the networks, the files of the pictures, MixUp and CutMix, and the seeds that `mix_seed` documents.
+All else is their own: no `Run` and no loader, ordinary optimisers, rates and groups by hand, the masked dense encoder as an oracle.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import picture_folder, run
+from PIL import Image
+from torchvision.transforms import v2
+
+import finetune
+import pretrain
+from fcmae import FCMAE, random_mask
+from model import MODELS
+from plumbing.log import read_log
+from plumbing.seeds import mix_seed
+
+SEED, EPOCHS, WARMUP, PEAK, MIN_LR = 5, 2, 0.75, 4e-3, 1e-4
+# Seven images in passes of two, of which two are an update: an epoch has an update of 4 images and one of 2.
+FLAGS = dict(seed=SEED, epochs=EPOCHS, warmup_epochs=WARMUP, lr=None, blr=PEAK * 256 / 4, min_lr=MIN_LR, batch_size=2, update_freq=2, input_size=16)  # fmt: skip
+UPDATES = [(epoch, places) for epoch in range(EPOCHS) for places in ([0, 1, 2, 3], [4, 5])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Seven pictures of three classes, larger than the network's input; and three to evaluate."""
+    return picture_folder(tmp_path_factory.mktemp("pictures"), train=7, val=3, size=24)
+
+
+def learning_rate(update: int) -> float:
+    epoch = update / 2
+    if epoch < WARMUP:
+        return PEAK * epoch / WARMUP
+    return MIN_LR + (PEAK - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP))) / 2
+
+
+def load(folder: Path, epoch: int, places: list[int], *crop: v2.Transform) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images in these places of an epoch's order, cropped and flipped, (N, 3, 16, 16), and their labels (N,)."""
+    paths = sorted((folder / "train").rglob("*.png"))
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(mix_seed("order", SEED, epoch)))
+    transform = v2.Compose([*crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    images, labels = [], []
+    for index in order[places].tolist():
+        torch.manual_seed(mix_seed("crop", SEED, epoch, index))
+        images.append((transform(Image.open(paths[index])) / 255 - mean) / std)
+        labels.append(["dots", "rings", "stripes"].index(paths[index].parent.name))
+    return torch.stack(images), torch.tensor(labels)
+
+
+def start_of(net: torch.nn.Module) -> dict:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def assert_same_way(found: dict, expected: dict, start: dict) -> None:
+    """Every tensor has moved from `start` to the same place, but for a thousandth of its way, and the rounding of float32."""
+    assert found.keys() == expected.keys() == start.keys()
+    for name in expected:
+        way = (expected[name] - start[name]).norm()
+        assert way > 0 and (found[name] - expected[name]).norm() < 1e-3 * way + 1e-7 * expected[name].norm(), name
+
+
+def assert_same_log(directory: Path, expected: list[dict]) -> None:
+    records = [record for record in read_log(directory) if "lr" in record]
+    for record, line in zip(records, expected, strict=True):
+        assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-4)
+
+
+# --- pre-training -----------------------------------------------------------------------------------------------------
+
+
+def pretrain_plainly(folder: Path) -> tuple[dict, dict, list[dict]]:
+    """The weights before and after, and the log."""
+    torch.manual_seed(SEED)
+    mae = FCMAE(MODELS["convnextv2_atto"](num_classes=0, stem_stride=1), decoder_embed_dim=16, backend="masked")
+    start, log = start_of(mae), []
+    kernels = [p for name, p in mae.named_parameters() if p.ndim > 1 and "grn" not in name and name != "mask_token"]
+    others = [p for name, p in mae.named_parameters() if p.ndim == 1 or "grn" in name or name == "mask_token"]
+    groups = [dict(params=kernels, weight_decay=0.3), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    crop = v2.RandomResizedCrop(16, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    for update, (epoch, places) in enumerate(UPDATES):
+        imgs, _ = load(folder, epoch, places, crop)  # an update is one batch here, as every image has as many hidden patches
+        mask = random_mask(len(imgs), 2, 2, 0.6, torch.Generator().manual_seed(mix_seed("mask", SEED, update)))
+        loss, _, _ = mae(imgs, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update)
+        optimizer.step()
+        log.append(dict(update=update + 1, lr=learning_rate(update), loss=loss.item(), grad_norm=norm.item()))
+    return start, mae.state_dict(), log
+
+
+def test_pretraining_equals_a_plain_loop(folder, tmp_path):
+    start, expected, log = pretrain_plainly(folder)
+    found = run(pretrain, folder, tmp_path, weight_decay=0.3, clip_grad=0.05, **FLAGS)
+    assert_same_way(found["model"], expected, start)
+    assert_same_log(tmp_path, log)
+    assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
+
+TUNING = dict(
+    weight_decay=0.3, layer_decay=0.8, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20, model_ema=True, model_ema_decay=0.15
+)
+REGULARISATION = dict(drop_path=0.4, smoothing=0.2, mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
+# The layers from the input on; a downsampling layer belongs to the block behind it. The final norm and the head are the last.
+LAYERS = ["stem", "0.0", "0.1", "1.0", "1.1", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "3.0", "3.1", "head"]
+
+
+def layer_of(name: str) -> int:
+    part, *place = name.split(".")
+    if part == "stages":
+        return LAYERS.index(f"{place[0]}.{place[1]}")
+    if part == "downsample_layers":
+        return LAYERS.index(f"{place[0]}.0")
+    return LAYERS.index("head")
+
+
+def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
+    """The weights before and after, their moving average, and the log."""
+    torch.manual_seed(SEED)
+    net = MODELS["convnextv2_atto"](num_classes=3, stem_stride=1, drop_path_rate=0.4)
+    start, log, average = start_of(net), [], {}
+    groups = []
+    for name, p in net.named_parameters():
+        scale = 0.8 ** (13 - layer_of(name))
+        groups.append(dict(params=[p], scale=scale, weight_decay=0.3 if p.ndim > 1 and "grn" not in name else 0.0))
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
+    mixing = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)], p=[0.6, 0.4])
+    crop = v2.Resize((16, 16), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomCrop(16, padding=4)
+    for update, (epoch, places) in enumerate(UPDATES):
+        passes = [places[i : i + 2] for i in range(0, len(places), 2)]
+        optimizer.zero_grad()
+        total = 0.0
+        for chosen in passes:
+            imgs, labels = load(folder, epoch, chosen, *crop)
+            torch.manual_seed(mix_seed("step", SEED, epoch, chosen[0] // 2, 0))
+            targets = torch.eye(3)[labels]  # (N, 3)
+            if torch.rand(1) < 0.8:
+                imgs, targets = mixing(imgs, labels)
+            targets = 0.8 * targets + 0.2 / 3
+            loss = -(targets * net(imgs).log_softmax(dim=1)).sum(dim=1).mean() / len(passes)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 20)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update) * group["scale"]
+        optimizer.step()
+        decay = min(0.15, (1 + update) / (10 + update)) if update else 0.0
+        average = {name: decay * average.get(name, 0) + (1 - decay) * value for name, value in net.state_dict().items()}
+        log.append(dict(update=update + 1, lr=learning_rate(update), loss=total, grad_norm=norm.item()))
+    return start, net.state_dict(), average, log
+
+
+def test_fine_tuning_equals_a_plain_loop(folder, tmp_path):
+    start, expected, average, log = finetune_plainly(folder)
+    found = run(finetune, folder, tmp_path, **TUNING, **REGULARISATION, **FLAGS)
+    assert_same_way(found["model"], expected, start)
+    assert_same_way(found["model_ema"], average, start)
+    assert_same_log(tmp_path, log)
+    norms = [line["grad_norm"] for line in log]
+    assert min(norms) < 20 < max(norms), norms  # some are clipped
