@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0].replace("-", "_")
             near = difflib.get_close_matches(name, [option.replace("-", "_") for option in self._option_string_actions], 1)
             hint = f"; did you mean --{near[0].strip('_')}?" if near else ""
-            self.error(f"unrecognized argument {unknown[0]}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 
 

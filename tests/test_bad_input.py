@@ -134,7 +134,7 @@ TABLE = {
     "bench: batches and models": ("--batch_size 1 2 3", "--batch_size has 3 numbers for 2 models; give one"),
     # --- names, and flags that contradict each other
     "pretrain: model misspelt": ("--model convnextv2_ato", "no model 'convnextv2_ato'; did you mean convnextv2_atto?"),
-    "pretrain: flag misspelt": ("--epoch 3", "unrecognized arguments: --epoch 3"),
+    "pretrain: flag misspelt": ("--epoch 3", "unrecognized arguments: --epoch 3; did you mean --epochs?"),
     "pretrain: switch": ("--norm_pix_loss maybe", "--norm_pix_loss maybe: expected true or false"),
     "pretrain: warm-up beyond the end": ("--warmup_epochs 3", "--warmup_epochs 3 is more than --epochs 2; lower it"),
     "pretrain: start beyond the end": ("--start_epoch 2", "--start_epoch 2 leaves nothing of --epochs 2; lower it"),

@@ -225,7 +225,8 @@ def test_evaluation_crops_below_384_and_warps_from_there_on():
     picture[:, :64] = 255  # seen only when the whole image is warped
     small, large = (evaluation_transform(size)(Image.fromarray(picture)) for size in (224, 384))
     assert small.shape == (3, 224, 224) and not small.any() and large.shape == (3, 384, 384) and large[:, :, :40].all()
-    assert evaluation_transform(224, crop_pct=1.0)(Image.fromarray(picture)).any()
+    assert not evaluation_transform(224, crop_pct=1.0)(Image.fromarray(picture)).any()  # no wider than high, whatever the share
+    assert evaluation_transform(32)(Image.fromarray(picture))[:, :, :3].all()  # as training at that size
 
 
 # --- training
@@ -264,11 +265,7 @@ def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys, drawn):
     assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3
     last = [record for record in read_log(tmp_path) if "val_top1" in record][-1]
 
-    finetune.main(
-        finetune.get_args(
-            ["--eval", "--resume", str(tmp_path / "checkpoint-2.pth"), "--data_path", str(shapes), "--crop_pct", "0.875"]
-        )
-    )
+    finetune.main(finetune.get_args(["--eval", "--resume", str(tmp_path / "checkpoint-2.pth"), "--data_path", str(shapes)]))
     out = capsys.readouterr().out
     for name, key in (("model", "val"), ("model_ema", "val_ema")):
         top1, top5, loss = map(

@@ -118,7 +118,9 @@ def train(tmp_path_factory):
 
     def close(run, outputs):
         found["weights"] = {
-            f"{name}.{key}": value for name, net in run.networks().items() for key, value in net.state_dict().items()
+            f"{name}.{key}": value
+            for name, net in {"model": run.net, **({"model_ema": run.ema.module} if run.ema else {})}.items()
+            for key, value in net.state_dict().items()
         }
         closed(run, outputs)
 

@@ -189,8 +189,9 @@ def test_unreadable_files_are_counted_in_the_log_and_too_many_stop_the_run(photo
     (folder / "000.png").write_text("not an image")
     run(folder, tmp_path / "a", epochs=1, batch_size=50)
     assert read_log(tmp_path / "a")[-1]["unreadable_images"] == 1
-    (folder / "001.png").write_text("neither is this")
-    with pytest.raises(UserError, match="2 of 150 images cannot be read"):
+    for i in range(1, 11):
+        (folder / f"{i:03}.png").write_text("neither is this")
+    with pytest.raises(UserError, match="11 of 150 images cannot be read"):
         run(folder, tmp_path / "b", epochs=1, batch_size=50)
 
 

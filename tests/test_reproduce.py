@@ -155,6 +155,7 @@ def test_the_table_with_more_runs_behind_it_is_kept_whole(toy, tmp_path):
 
 def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):
     ran = Counter()
+    draw_toy_data(tmp_path / "runs/toy/toy-data")
 
     def counting(script, fail_at):
         original = script.main
