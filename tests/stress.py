@@ -36,7 +36,7 @@ from plumbing.script import run_script
 
 TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = (
-    "--device cpu --model convnextv2_atto --input_size 32 --stem_stride 1 --epochs 2 --warmup_epochs 1 --lr 1e-3 --num_workers 0 "
+    "--device cpu --model convnextv2_atto --input_size 16 --stem_stride 1 --epochs 2 --warmup_epochs 1 --lr 1e-3 --num_workers 0 "
 )
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
 STAGES = {

@@ -1,8 +1,6 @@
 """Claims about finetune.py."""
 
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from helpers import assert_equal, call_at, picture_folder, small
 from helpers import run as run_script
 from PIL import Image
-from stress import untimed
+from stress import fork, untimed, wait
 
 import data
 import finetune
@@ -308,9 +306,8 @@ def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):
 
 def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(shapes, tmp_path):
     """Of the 7 images to evaluate on one process gets 4 and the other 3."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py"]
-    result = subprocess.run([*torchrun, *small(finetune, shapes, tmp_path / "two", batch_size=2)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    args = finetune.get_args(small(finetune, shapes, tmp_path / "two", batch_size=2))
+    wait(fork(lambda: finetune.main(args), tmp_path, 2))
     one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], load_file(tmp_path / "two/checkpoint-2.pth")["model"]
     assert_equal(two, one, rtol=1e-4, atol=2e-5)
     for a, b in zip(*(untimed(read_log(tmp_path / name)) for name in ("two", "one")), strict=True):

@@ -14,12 +14,14 @@ from helpers import picture_folder, words
 
 import data
 import finetune
+import model
 import pretrain
 from model import MODELS, ConvNeXt
 from plumbing.devices import set_determinism
 from plumbing.files import save_tensors
 from plumbing.log import read_log
 from plumbing.run import Run
+from plumbing.script import UserError
 
 COMMON = dict(data_path="pictures", input_size=16, stem_stride=1, batch_size=4, epochs=2, warmup_epochs=1, lr=1e-2, num_workers=0, log_every=1, save_ckpt=False)  # fmt: skip
 BASE = {
@@ -35,7 +37,7 @@ SAVING = dict(save_ckpt=True)
 TRAINING = {  # other weights, in both scripts
     "model": "convnext_atto", "stem_stride": (2, dict(input_size=32)), "mlp_norm": "none",
     "data_path": "others", "data_set": "cifar10", "input_size": 24, "hold_data": (True, CIFAR),
-    "batch_size": 6, "update_freq": 2, "epochs": 3, "warmup_epochs": 0.5, "blr": [(1.0, dict(lr=None))], "lr": 1e-3, "min_lr": 5e-3,
+    "batch_size": 6, "update_freq": 2, "epochs": 3, "warmup_epochs": 0.5, "blr": (1.0, dict(lr=None)), "lr": 1e-3, "min_lr": 5e-3,
     "weight_decay": 0.5, "clip_grad": 1e-3, "amp": "bf16", "seed": 1, "start_epoch": 1,
 }  # fmt: skip
 WEIGHTS = {
@@ -75,12 +77,12 @@ ELSEWHERE = {
     "resume": "test_a_named_checkpoint_is_continued_in_another_directory",
     "auto_resume": "test_a_new_run_never_mixes_with_an_old_one",
     "resume_anyway": "test_a_run_continues_with_other_settings_when_that_is_meant",
-    "checkpoint_activations": "test_checkpointed_activations_give_the_same_gradients_and_keep_far_less",
+    "checkpoint_activations": "test_activations_are_computed_again_when_that_is_asked_for",
     "deterministic": "test_deterministic_runs_need_no_more_than_the_flag",
     "timeout_minutes": "test_processes_wait_for_each_other_as_long_as_they_are_told",
     "num_workers": "test_the_loader_is_built_as_the_flags_say",
     "pin_mem": "test_the_loader_is_built_as_the_flags_say",
-    "device": "test_an_unusable_device_is_named",
+    "device": "test_a_device_that_cannot_be_used_is_refused",
     "compile": "test_compile_compiles_the_network_that_is_trained",
     "dist_eval": "test_two_processes_count_every_image_once_or_each_of_them_all",
     "scratch": "test_scratch_leaves_encoders_of_earlier_runs_alone",
@@ -174,3 +176,19 @@ def test_every_flag_has_a_row(script):
 def test_the_tests_that_stand_for_rows_exist():
     text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     assert [name for name in ELSEWHERE.values() if f"\ndef {name}(" not in text] == []
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_activations_are_computed_again_when_that_is_asked_for(train, script, monkeypatch):
+    blocks, checkpoint = [], model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *args, **kwargs: blocks.append(args[0]) or checkpoint(*args, **kwargs))
+    train(script, seed=2)
+    assert not blocks
+    train(script, seed=2, checkpoint_activations=True)
+    assert len(blocks) >= 4 * 6  # four blocks in each of six updates
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_a_device_that_cannot_be_used_is_refused(train, script):
+    with pytest.raises(UserError, match="--device meta cannot be used here"):
+        train(script, device="meta")

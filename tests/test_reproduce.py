@@ -1,4 +1,4 @@
-"""Claims about reproduce.py, by running all of it at the toy budget."""
+"""Claims about reproduce.py, by running all of it at the toy budget, which takes a minute: `pytest -m slow`."""
 
 import csv
 import json
@@ -68,6 +68,7 @@ def toy(tmp_path_factory) -> Path:
 # --- all of it
 
 
+@pytest.mark.slow
 def test_every_claim_gets_a_table_and_a_verdict(toy):
     readme = (toy / "results" / "README.md").read_text()
     assert "All claims were run." in readme
@@ -79,6 +80,7 @@ def test_every_claim_gets_a_table_and_a_verdict(toy):
     assert readme.count("not distinguishable at this scale |") == len(CLAIMS)  # one seed shows no difference
 
 
+@pytest.mark.slow
 def test_a_number_comes_with_its_command_commit_hardware_versions_and_time(toy):
     for row in table(toy / "results" / "claim_2.csv"):
         assert row["commit"] and "core" in row["hardware"] + "cores" and f"torch {torch.__version__}" in row["versions"]
@@ -90,6 +92,7 @@ def test_a_number_comes_with_its_command_commit_hardware_versions_and_time(toy):
         assert float(row["mean"]) == pytest.approx(logged[-1], rel=1e-5) and row["n"] == "1"
 
 
+@pytest.mark.slow
 def test_jobs_shared_between_claims_run_once(toy):
     jobs = [job for claim in CLAIMS.values() for job in claim.jobs(Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), 0).values()]
     ran = {path.parent.name for path in (toy / "runs" / "toy").glob("*/job.json")}
@@ -99,12 +102,14 @@ def test_jobs_shared_between_claims_run_once(toy):
     assert "finetune-V2-recipe_plain-seed0" in ran
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_for_claims_2_3_8_and_labels(toy):
     assert {path.name for path in (toy / "results").glob("*.png")} == {f"claim_{name}.png" for name in ("2", "3", "8", "labels")}
     for path in (toy / "results").glob("*.png"):
         assert min(Image.open(path).size) > 400
 
 
+@pytest.mark.slow
 def test_what_has_finished_is_not_run_again(toy, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "run_here", None)
     run(toy)
@@ -114,6 +119,7 @@ def test_what_has_finished_is_not_run_again(toy, monkeypatch, capsys):
     assert all(line.startswith("finished") for line in lines[:-2]) and "about 0s on one core" in lines[-2]
 
 
+@pytest.mark.slow
 def test_a_job_that_was_run_with_other_flags_is_not_taken_for_this_one(toy, tmp_path, monkeypatch):
     monkeypatch.setitem(BUDGETS["toy"], "pretrain", BUDGETS["toy"]["pretrain"] | {"epochs": 2})
     with pytest.raises(UserError, match="6 jobs.*other flags.*delete them"):
@@ -121,6 +127,7 @@ def test_a_job_that_was_run_with_other_flags_is_not_taken_for_this_one(toy, tmp_
     assert "| 1 |" not in (tmp_path / "README.md").read_text()  # nor is it reported, nor what was fine-tuned from it
 
 
+@pytest.mark.slow
 def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
     plan = Plan(BUDGETS["toy"], toy / "runs" / "toy", {})
     monkeypatch.setattr(Job, "finished", property(lambda job: job in unique(CLAIMS["2"].jobs(plan, 0).values())))
@@ -132,6 +139,7 @@ def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
     assert "| 5 | What stands in GRN's place | not distinguishable at this scale, so far |" in text
 
 
+@pytest.mark.slow
 def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, monkeypatch):
     shutil.copytree(toy / "results", tmp_path / "results")
     nothing_ran = Plan(BUDGETS["toy"], tmp_path / "toy", {})
@@ -143,6 +151,7 @@ def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, m
     assert "| 2 |" not in (tmp_path / "results" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_table_with_more_runs_behind_it_is_kept_whole(toy, tmp_path):
     plan, path = Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), tmp_path / "claim_2.csv"
     own = reproduce.table_of(CLAIMS["2"], reproduce.gather(CLAIMS["2"], plan, 1))
@@ -194,6 +203,7 @@ def test_jobs_run_side_by_side_and_a_failure_stops_only_what_needs_it(tmp_path, 
     assert not (tmp_path / "after").exists()
 
 
+@pytest.mark.slow
 def test_tuning_takes_the_best_held_out_recipe_of_each_arm_and_runs_use_it(toy, capsys):
     run(toy, "--tune")
     rows = table(toy / "results" / "tuning.csv")
@@ -354,6 +364,7 @@ def test_held_out_images_are_a_share_of_every_class_and_are_not_trained_on():
         data.split_holdout(labelled(6), 0.1)
 
 
+@pytest.mark.slow
 def test_tuning_never_opens_the_validation_images(toy, tmp_path, monkeypatch):
     opened = []
     load = finetune.load_images

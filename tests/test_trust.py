@@ -171,7 +171,7 @@ def test_unreadable_images_found_before_a_kill_are_counted_after_it(pictures, tm
     folder, order = tmp_path / "images", EpochSampler(150, 50, 0, 1, 0)
     folder.mkdir()
     for i in range(150):
-        shutil.copy(pictures / "train/dots/000.png", folder / f"{i:03}.png")
+        shutil.copy(next(pictures.rglob("*.png")), folder / f"{i:03}.png")
     (folder / f"{next(iter(order))[0][1]:03}.png").write_text("not an image")
     more = dict(batch_size=50, epochs=1, save_every_steps=2, log_every=100)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
