@@ -93,7 +93,6 @@ def make_parser() -> flags.Parser:
     add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
     add("--disable_eval", bool, False, "do not evaluate while training")
     flags.add_run_flags(parser, "runs/finetune")
-    parser.general["images_per_update"] = None  # no flag: the update that a recipe was made for
     return parser
 
 
@@ -129,7 +128,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         sources = {f"recipe {plain.recipe}": RECIPES[plain.recipe][size]} | sources
     if plain.linear_probe:
         sources = {"--linear_probe": dict(drop_path=0.0, layer_decay=1.0, mixup=0.0, cutmix=0.0)} | sources
-    args = flags.merge(given, parser.general, **sources)
+    args = flags.merge(given, parser.general | {"images_per_update": None}, **sources)  # no flag: what a recipe was made for
     args.data_set = data_set
     derive(args, parser)
     return args

@@ -15,7 +15,7 @@ from helpers import ALONE, TINY, assert_equal, picture_folder, randomised, run
 from PIL import Image
 
 import finetune
-from data import STATISTICS, Images, draw_images
+from data import STATISTICS, Images, draw_images, evaluation_transform
 from model import MODELS, ConvNeXt
 from plumbing.files import find_checkpoints, load_file
 from plumbing.log import read_log
@@ -66,7 +66,7 @@ def count_naively(net: ConvNeXt, pictures: list[np.ndarray], labels: list[int]) 
 
 def as_images(pictures, labels) -> Images:
     names = [str(k) for k in range(CLASSES)]
-    return Images(pictures, labels, names, finetune.evaluation_transform(16, 1.0), STATISTICS["folder"])
+    return Images(pictures, labels, names, evaluation_transform(16, 1.0), STATISTICS["folder"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 100])  # 4, 4, 4 and 1 images, for one
