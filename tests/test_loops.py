@@ -74,10 +74,12 @@ def assert_same_log(directory: Path, expected: list[dict]) -> None:
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
-def pretrain_plainly(folder: Path) -> tuple[dict, dict, list[dict]]:
+def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, list[dict]]:
     """The weights before and after, and the log."""
     torch.manual_seed(SEED)
-    mae = FCMAE(MODELS["convnextv2_atto"](num_classes=0, stem_stride=1), decoder_embed_dim=16, backend="masked")
+    mae = FCMAE(
+        MODELS["convnextv2_atto"](num_classes=0, stem_stride=1), decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked"
+    )
     start, log = start_of(mae), []
     kernels = [p for name, p in mae.named_parameters() if p.ndim > 1 and "grn" not in name and name != "mask_token"]
     others = [p for name, p in mae.named_parameters() if p.ndim == 1 or "grn" in name or name == "mask_token"]
@@ -98,9 +100,10 @@ def pretrain_plainly(folder: Path) -> tuple[dict, dict, list[dict]]:
     return start, mae.state_dict(), log
 
 
-def test_pretraining_equals_a_plain_loop(folder, tmp_path):
-    start, expected, log = pretrain_plainly(folder)
-    found = run(pretrain, folder, tmp_path, weight_decay=0.3, clip_grad=0.05, **FLAGS)
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
+    start, expected, log = pretrain_plainly(folder, norm_pix_loss)
+    found = run(pretrain, folder, tmp_path, norm_pix_loss=norm_pix_loss, weight_decay=0.3, clip_grad=0.05, **FLAGS)
     assert_same_way(found["model"], expected, start)
     assert_same_log(tmp_path, log)
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
