@@ -120,6 +120,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             found = sources[file].get(name, "a size of its own")
             if name in ("model", "stem_stride") and value != found:
                 parser.error(f"--{name} {value}, but {file} has {found}; leave --{name} out")
+    if data_set == "embedded" and getattr(given, "finetune", None):  # at the full rate, lower layers lose what they have learned
+        sources["the short run from pre-trained weights"] = dict(layer_decay=0.7)
     sources[f"the data set {data_set}"] = DEFAULTS[data_set]
     if plain.recipe:
         size = flags.merge(given, parser.general, **sources).model.split("_")[1]
