@@ -78,9 +78,8 @@ class Run:
         self.last_epoch = math.ceil(self.total / self.updates) - 1
         self.images_per_update = self.batch_size * min(args.update_freq, self.passes) * world_size
         self.peak_lr = optim.peak_learning_rate(args, self.images_per_update)
-        self.schedule = lambda update: optim.learning_rate(
-            update / self.updates, self.peak_lr, args.min_lr, args.warmup_epochs, self.total / self.updates
-        )
+        updates, epochs, rates = self.updates, self.total / self.updates, (self.peak_lr, args.min_lr)
+        self.schedule = lambda update: optim.learning_rate(update / updates, *rates, args.warmup_epochs, epochs)
 
     def start(
         self, net: nn.Module, optimizer: torch.optim.Optimizer, stage: str, ema: AveragedModel | None = None,
