@@ -36,7 +36,7 @@ def encoder(tmp_path_factory) -> Path:
     torch.manual_seed(7)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     net = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
-    save_tensors(path, {"model": net.state_dict(), "config": {"input_size": 16}})
+    save_tensors(path, {"model": net.state_dict(), "config": {"input_size": 16, "data_set": "embedded"}})
     return path
 
 
@@ -330,7 +330,8 @@ def test_half_precision_trains_as_float32_does(shapes, tmp_path, opt):
 
 def test_scratch_leaves_encoders_of_earlier_runs_alone(encoder, monkeypatch):
     monkeypatch.setattr(finetune, "OURS", str(encoder))
-    assert finetune.get_args([]).finetune == str(encoder) and finetune.get_args(["--scratch"]).finetune is None
+    args, scratch = finetune.get_args([]), finetune.get_args(["--scratch"])
+    assert (args.finetune, args.layer_decay) == (str(encoder), 0.7) and (scratch.finetune, scratch.layer_decay) == (None, 1.0)
     assert finetune.get_args(["--data_path", "x"]).finetune is None  # only the embedded data go on from the embedded data
 
 
