@@ -286,7 +286,7 @@ def bench_finetune(args, device) -> list[dict]:
 def bench_heap(args, device) -> list[dict]:
     """A pre-training step with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn."""
     rows, times = [], {}
-    for (name, batch, _), backend in product(settings(args), ("sparse", "masked")):
+    for (name, batch), backend in product(zip(args.model, args.batch_size), ("sparse", "masked")):
         command = [sys.executable, __file__, "step", "--model", name, "--batch_size", str(batch), "--backend", backend]
         for heap in ("kept", "default") * 3:
             with tempfile.TemporaryDirectory() as folder:
@@ -295,7 +295,7 @@ def bench_heap(args, device) -> list[dict]:
                 with open(f"{folder}/step.csv", newline="") as file:
                     times.setdefault((name, backend, heap), []).append(float(next(csv.DictReader(file))["ms"]))
         kept, default = (statistics.median(times[name, backend, heap]) for heap in ("kept", "default"))
-        row = {"model": name, "batch": batch, "candidate": backend, "default ms": default, "kept ms": kept}
+        row = {"model": name, "batch": batch, "candidate": backend, "default ms": round(default), "kept ms": round(kept)}
         rows.append(row | {"ratio": round(default / kept, 2)})
     return rows
 
@@ -366,7 +366,8 @@ def main(args: argparse.Namespace) -> None:
     elif args.task == "sweep":
         draw_sweep(path.with_suffix(".png"), rows)
     name = torch.cuda.get_device_name() if processes.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}; median of {args.repeats} rounds; {path}")
+    rounds = "" if args.task in ("data", "heap") else f"; median of {args.repeats} rounds"
+    print(f"{name}, torch {torch.__version__}{rounds}; {path}")
 
 
 if __name__ == "__main__":
