@@ -1,6 +1,7 @@
 """How a script begins and ends: mistakes of the user become one line, and nothing half-made is left behind."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[]
         exit_with(2, str(error))
     except KeyboardInterrupt:
         exit_with(130, "interrupted; the same command continues from the last checkpoint")
+    except BrokenPipeError:  # who reads the output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)  # as of a process that SIGPIPE ended
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             exit_with(2, "out of memory; lower --batch_size (--update_freq can make up for it), --input_size or the model's size")

@@ -107,6 +107,15 @@ def test_a_run_in_poor_surroundings_draws_its_pictures(named, tmp_path):
     assert {"loss.png", "reconstructions.png", "encoder.pth"} < {path.name for path in output_dir.iterdir()}
 
 
+def test_output_that_nobody_reads_on_ends_a_script_without_a_word(named, classifier):
+    script = Path(finetune.__file__)
+    command = (
+        f"{sys.executable} -u {script} --predict {named}/val --resume {classifier}/checkpoint-best.pth --device cpu | head -n 1"
+    )
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.count("\n") == 1 and "Traceback" not in result.stderr
+
+
 # --- pictures
 
 
