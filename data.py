@@ -565,9 +565,14 @@ def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transfo
 
     By default the whole image is warped to the square from 384 pixels on, and up to 32, as in training: both as the authors do.
     """
-    if crop_pct is None and not 32 < size < 384:
-        return v2.Compose([v2.Resize((size, size), interpolation=BICUBIC), v2.PILToTensor()])
-    return center_transform(size, int(size / (crop_pct or 224 / 256)))
+    if side := short_side(size, crop_pct):
+        return center_transform(size, side)
+    return v2.Compose([v2.Resize((size, size), interpolation=BICUBIC), v2.PILToTensor()])
+
+
+def short_side(size: int, crop_pct: float | None) -> int | None:
+    """What evaluation scales the short side to; None where it warps the whole image."""
+    return None if crop_pct is None and not 32 < size < 384 else int(size / (crop_pct or 224 / 256))
 
 
 def center_transform(size: int, short_side: int | None = None) -> v2.Transform:

@@ -156,7 +156,7 @@ class FCMAE(nn.Module):
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """Of `imgs` (N, C, H, W), in that shape: the originals, on grey the visible patches and the prediction of the others; both together."""
+    """Of `imgs` (N, C, H, W): originals; on grey, the visible patches and the predictions of the others; both together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

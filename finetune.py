@@ -108,14 +108,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         data_set, given.data_path = trained_on(plain.resume)
         if plain.eval and data_set == "folder" and not given.data_path:
             parser.error(f"{plain.resume} does not say what it was trained on; give --data_path DIR, images to evaluate it on")
-    if not (plain.finetune or plain.scratch or only_use) and Path(OURS).exists() and is_of(OURS, data_set, plain.data_path):
-        given.finetune = OURS
+    if not (plain.finetune or plain.scratch or only_use) and Path(OURS).exists():
+        name, place = trained_on(OURS)
+        if name == data_set and os.path.realpath(place or "") == os.path.realpath(plain.data_path or ""):
+            given.finetune = OURS
 
     sources, file = {}, plain.resume if only_use else getattr(given, "finetune", None)
     if file:
-        sources[file] = layouts.flags_of(file)
-        if only_use:  # images are prepared as in the training's own evaluation
-            sources[file] |= {name: value for name, value in layouts.read_config(file).items() if name == "crop_pct"}
+        sources[file] = layouts.flags_of(file, *(("crop_pct",) if only_use else ()))  # prepared as the training evaluated them
         for name, value in vars(given).items() if only_use else ():
             found = sources[file].get(name, "a size of its own")
             if name in ("model", "stem_stride") and value != found:
@@ -140,12 +140,6 @@ def trained_on(path: str) -> tuple[str, str | None]:
     """The data set that a checkpoint was trained on, and where it lay: a folder of unknown place if the file does not say."""
     config = layouts.read_config(path)
     return (config["data_set"], config.get("data_path")) if config.get("data_set") in data.DATA_SETS else ("folder", None)
-
-
-def is_of(path: str, data_set: str, data_path: str | None) -> bool:
-    """Whether a checkpoint was trained on this data set."""
-    name, place = trained_on(path)
-    return name == data_set and os.path.realpath(place or "") == os.path.realpath(data_path or "")
 
 
 def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) -> None:
@@ -272,8 +266,9 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
     networks, classes = load_classifier(args.resume, processes.device)
     _, val = load_labelled(args)
-    val.statistics = data.STATISTICS[trained_on(args.resume)[0]]
-    where = f"{args.eval_data_path or args.data_path or args.data_set}, {describe_input(args)}"
+    trained, _ = trained_on(args.resume)
+    val.statistics = data.STATISTICS[trained]
+    where = f"{args.eval_data_path or args.data_path or args.data_set}, {describe_input(args, trained)}"
     if classes:
         check_classes(classes, val.classes)
     for name, net in networks.items():
@@ -285,15 +280,11 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
             print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {score['images']:,} images of {where}")
 
 
-def describe_input(args: argparse.Namespace) -> str:
-    """How images are prepared for the checkpoint of --resume."""
-    whole = args.crop_pct is None and not 32 < args.input_size < 384
-    shape = (
-        "whole, warped to the square"
-        if whole
-        else f"the centre of a short side of {int(args.input_size / (args.crop_pct or 0.875))}"
-    )
-    return f"at {args.input_size} px ({shape}), normalised as {trained_on(args.resume)[0]}"
+def describe_input(args: argparse.Namespace, trained: str) -> str:
+    """How images are prepared for a checkpoint that was trained on this data set."""
+    side = data.short_side(args.input_size, args.crop_pct)
+    shape = f"the centre of a short side of {side}" if side else "whole, warped to the square"
+    return f"at {args.input_size} px ({shape}), normalised as {trained}"
 
 
 def predict(args: argparse.Namespace, processes: Processes) -> None:
@@ -308,10 +299,11 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
         paths += data.list_images(path) if os.path.isdir(path) else [path]
     if not paths:
         raise UserError(f"no images under {', '.join(args.predict)}; give others with --predict")
-    statistics = data.STATISTICS[trained_on(args.resume)[0]]
+    trained, _ = trained_on(args.resume)
+    statistics = data.STATISTICS[trained]
     images = Images(paths, None, None, data.evaluation_transform(args.input_size, args.crop_pct), statistics)
     data.check_readable(images, " and ".join(args.predict))
-    print(f"{len(paths):,} images {describe_input(args)}")
+    print(f"{len(paths):,} images {describe_input(args, trained)}")
     unreadable = Unreadable(images, "it is left out")
     for index, path in enumerate(paths):
         pixels, _, failed = images[0, index]
@@ -359,7 +351,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     for line in (*flags.describe_origins(args), *report):
         run.say(line)
     if Path(OURS).exists() and not (args.finetune or args.scratch):
-        run.say(f"{OURS} was pre-trained on other data ({trained_on(OURS)[1] or trained_on(OURS)[0]}); --finetune {OURS} takes it")
+        run.say(f"{OURS} was pre-trained on other data ({' '.join(filter(None, trained_on(OURS)))}); --finetune {OURS} takes it")
     if args.images_per_update not in (None, run.images_per_update):
         run.say(f"the recipe is for {args.images_per_update} images per update; the learning rate follows {run.images_per_update}")
     run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")

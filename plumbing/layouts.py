@@ -235,8 +235,8 @@ def build(native: State, load: bool = True) -> ConvNeXt:
     return net
 
 
-def flags_of(path: str | Path) -> dict:
-    """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, and the input_size of its training."""
+def flags_of(path: str | Path, *others: str) -> dict:
+    """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, input_size and `others`."""
     native = to_native(read_file(path))
     shape = architecture(native)
     key = (shape["depths"], shape["dims"]), shape["version"]
@@ -244,8 +244,9 @@ def flags_of(path: str | Path) -> dict:
     found = {"stem_stride": shape["stem_stride"]} | ({"model": names[0]} if names else {})
     if mlp_norm_of(native) not in (None, "grn"):
         found["mlp_norm"] = mlp_norm_of(native)
-    size = read_config(path).get("input_size")
-    return found | ({"input_size": size} if isinstance(size, int) else {})
+    config = read_config(path)
+    found |= {name: config[name] for name in others if name in config}
+    return found | ({"input_size": config["input_size"]} if isinstance(config.get("input_size"), int) else {})
 
 
 def mlp_norm_of(native: State) -> str | None:
