@@ -366,6 +366,18 @@ def list_images(directory: Path) -> list[str]:
     return sorted(found)
 
 
+def find_images(paths: list[str]) -> list[str]:
+    """These files, and all images under these folders, in the order of --predict; UserError when one does not exist or none is there."""
+    found = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"--predict {path} does not exist; give files or folders of images")
+        found += list_images(path) if os.path.isdir(path) else [path]
+    if not found:
+        raise UserError(f"no images under {', '.join(paths)}; give others with --predict")
+    return found
+
+
 def choose_data_set(data_set: str | None, data_path: str | None) -> str:
     """The data set that --data_set and --data_path mean together; UserError when they contradict each other."""
     if data_set == "folder" and not data_path:
@@ -573,6 +585,13 @@ def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transfo
 def short_side(size: int, crop_pct: float | None) -> int | None:
     """What evaluation scales the short side to; None where it warps the whole image."""
     return None if crop_pct is None and not 32 < size < 384 else int(size / (crop_pct or 224 / 256))
+
+
+def describe_evaluation(size: int, crop_pct: float | None, data_set: str) -> str:
+    """What `evaluation_transform` does, and whose statistics normalise the images, in words."""
+    side = short_side(size, crop_pct)
+    shape = f"the centre of a short side of {side}" if side else "whole, warped to the square"
+    return f"at {size} px ({shape}), normalised as {data_set}"
 
 
 def center_transform(size: int, short_side: int | None = None) -> v2.Transform:

@@ -5,11 +5,14 @@
     python finetune.py --eval --resume runs/finetune/checkpoint-best.pth
     python finetune.py --predict cat.jpg holiday/ --resume runs/finetune/checkpoint-best.pth
 
-Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json and accuracy.png to --output_dir.
+Flags follow the authors' release. Writes to --output_dir: checkpoints, log.jsonl, config.json and accuracy.png; of the best evaluation,
+or that of --eval, classes.csv, confusion.csv and confusion.png; predictions.csv of --predict.
 """
 
 import argparse
 import os
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,14 +25,15 @@ from data import Images, check_classes, load_images
 from model import MODELS, ConvNeXt, check_size
 from plumbing import flags, layouts
 from plumbing.devices import autocast_dtype, set_determinism, to_device
-from plumbing.files import run_directory, save_tensors
+from plumbing.files import prepare_output_dir, run_directory, save_csv, save_tensors, write_files
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import plot_curves
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.recipes import RECIPES
 from plumbing.run import Run
-from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
+from plumbing.scores import better, by_class, describe_prediction, predictions, scores_of
+from plumbing.script import UserError, run_script, value_errors_are_the_users
 
 # Defaults of a data set; a recipe's settings come before them, the command line before both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
@@ -52,6 +56,7 @@ def make_parser() -> flags.Parser:
     add = parser.adder(parser.add_argument_group("task"))
     add("--eval", bool, False, "only evaluate the checkpoint of --resume")
     add("--predict", str, None, "only classify these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
+    add("--topk", flags.count, None, "classes that --predict tells of each image (default: 5, or all of fewer)")
     add("--linear_probe", bool, False, "train the head alone, on frozen features")
     add("--recipe", tuple(RECIPES), None, "the paper's settings for the model's size; other flags override them")
 
@@ -113,7 +118,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == data_set and os.path.realpath(place or "") == os.path.realpath(plain.data_path or ""):
             given.finetune = OURS
 
-    sources, file = {}, plain.resume if only_use else getattr(given, "finetune", None)
+    sources = {"the place of --resume": dict(output_dir=os.path.dirname(plain.resume) or ".")} if only_use else {}
+    file = plain.resume if only_use else getattr(given, "finetune", None)
     if file:
         sources[file] = layouts.flags_of(file, *(("crop_pct",) if only_use else ()))  # prepared as the training evaluated them
         for name, value in vars(given).items() if only_use else ():
@@ -239,92 +245,86 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes: Processes) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and the cross-entropy, every image counted once, however many processes there are."""
-    rank, world_size = (processes.rank, processes.world_size) if args.dist_eval else (0, 1)
+def classify(net: nn.Module, images: Images, batches: list, args: argparse.Namespace, processes: Processes) -> Iterator[tuple]:
+    """Batch by batch (`divided`), the float32 logits (N, classes) and the labels (N,) of those images that can be read."""
     unreadable, device = Unreadable(images, "it is left out"), processes.device
-    loader = make_loader(images, divided(range(rank, len(images), world_size), args.batch_size), count_workers(args, processes))
-    amp_dtype, was_training = autocast_dtype(args.amp, device), net.training
-    net.eval()
-    sums = torch.zeros(4, device=device, dtype=torch.float64)
-    for pixels, labels, failed in loader:
+    amp_dtype = autocast_dtype(args.amp, device)
+    for pixels, labels, failed in make_loader(images, batches, count_workers(args, processes)):
         unreadable.note(failed)
         imgs, labels = images.on_device(pixels, labels, device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = net(imgs)  # (N, classes)
+            logits = net(imgs)
         readable = (failed < 0).to(device)
-        logits, labels = logits.float()[readable], labels[readable]
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, best[:, 0].sum(), best.any(dim=1).sum(), readable.sum()]).double()
-    loss, top1, top5, count = processes.sum(list(sums)) if args.dist_eval else sums.tolist()
+        yield logits.float()[readable], labels[readable]
+
+
+def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes: Processes) -> dict:
+    """The scores (`plumbing.scores.scores_of`) of a network, every image counted once, however many processes there are."""
+    rank, world_size = (processes.rank, processes.world_size) if args.dist_eval else (0, 1)
+    batches, was_training = divided(range(rank, len(images), world_size), args.batch_size), net.training
+    found = scores_of(classify(net.eval(), images, batches, args, processes), processes, args.dist_eval)
     net.train(was_training)
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
+    return found
 
 
-def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
-    """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
+def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Evaluate the checkpoint of --resume on the validation images, its moving average too; by class, the better of the two."""
     networks, classes = load_classifier(args.resume, processes.device)
     _, val = load_labelled(args)
     trained, _ = trained_on(args.resume)
     val.statistics = data.STATISTICS[trained]
-    where = f"{args.eval_data_path or args.data_path or args.data_set}, {describe_input(args, trained)}"
+    prepared = data.describe_evaluation(args.input_size, args.crop_pct, trained)
+    where = f"{args.eval_data_path or args.data_path or args.data_set}, {prepared}"
     if classes:
         check_classes(classes, val.classes)
+    scores = {}
     for name, net in networks.items():
         if len(val.classes) > net.num_classes:
             raise UserError(f"{args.resume} has {net.num_classes} classes, the validation images {len(val.classes)}; give others")
-        score = evaluate(net, val, args, processes)
+        scores[name] = found = evaluate(net, val, args, processes)
         if processes.is_main:
-            accuracy = f"top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%"
-            print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {score['images']:,} images of {where}")
+            accuracy = f"top-1 {found['top1']:.2f}%, top-5 {found['top5']:.2f}%"
+            print(f"{name}: {accuracy}, loss {found['loss']:.4f} on {found['images']:,} images of {where}")
+    if processes.is_main:
+        winner = better(scores)
+        write_files(output_dir, by_class(scores[winner]["outcomes"], val.classes), f" of {winner}" * (len(scores) > 1))
 
 
-def describe_input(args: argparse.Namespace, trained: str) -> str:
-    """How images are prepared for a checkpoint that was trained on this data set."""
-    side = data.short_side(args.input_size, args.crop_pct)
-    shape = f"the centre of a short side of {side}" if side else "whole, warped to the square"
-    return f"at {args.input_size} px ({shape}), normalised as {trained}"
-
-
-def predict(args: argparse.Namespace, processes: Processes) -> None:
-    """Print the five likeliest classes of every image."""
+def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Print the likeliest classes of every image, in the order given, and write them to predictions.csv."""
     networks, classes = load_classifier(args.resume, processes.device)
     net = networks.get("model_ema", networks["model"])
     classes = classes or [f"class {k}" for k in range(net.num_classes)]
-    paths = []
-    for path in args.predict:
-        if not os.path.exists(path):
-            raise UserError(f"--predict {path} does not exist; give files or folders of images")
-        paths += data.list_images(path) if os.path.isdir(path) else [path]
-    if not paths:
-        raise UserError(f"no images under {', '.join(args.predict)}; give others with --predict")
-    trained, _ = trained_on(args.resume)
-    statistics = data.STATISTICS[trained]
-    images = Images(paths, None, None, data.evaluation_transform(args.input_size, args.crop_pct), statistics)
+    topk = args.topk or min(5, len(classes))
+    if topk > len(classes):
+        raise UserError(f"--topk {topk} is more than the {len(classes)} classes of {args.resume}; lower it")
+    paths, (trained, _) = data.find_images(args.predict), trained_on(args.resume)
+    transform = data.evaluation_transform(args.input_size, args.crop_pct)
+    images = Images(paths, range(len(paths)), None, transform, data.STATISTICS[trained])  # an image's label is its place
     data.check_readable(images, " and ".join(args.predict))
-    print(f"{len(paths):,} images {describe_input(args, trained)}")
-    unreadable = Unreadable(images, "it is left out")
-    for index, path in enumerate(paths):
-        pixels, _, failed = images[0, index]
-        if failed >= 0:
-            unreadable.note(torch.tensor([failed]))
-            continue
-        with torch.no_grad():
-            probabilities = net(data.normalise(pixels[None], statistics, processes.device))[0].softmax(dim=0)
-        best = probabilities.topk(min(5, len(classes)))
-        likeliest = ", ".join(f"{classes[k]} {p:.1%}" for p, k in zip(best.values.tolist(), best.indices.tolist()))
-        print(one_line(f"{path}: {likeliest}"))
+    if processes.is_main:
+        print(f"{len(paths):,} images {data.describe_evaluation(args.input_size, args.crop_pct, trained)}")
+    batches, rows = divided(range(len(paths)), args.batch_size), []
+    mine = batches[processes.rank :: processes.world_size]  # so that one batch of each process makes a stretch of the order
+    found = classify(net, images, mine, args, processes)
+    parts = (predictions([paths[k] for k in places.tolist()], logits, classes, topk) for logits, places in found)
+    for _ in range(0, len(batches), processes.world_size):
+        for row in chain(*processes.gather(next(parts, []))):
+            rows.append(row)
+            if processes.is_main:
+                print(describe_prediction(row))
+    if processes.is_main:
+        left_out = f" ({len(paths) - len(rows):,} could not be read)" if len(rows) < len(paths) else ""
+        write_files(output_dir, {"predictions.csv": (save_csv, rows)}, f" of {len(rows):,} images{left_out}")
 
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, evaluate or predict as `args` (from `get_args`) say."""
     processes = setup_processes(args.device, args.timeout_minutes)
     set_determinism(args.deterministic)
-    if args.predict:
-        predict(args, processes)
-    elif args.eval:
-        evaluate_checkpoint(args, processes)
+    if args.predict or args.eval:
+        task = predict if args.predict else evaluate_checkpoint
+        task(args, processes, processes.from_main(lambda: prepare_output_dir(args.output_dir)))
     else:
         with run_directory(args.output_dir, processes) as output_dir:
             train(args, processes, output_dir)
@@ -374,15 +374,17 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         if val and run.is_due(epoch, args.eval_freq):
             candidates = {"model": net} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
             scores = {name: evaluate(each, val, args, processes) for name, each in candidates.items()}
-            winner = max(scores, key=lambda name: scores[name]["top1"])
+            winner = better(scores)
             improved, best = scores[winner]["top1"] > best, max(best, scores[winner]["top1"])
             log_scores(run, epoch + 1, scores, best)
+            for name, file in by_class(scores[winner]["outcomes"], val.classes).items() if improved else ():
+                run.write(name, *file)
             if improved and args.save_ckpt:
                 content = {"model": candidates[winner].state_dict(), "epoch": epoch + 1, "top1": best}
                 run.write("checkpoint-best.pth", save_tensors, content | run.origin)
         if run.save_due(epoch):
             run.save(epoch + 1)
-    outputs = f"checkpoint-best.pth (top-1 {best:.2f}%), accuracy.png" if val else "checkpoints"
+    outputs = f"checkpoint-best.pth (top-1 {best:.2f}%), its classes.csv and confusion.png, accuracy.png" if val else "checkpoints"
     run.close(f"{outputs}, log.jsonl, config.json")
 
 

@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from plumbing.processes import Processes
-from plumbing.script import UserError, call_at_end
+from plumbing.script import UserError, call_at_end, one_line
 from plumbing.signals import signals_restored
 
 
@@ -91,6 +91,21 @@ def save_csv(path: Path, rows: list[dict]) -> None:
             table.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
 
     write_atomically(path, write)
+
+
+def write_files(directory: Path, files: dict[str, tuple], of: str = "") -> None:
+    """For each entry of `files`, name -> (save, content), call save(directory / name, content); print what was written, and `of` what.
+
+    UserError where that fails, as on a full disk.
+    """
+    earlier = any((directory / name).exists() for name in files)
+    try:
+        for name, (save, content) in files.items():
+            save(directory / name, content)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot write {name} to --output_dir {directory} ({why}); choose another --output_dir") from None
+    print(one_line(f"wrote {', '.join(files)}{of} to {directory}{', replacing earlier ones' * earlier}"))
 
 
 def versions() -> dict[str, str]:

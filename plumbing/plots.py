@@ -1,6 +1,7 @@
 """Pictures, drawn without a display."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def save_figure(figure, path: Path) -> None:
     for text in figure.findobj(Text):  # folders' and classes' names are no formulas, and may hold what is no Unicode
         text.set_parse_math(False)
         text.set_text(text.get_text().encode(errors="backslashreplace").decode())
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # in a script that the font lacks, boxes stand for letters
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:

@@ -13,9 +13,11 @@ import stress
 
 import finetune
 import pretrain
+from plumbing import scores
 from plumbing.files import write_atomically
 
 DRAW = {module: module.draw for module in (pretrain, finetune)}
+DRAW_CONFUSION = scores.draw_confusion
 PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",)}
 
 
@@ -34,6 +36,9 @@ def sketched():
     with pytest.MonkeyPatch.context() as patch:
         for module in DRAW:
             patch.setattr(module, "draw", sketch(module))
+        patch.setattr(
+            scores, "draw_confusion", lambda path, content: write_atomically(path, lambda file: file.write_text(str(content)))
+        )
         yield
 
 
@@ -42,3 +47,4 @@ def drawn(sketched, monkeypatch):
     """Pictures are drawn after all."""
     for module, draw in DRAW.items():
         monkeypatch.setattr(module, "draw", draw)
+    monkeypatch.setattr(scores, "draw_confusion", DRAW_CONFUSION)

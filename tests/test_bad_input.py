@@ -57,6 +57,8 @@ TABLE = {
     "finetune: validation folder alone": ("--data_set folder --eval_data_path labelled/val", "give --data_path DIR, or --eval"),
     "finetune: output is a file": ("--output_dir picture.png", "cannot write to --output_dir picture.png"),
     "finetune: predict nothing there": ("--predict nowhere.jpg --resume tiny.pth", "--predict nowhere.jpg does not exist; give"),
+    "finetune: predict more than there is": ("--predict picture.png --resume tiny.pth --topk 99", "--topk 99 is more than the", "classes of tiny.pth; lower it"),
+    "finetune: predict no class": ("--predict picture.png --resume tiny.pth --topk 0", "--topk: 0 must be at least 1"),
     "finetune: predict an empty folder": ("--predict empty --resume tiny.pth", "no images under empty; give others"),
     "analyze: folder missing": ("collapse --data_path nowhere", "nowhere does not exist"),
     "analyze: unlabelled": ("selectivity --data_path pictures", "selectivity needs labels, and pictures has none; arrange"),

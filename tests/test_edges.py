@@ -75,11 +75,12 @@ def test_predictions_for_any_name_take_one_line_each_and_any_encoding(named, cla
     run(finetune, ["--predict", named / "val", named / "bad", "--resume", classifier / "checkpoint-best.pth", "--device", "cpu"])
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    preparation, *lines = sys.stdout.buffer.getvalue().decode().splitlines()
+    preparation, *lines, wrote = sys.stdout.buffer.getvalue().decode().splitlines()
     assert "10 images at 16 px (whole, warped to the square), normalised as folder" in preparation
     assert len(lines) == len(NAMES) and all(line.startswith(str(named)) and line.count("%") >= 5 for line in lines)
     assert any("with  spaces" in line for line in lines) and any("\\udcff" in line for line in lines)
     assert sys.stderr.buffer.getvalue().decode().count("cannot read") == 1
+    assert wrote == f"wrote predictions.csv of {len(NAMES)} images (1 could not be read) to {classifier}"
 
 
 def test_figures_and_tables_take_any_name(named, classifier, tmp_path):

@@ -258,6 +258,7 @@ def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
 def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys, drawn):
     state = run(shapes, tmp_path, epochs=2, model_ema="true")
     names = {".lock", "checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"}
+    names |= {"classes.csv", "confusion.csv", "confusion.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert min(Image.open(tmp_path / "accuracy.png").size) > 300
     assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3

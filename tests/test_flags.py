@@ -88,6 +88,7 @@ ELSEWHERE = {
     "scratch": "test_scratch_leaves_encoders_of_earlier_runs_alone",
     "eval": "test_outputs_evaluation_and_prediction",
     "predict": "test_outputs_evaluation_and_prediction",
+    "topk": "test_topk_classes_are_told_of_each_image",
 }
 
 
