@@ -40,7 +40,7 @@ def better(scores: dict[str, dict]) -> str:
 
 
 def by_class(outcomes: torch.Tensor, classes: Sequence[str]) -> dict[str, tuple]:
-    """Name of a file -> (save, content), for save(path, content): classes.csv, and up to 2000 classes confusion.csv and confusion.png.
+    """Name of a file -> (save, content), for save(path, content): classes.csv; up to `MOST` classes confusion.csv, confusion.png.
 
     outcomes: (images, 2), the class of every image and the one predicted, which may lie beyond the named `classes`.
     """
