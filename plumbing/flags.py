@@ -224,7 +224,13 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add("--output_dir", str, output_dir, "where everything is written", metavar="DIR")
     add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
     add("--seed", seed_number, 0, "of everything random: weights, order, crops, masks, mixing, --labels_per_class")
-    add("--resume", str, None, "continue from this checkpoint; finetune.py evaluates or predicts with it too", metavar="FILE")
+    add(
+        "--resume",
+        str,
+        None,
+        "continue from this checkpoint, or the newest of a run's folder; finetune.py evaluates or predicts with it too",
+        metavar="PATH",
+    )
     add("--auto_resume", bool, True, "continue from the newest checkpoint in --output_dir, if any")
     add("--start_epoch", number(int, 0), 0, "first epoch, when not resuming")
     add("--save_ckpt", bool, True, "write checkpoints")
