@@ -639,7 +639,7 @@ def add_flags(parser: flags.Parser, command: str) -> None:
     add("--input_size", flags.image_side, None, "pixels per side of the network's input (default: as in training)")
     add("--num_images", flags.count, None, "images to use (default: a few to show, up to 1,000 to measure)")
     add("--batch_size", flags.count, 32, "images per forward pass; lower it when memory runs out")
-    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--device", str, None, flags.DEVICES)
     add("--seed", flags.seed_number, 0, "of the choice of images, of masks and of random weights")
     if command in ("reconstruct", "activations"):
         add("--images", str, None, "pictures of any size, instead of a data set", **files)

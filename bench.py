@@ -64,7 +64,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", flags.count, 9, "interleaved rounds; medians are reported")
     add("--data_path", str, None, "folder of images for `data` (default: the embedded data, loaded and held)", metavar="DIR")
     add("--num_workers", flags.worker_count, [0, 1, 2], "loading processes to try in `data`", nargs="+")
-    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--device", str, None, flags.DEVICES)
     add("--output_dir", str, "runs/bench", "where CSV and pictures go", metavar="DIR")
     args = flags.merge(parser.parse_args(argv), parser.general)
     if len(args.batch_size) not in (1, len(args.model)):
@@ -83,12 +83,10 @@ def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device:
     """Median seconds of each candidate, over rounds in which every candidate runs once, in random order."""
 
     def seconds(call):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return time.perf_counter() - start
 
     for call in candidates.values():  # warm-up: allocations, kernel choice, compilation
@@ -98,6 +96,18 @@ def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device:
         {name: seconds(candidates[name]) for name in random.sample(list(candidates), len(candidates))} for _ in range(repeats)
     ]
     return {name: statistics.median(r[name] for r in rounds) for name in candidates}
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """What was measured on, in words."""
+    names = {"cuda": torch.cuda.get_device_name, "mps": lambda: "MPS"}
+    return names.get(device.type, lambda: f"{torch.get_num_threads()} CPU threads")()
 
 
 def memory(call: Callable[[], None], device: torch.device) -> float:
@@ -253,8 +263,7 @@ def bench_data(args, device) -> list[dict]:
         seen, start = 0, time.perf_counter()
         for batch, _, _ in loader:
             seen += len(images.render(batch))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             seconds = time.perf_counter() - start
             if seconds > 10:
                 break
@@ -332,8 +341,7 @@ def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    where = "GPU" if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    figure.suptitle(f"Encoder, forward and backward, {where}")
+    figure.suptitle(f"Encoder, forward and backward, {device_name(device)}")
     save_figure(figure, path)
 
 
@@ -365,9 +373,8 @@ def main(args: argparse.Namespace) -> None:
         draw_bars(path.with_suffix(".png"), rows, processes.device)
     elif args.task == "sweep":
         draw_sweep(path.with_suffix(".png"), rows)
-    name = torch.cuda.get_device_name() if processes.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     rounds = "" if args.task in ("data", "heap") else f"; median of {args.repeats} rounds"
-    print(f"{name}, torch {torch.__version__}{rounds}; {path}")
+    print(f"{device_name(processes.device)}, torch {torch.__version__}{rounds}; {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json an
 """
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -249,7 +250,7 @@ def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes
     loader = make_loader(images, divided(range(rank, len(images), world_size), args.batch_size), count_workers(args, processes))
     amp_dtype, was_training = autocast_dtype(args.amp, device), net.training
     net.eval()
-    sums = torch.zeros(4, device=device, dtype=torch.float64)
+    sums = [torch.zeros(4, device=device)]  # of each batch; Python adds them up in float64, which MPS lacks
     for pixels, labels, failed in loader:
         unreadable.note(failed)
         imgs, labels = images.on_device(pixels, labels, device)
@@ -259,8 +260,9 @@ def evaluate(net: nn.Module, images: Images, args: argparse.Namespace, processes
         logits, labels = logits.float()[readable], labels[readable]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, best[:, 0].sum(), best.any(dim=1).sum(), readable.sum()]).double()
-    loss, top1, top5, count = processes.sum(list(sums)) if args.dist_eval else sums.tolist()
+        sums.append(torch.stack([loss, best[:, 0].sum(), best.any(dim=1).sum(), readable.sum()]))
+    sums = [math.fsum(column) for column in zip(*torch.stack(sums).tolist())]
+    loss, top1, top5, count = map(math.fsum, zip(*(processes.gather(sums) if args.dist_eval else [sums])))
     net.train(was_training)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": int(count)}
 

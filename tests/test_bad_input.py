@@ -218,8 +218,9 @@ TABLE = {
     # --- devices
     "pretrain: no such device": ("--device tpu9", "--device tpu9 cannot be used here", "try --device cpu"),
     "pretrain: no such GPU": ("--device cuda:99", "--device cuda:99 cannot be used here", "try --device cpu"),
-    "pretrain: a device without numbers": ("--device meta", "--device meta cannot be used here (neither cuda nor cpu)", "try --device cpu"),
-    "bench: no such device": ("--device gpu", "--device gpu cannot be used here", "try --device cpu"),
+    "pretrain: a device without numbers": ("--device meta", "--device meta cannot be used here (neither cuda, cpu nor mps)", "try --device cpu"),
+    "bench: no such device": ("--device gpu", "--device gpu is no device of torch's; did you mean cuda?"),
+    "finetune: no MPS": ("--device mps", "--device mps cannot be used here (this machine or this torch has no MPS)", "try --device cpu"),
 }  # fmt: skip
 
 # Variables that torchrun sets; PORT is one on which somebody listens.

@@ -1,6 +1,7 @@
-"""Claims about folders as users have them, files that are not read, and folders of runs in a file's place."""
+"""Claims about folders as users have them, files that are not read, folders of runs in a file's place, and devices without float64."""
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,17 @@ import torch
 from helpers import call_at, picture_folder, run, save_noise, small
 from PIL import features
 from test_bad_input import bomb
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import analyze
 import data
 import finetune
 import pretrain
+from plumbing.devices import choose_device
 from plumbing.files import load_file
 from plumbing.loading import Unreadable
 from plumbing.log import read_log
+from plumbing.processes import TORCHRUN_VARIABLES, setup_processes
 from plumbing.script import UserError, remark
 
 
@@ -239,3 +243,43 @@ def test_titles_lie_within_the_picture(runs, tmp_path, monkeypatch):
         figures[-1].draw_without_rendering()
         box, whole = figures[-1]._suptitle.get_window_extent(), figures[-1].bbox
         assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, command
+
+
+# --- devices
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on MPS: making a tensor of float64 is an error, but in torch's GradScaler, which does without one there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                assert any(frame.filename.endswith("grad_scaler.py") for frame in traceback.extract_stack()), func
+        return found
+
+
+def test_no_task_needs_float64_on_its_device(pictures, tmp_path):
+    more = dict(mixup=0.8, cutmix=1.0, drop_path=0.1, model_ema=True, clip_grad=1.0, layer_decay=0.9)
+    with NoFloat64():
+        run(pretrain, pictures, tmp_path / "pre", epochs=1)
+        run(finetune, pictures, tmp_path / "tuned", epochs=1, **more)
+        call(finetune, "--eval", "--resume", tmp_path / "tuned")
+        call(finetune, "--predict", pictures / "val", "--resume", tmp_path / "tuned")
+        for command in ("reconstruct", "collapse", "selectivity", "grn"):  # the others measure on the CPU
+            call(analyze, command, "--checkpoint", tmp_path / "pre", "--num_images", 4, "--output_dir", tmp_path)
+        place = torch.tensor([0, 3]), torch.tensor([20, 16]), torch.tensor([0, 1])
+        assert data.resize_matrices(*place, 8, 20).shape == (2, 8, 20)  # of images held on the device
+
+
+def test_mps_is_taken_when_asked_for_and_said_to_be_untested(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # as if there were an MPS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(None).type == "cpu" and not capsys.readouterr().out
+    assert choose_device("mps").type == "mps"
+    assert "--device mps: never run by us" in capsys.readouterr().out
+    for name, value in zip(TORCHRUN_VARIABLES, ("1", "2", "1", "29500", "localhost")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--device mps is for one process, not 2"):
+        setup_processes("mps")
