@@ -31,7 +31,7 @@ from data import Images, center_transform, denormalise, load_images, normalise
 from fcmae import FCMAE, reconstruction_panels
 from model import GRN, Block, ConvNeXt, check_size
 from plumbing import flags, layouts
-from plumbing.files import find_checkpoints, prepare_output_dir, save_csv
+from plumbing.files import file_of_run, prepare_output_dir, save_csv
 from plumbing.loading import Unreadable, divided, make_loader
 from plumbing.log import read_log
 from plumbing.plots import COLOURS, new_figure, plot_panels, save_figure
@@ -174,13 +174,10 @@ def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
 
 def find_checkpoint(path: str) -> Path:
     """A file as it is; of a run directory the best, else the newest checkpoint, else encoder.pth."""
-    file = Path(path)
-    if os.path.isdir(file):  # unlike Path's, never raises
-        found = [*file.glob("checkpoint-best.pth"), *reversed(find_checkpoints(file)), *file.glob("encoder.pth")]
-        file = found[0] if found else file / "checkpoint-<epoch>.pth"
-    if not os.path.exists(file):
+    file = file_of_run(path, "checkpoint-best.pth", "newest", "encoder.pth")
+    if not os.path.exists(file):  # unlike Path's, never raises
         raise UserError(f"no checkpoint {file}; run `python pretrain.py` first, or name a file or run directory with --checkpoint")
-    return file
+    return Path(file)
 
 
 # --- features ---------------------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def choose_images(args: argparse.Namespace, usual: int, split: str = "val") -> t
     if args.images:
         images, source = Images([open_image(path) for path in args.images], None, None, transform, None), "--images"
     else:
-        if args.data_set == "folder" and not (Path(args.data_path) / "val").is_dir():
+        if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
             split = "train"
         images, source = load_images(args.data_set, args.data_path, split, transform), f"{args.data_set} ({split})"
     count = args.num_images or (len(images) if args.images else min(usual, len(images)))
@@ -318,8 +315,10 @@ def open_image(path: str) -> np.ndarray:
     """An image file as uint8 (H, W, 3)."""
     try:
         return np.asarray(data.open_rgb(path))
-    except Exception as error:  # damaged files raise nearly anything
-        raise UserError(f"cannot read the image {path} ({error}); give a picture such as a .jpg or .png") from None
+    except Exception:  # damaged files raise nearly anything
+        raise UserError(
+            f"cannot read the image {path} ({data.why_unreadable(path)}); give a picture such as a .jpg or .png"
+        ) from None
 
 
 def study(args: argparse.Namespace, subject: Subject, images: Images, indices: list[int], where, measure=None):
@@ -490,9 +489,11 @@ def grn(args: argparse.Namespace) -> None:
 
 def curves(args: argparse.Namespace) -> None:
     """Loss and accuracy of several runs, from their log.jsonl."""
-    runs = [Path(run) for run in args.runs if os.path.exists(f"{run}/log.jsonl")]
+    named = [os.path.dirname(path) or "." if os.path.isfile(path) else path for path in args.runs + args.checkpoint]
+    named = named or ["runs/pretrain"]
+    runs = [Path(run) for run in named if os.path.exists(f"{run}/log.jsonl")]
     if not runs:
-        raise UserError(f"no log.jsonl in {', '.join(args.runs)}; run `python pretrain.py` first, or name run directories")
+        raise UserError(f"no log.jsonl in {', '.join(named)}; run `python pretrain.py` first, or name run directories")
     if args.label and len(args.label) != len(runs):
         raise UserError(f"{len(args.label)} --label for {len(runs)} runs with a log.jsonl; give one each")
     panels, table = {}, []
@@ -511,7 +512,7 @@ def curves(args: argparse.Namespace) -> None:
                 panels.setdefault(panel, []).append((label if key == "loss" else f"{label}, {key}", points))
                 table += [[label, key, *point] for point in points]
     if not panels:
-        raise UserError(f"no loss or accuracy in the log.jsonl of {', '.join(args.runs)} yet; wait for the first lines")
+        raise UserError(f"no loss or accuracy in the log.jsonl of {', '.join(map(str, runs))} yet; wait for the first lines")
     figure, axes = new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
     for axis, (panel, lines) in zip(axes[0], panels.items()):
         for k, (name, points) in enumerate(lines):
@@ -534,7 +535,7 @@ def panel_of(key: str, config: dict) -> str | None:
 def embed(args: argparse.Namespace) -> None:
     """Frozen features without training: k-nearest-neighbour accuracy, and a map of the first two principal components."""
     subjects = open_subjects(args)
-    if args.data_set == "folder" and not (Path(args.data_path) / "val").is_dir():
+    if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"embed seeks DIR/val's neighbours in DIR/train, and {args.data_path} has no val; arrange the folder so")
     images, indices = choose_images(args, usual=1000)
     bank = choose_images(argparse.Namespace(**vars(args) | {"num_images": None}), usual=args.bank_images, split="train")
@@ -584,7 +585,7 @@ def tidy(axis, x_label: str, y_label: str, title: str = "") -> None:
 
 def finish(args: argparse.Namespace, figure, title: str) -> None:
     """Write <command>.png with a title and, unless the panels have their own, one legend for all of them."""
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, wrap=True)
     handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
     if handles and not figure.axes[0].get_legend():
         fitting = int(figure.get_figwidth() * 8 // (max(map(len, handles)) + 6))
@@ -627,7 +628,9 @@ def add_flags(parser: flags.Parser, command: str) -> None:
     add("--output_dir", str, "runs/analyze", "where picture and table are written", metavar="DIR")
     add("--label", str, None, "names in the legend, one per checkpoint or run", nargs="+", metavar="NAME")
     if command == "curves":
-        parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; those without a log.jsonl are left out")
+        help = "run directories; those without a log.jsonl are left out (default: runs/pretrain)"
+        parser.add_argument("runs", nargs="*", metavar="DIR", help=help)
+        add("--checkpoint", str, [], "more of them, or checkpoints in them", **files)
         add("--x", ("epoch", "images"), "epoch", "align runs by epochs or by images seen")
         return
     add("--checkpoint", str, ["runs/pretrain"], "weights in any layout, or run directories", **files)
@@ -636,7 +639,7 @@ def add_flags(parser: flags.Parser, command: str) -> None:
     add("--input_size", flags.image_side, None, "pixels per side of the network's input (default: as in training)")
     add("--num_images", flags.count, None, "images to use (default: a few to show, up to 1,000 to measure)")
     add("--batch_size", flags.count, 32, "images per forward pass; lower it when memory runs out")
-    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--device", str, None, flags.DEVICES)
     add("--seed", flags.seed_number, 0, "of the choice of images, of masks and of random weights")
     if command in ("reconstruct", "activations"):
         add("--images", str, None, "pictures of any size, instead of a data set", **files)

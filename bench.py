@@ -64,7 +64,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", flags.count, 9, "interleaved rounds; medians are reported")
     add("--data_path", str, None, "folder of images for `data` (default: the embedded data, loaded and held)", metavar="DIR")
     add("--num_workers", flags.worker_count, [0, 1, 2], "loading processes to try in `data`", nargs="+")
-    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--device", str, None, flags.DEVICES)
     add("--output_dir", str, "runs/bench", "where CSV and pictures go", metavar="DIR")
     args = flags.merge(parser.parse_args(argv), parser.general)
     if len(args.batch_size) not in (1, len(args.model)):
@@ -82,14 +82,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each candidate, over rounds in which every candidate runs once, in random order."""
 
+    # bench_heap's processes cannot be interleaved: CPU time depends less on what else the machine does meanwhile.
+    clock = time.process_time if "HEAP" in os.environ else time.perf_counter
+
     def seconds(call):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        wait_for(device)
+        start = clock()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        wait_for(device)
+        return clock() - start
 
     for call in candidates.values():  # warm-up: allocations, kernel choice, compilation
         seconds(call)
@@ -98,6 +99,18 @@ def interleaved(candidates: dict[str, Callable[[], None]], repeats: int, device:
         {name: seconds(candidates[name]) for name in random.sample(list(candidates), len(candidates))} for _ in range(repeats)
     ]
     return {name: statistics.median(r[name] for r in rounds) for name in candidates}
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that it was given; a CPU has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """What was measured on, in words."""
+    names = {"cuda": torch.cuda.get_device_name, "mps": lambda: "MPS"}
+    return names.get(device.type, lambda: f"{torch.get_num_threads()} CPU threads")()
 
 
 def memory(call: Callable[[], None], device: torch.device) -> float:
@@ -253,8 +266,7 @@ def bench_data(args, device) -> list[dict]:
         seen, start = 0, time.perf_counter()
         for batch, _, _ in loader:
             seen += len(images.render(batch))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             seconds = time.perf_counter() - start
             if seconds > 10:
                 break
@@ -284,19 +296,23 @@ def bench_finetune(args, device) -> list[dict]:
 
 
 def bench_heap(args, device) -> list[dict]:
-    """A pre-training step with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn."""
-    rows, times = [], {}
-    for (name, batch), backend in product(zip(args.model, args.batch_size), ("sparse", "masked")):
-        command = [sys.executable, __file__, "step", "--model", name, "--batch_size", str(batch), "--backend", backend]
+    """The encoder with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn; in CPU time."""
+    rows = []
+    for name, batch in zip(args.model, args.batch_size):
+        times = {}
+        command = [sys.executable, __file__, "encoder", "--model", name, "--batch_size", str(batch), "--device", "cpu"]
+        command += ["--input_size", str(args.input_size), "--stem_stride", str(args.stem_stride), "--backend", "sparse"]
         for heap in ("kept", "default") * 3:
             with tempfile.TemporaryDirectory() as folder:
-                words = [*command, "--amp", "none", "--repeats", "3", "--output_dir", folder]
+                words = [*command, "--amp", "none", "--repeats", str(args.repeats), "--output_dir", folder]
                 subprocess.run(words, env=os.environ | {"HEAP": heap}, stdout=subprocess.DEVNULL, check=True)
-                with open(f"{folder}/step.csv", newline="") as file:
-                    times.setdefault((name, backend, heap), []).append(float(next(csv.DictReader(file))["ms"]))
-        kept, default = (statistics.median(times[name, backend, heap]) for heap in ("kept", "default"))
-        row = {"model": name, "batch": batch, "candidate": backend, "default ms": round(default), "kept ms": round(kept)}
-        rows.append(row | {"ratio": round(default / kept, 2)})
+                with open(f"{folder}/encoder.csv", newline="") as file:
+                    for row in csv.DictReader(file):
+                        times.setdefault(row["candidate"], {}).setdefault(heap, []).append(float(row["ms"]))
+        for candidate, found in times.items():
+            kept, default = (statistics.median(found[heap]) for heap in ("kept", "default"))
+            row = {"model": name, "batch": batch, "candidate": candidate, "default ms": round(default), "kept ms": round(kept)}
+            rows.append(row | {"ratio": round(default / kept, 2)})
     return rows
 
 
@@ -332,8 +348,7 @@ def draw_bars(path: Path, rows: list[dict], device: torch.device) -> None:
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    where = "GPU" if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    figure.suptitle(f"Encoder, forward and backward, {where}")
+    figure.suptitle(f"Encoder, forward and backward, {device_name(device)}")
     save_figure(figure, path)
 
 
@@ -365,9 +380,8 @@ def main(args: argparse.Namespace) -> None:
         draw_bars(path.with_suffix(".png"), rows, processes.device)
     elif args.task == "sweep":
         draw_sweep(path.with_suffix(".png"), rows)
-    name = torch.cuda.get_device_name() if processes.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     rounds = "" if args.task in ("data", "heap") else f"; median of {args.repeats} rounds"
-    print(f"{name}, torch {torch.__version__}{rounds}; {path}")
+    print(f"{device_name(processes.device)}, torch {torch.__version__}{rounds}; {path}")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,19 @@ import os
 import re
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError, features
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from plumbing.script import UserError, one_line
+from plumbing.script import UserError, one_line, remark
 from plumbing.seeds import mix_seed
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
@@ -33,6 +34,10 @@ STATISTICS = {
 DATA_SETS = tuple(STATISTICS)
 BICUBIC = v2.InterpolationMode.BICUBIC
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
+IMAGE_SUFFIXES |= {".avif"} if features.check("avif") else set()  # Pillow's own packages read it since 11.3
+CONVERT = f"files must end in {', '.join(sorted(IMAGE_SUFFIXES))}; convert others, such as HEIC, to JPEG"
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # what Windows leaves in folders
+VALIDATION = ("val", "validation", "valid")
 
 
 # --- the embedded dataset ---------------------------------------------------------------------------------------------
@@ -205,6 +210,10 @@ class Images(Dataset):
         labels = None if self.labels is None else [self.labels[i] for i in indices]
         return Images(items, labels, self.classes, self.transform, self.statistics, self.seed)
 
+    def why(self, index: int) -> str:
+        """Why a file cannot be read, in a few words."""
+        return why_unreadable(self.items[index])
+
     def _load(self, index, epoch, place):
         torch.default_generator.manual_seed(mix_seed("crop", self.seed, epoch, place))
         crop, *others = getattr(self.transform, "transforms", [None])
@@ -339,6 +348,22 @@ def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None) -> Image.Image
             return crop.transform(to_rgb(image), box)
 
 
+def why_unreadable(path: str) -> str:
+    """Why `open_rgb` fails, in a few words; the file is opened once more to find out."""
+    try:
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            return "empty"
+        open_rgb(path)
+    except Image.DecompressionBombError:
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+    except UnidentifiedImageError:
+        return "not an image, or of a format that is not supported"
+    except Exception as error:  # damaged files raise nearly anything, depending on the decoder
+        why = one_line(getattr(error, "strerror", None) or error)
+        return "truncated" if "truncated" in why.lower() else why or "damaged"
+    return "it can be read now"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too."""
     if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit values at 255
@@ -349,8 +374,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def list_images(directory: Path) -> list[str]:
-    """All image files under a directory, sorted; links are followed, each folder once; a warning names unreadable folders."""
-    found, seen = [], set()
+    """All image files under a directory, sorted; links are followed, each folder once; a warning names unreadable folders.
+
+    A line counts the files of other kinds, but for hidden ones and what systems leave behind; UserError where there are no others.
+    """
+    found, others, seen = [], Counter(), set()
 
     def warn(error: OSError) -> None:
         tqdm.write(f"warning: cannot read the folder {one_line(error.filename)} ({error.strerror})", file=sys.stderr)
@@ -361,8 +389,18 @@ def list_images(directory: Path) -> list[str]:
             subfolders.clear()
             continue
         seen.add(real)
-        names = [name for name in files if not name.startswith("._")]  # what macOS leaves beside each file on other disks
-        found += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        for name in files:
+            kind = os.path.splitext(name)[1].lower()
+            if kind in IMAGE_SUFFIXES and not name.startswith("._"):  # what macOS leaves beside each file on other disks
+                found.append(os.path.join(folder, name))
+            elif not name.startswith(".") and name.lower() not in LITTER:
+                others[kind or "without a suffix"] += 1
+    kinds = [f"{count:,} {kind}" for kind, count in sorted(others.items(), key=lambda pair: (-pair[1], pair[0]))]
+    unread = ", ".join(kinds[:8]) + (f", and {len(kinds) - 8} other kinds" if len(kinds) > 8 else "")
+    if others and not found:
+        raise UserError(f"no images under {directory}, but {unread}; {CONVERT}")
+    if others:
+        remark(f"{directory}: {len(found):,} images; not read: {unread}")
     return sorted(found)
 
 
@@ -387,11 +425,21 @@ def choose_data_set(data_set: str | None, data_path: str | None) -> str:
     return data_set or ("folder" if data_path else "embedded")
 
 
+def split_folder(directory: str | Path, split: str) -> Path | None:
+    """DIR/train or DIR/val, None where there is none. Beside DIR/train, DIR/validation and DIR/valid are taken for DIR/val."""
+    root = Path(directory)
+    names = VALIDATION[: None if os.path.isdir(root / "train") else 1] if split == "val" else (split,)
+    found = next((name for name in names if os.path.isdir(root / name)), None)
+    if found not in (None, split):
+        remark(f"{root / found} is taken for {root / split}, which is not there")
+    return found and root / found
+
+
 def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0) -> Images:
     """The "train" or "val" images of a data set; UserError when there are none, or none of a few can be read.
 
-    A folder with neither DIR/train nor DIR/val is taken whole, for both splits. Labels are the first folder below the split's,
-    and None when an image lies in no such folder.
+    A folder with neither DIR/train nor DIR/val (`split_folder`) is taken whole, for both splits. Labels are the first folder below
+    the split's, and None when an image lies in no such folder.
     """
     statistics = STATISTICS[data_set]
     if data_set == "embedded":
@@ -413,13 +461,16 @@ def load_images(data_set: str, data_path: str | None, split: str, transform, see
             f"the folder {root} {'is not a directory' if os.path.exists(root) else 'does not exist'}; give a folder of images, "
             f"as by --data_path DIR"
         )
-    splits = [name for name in ("train", "val") if (root / name).is_dir()]
+    splits = {name: folder for name in ("train", "val") if (folder := split_folder(root, name))}
     if splits and split not in splits:
-        raise UserError(f"{root} has a folder {splits[0]} and none named {split}; add {root / split}, or give another folder")
-    root = root / split if splits else root
+        test = f" {root / 'test'}" if os.path.isdir(root / "test") else ""
+        others = f"name other images by --eval_data_path{test}, or train with --holdout 0.2, a share of the training images"
+        fix = others if split == "val" else "or give another folder"
+        raise UserError(f"{root} has a folder {next(iter(splits))} and none named {split}; add {root / split}, {fix}")
+    root = splits.get(split, root)
     paths = list_images(root)
     if not paths:
-        raise UserError(f"no images under {root}; files must end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise UserError(f"no images under {root}; {CONVERT}")
     parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
     labels = classes = None
     if all(len(part) > 1 for part in parts):
@@ -436,7 +487,7 @@ def check_readable(images: Images, where: str | Path) -> None:
     tried = range(0, len(images), -(-len(images) // 8))
     if all(images._open(index) is None for index in tried):
         others = f", nor the {len(tried) - 1} others tried under {where}" if len(tried) > 1 else ""
-        raise UserError(f"cannot read the image {images.items[0]}{others}; check files and permissions")
+        raise UserError(f"cannot read the image {images.items[0]} ({images.why(0)}){others}; check files and permissions")
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------------

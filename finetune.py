@@ -25,7 +25,8 @@ from data import Images, check_classes, load_images
 from model import MODELS, ConvNeXt, check_size
 from plumbing import flags, layouts
 from plumbing.devices import autocast_dtype, set_determinism, to_device
-from plumbing.files import prepare_output_dir, run_directory, save_csv, save_tensors, write_files
+from plumbing.files import file_of_run, prepare_output_dir, run_directory, save_csv, save_tensors, write_files
+from plumbing.layouts import load_classifier
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import plot_curves
@@ -62,7 +63,7 @@ def make_parser() -> flags.Parser:
 
     add = parser.adder(parser.add_argument_group("model"))
     add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
-    add("--finetune", str, None, "weights to start from, of any layout that weights.py reads", metavar="FILE")
+    add("--finetune", str, None, "weights to start from, of any layout that weights.py reads, or a run's folder", metavar="PATH")
     add("--scratch", bool, False, f"start from random weights even if {OURS} exists")
     add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
     add("--nb_classes", flags.class_count, None, "number of classes (default: as many as the data have)")
@@ -109,19 +110,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     data_set = data.choose_data_set(SYNONYMS.get(plain.data_set, plain.data_set), plain.data_path or plain.eval_data_path)
     check_task(plain, data_set, parser)
     only_use = plain.eval or plain.predict
+    if only_use:
+        given.resume = plain.resume = file_of_run(plain.resume, "checkpoint-best.pth", "newest")
+    elif plain.finetune:
+        given.finetune = plain.finetune = file_of_run(plain.finetune, "checkpoint-best.pth", "encoder.pth", "newest")
+    trained = trained_on(plain.resume) if only_use else None
     if only_use and not (plain.data_set or plain.data_path or plain.eval_data_path):
-        data_set, given.data_path = trained_on(plain.resume)
+        data_set, given.data_path = trained
         if plain.eval and data_set == "folder" and not given.data_path:
             parser.error(f"{plain.resume} does not say what it was trained on; give --data_path DIR, images to evaluate it on")
-    if not (plain.finetune or plain.scratch or only_use) and Path(OURS).exists():
-        name, place = trained_on(OURS)
-        if name == data_set and os.path.realpath(place or "") == os.path.realpath(plain.data_path or ""):
-            given.finetune = OURS
+    unsaid = not (plain.finetune or plain.scratch or only_use)
+    if unsaid and Path(OURS).exists() and same_images(trained_on(OURS), (data_set, plain.data_path)):
+        given.finetune = OURS
 
+    as_trained = ("crop_pct",) if only_use else ()  # images are prepared as the training evaluated them
+    if plain.eval and data_set == "folder" and not plain.eval_data_path and same_images(trained, (data_set, given.data_path)):
+        as_trained += () if data.split_folder(given.data_path, "val") else ("holdout",)  # never evaluated on what was trained on
     sources = {"the place of --resume": dict(output_dir=os.path.dirname(plain.resume) or ".")} if only_use else {}
     file = plain.resume if only_use else getattr(given, "finetune", None)
     if file:
-        sources[file] = layouts.flags_of(file, *(("crop_pct",) if only_use else ()))  # prepared as the training evaluated them
+        sources[file] = layouts.flags_of(file, *as_trained)
         for name, value in vars(given).items() if only_use else ():
             found = sources[file].get(name, "a size of its own")
             if name in ("model", "stem_stride") and value != found:
@@ -148,6 +156,11 @@ def trained_on(path: str) -> tuple[str, str | None]:
     return (config["data_set"], config.get("data_path")) if config.get("data_set") in data.DATA_SETS else ("folder", None)
 
 
+def same_images(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
+    """Whether two data sets, each with the place where it lies, are the same."""
+    return one[0] == other[0] and os.path.realpath(one[1] or "") == os.path.realpath(other[1] or "")
+
+
 def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) -> None:
     """A parser error for flags that contradict each other, or lack another."""
     if (args.eval or args.predict) and not args.resume:
@@ -156,6 +169,8 @@ def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) ->
         parser.error("--eval contradicts --predict; leave one of the two out")
     if data_set == "folder" and not (args.data_path or args.eval or args.predict):
         parser.error(f"--eval_data_path {args.eval_data_path} alone has no images to train on; give --data_path DIR, or --eval")
+    if args.holdout and args.eval_data_path:
+        parser.error(f"--holdout {args.holdout} contradicts --eval_data_path {args.eval_data_path}; leave one of the two out")
     if args.scratch and args.finetune:
         parser.error(f"--scratch contradicts --finetune {args.finetune}; leave one of the two out")
     if args.amp is not None and args.use_amp is not None and args.use_amp != (args.amp != "none"):
@@ -180,17 +195,20 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
 
 
 def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | None]:
-    """Training images (None with --eval) and validation images (None with --disable_eval), of the same classes."""
+    """Training images (None with --eval, but for --holdout) and validation images (None with --disable_eval), of the same classes."""
     train = val = None
-    if not args.eval:
+    if not args.eval or args.holdout:
         train = load_images(args.data_set, args.data_path, "train", None, args.seed)
-        if args.data_set == "folder" and not (Path(args.data_path) / "train").is_dir():
-            raise UserError(f"--data_path {args.data_path} has no train/<class>/ folders; fine-tuning needs labelled images")
+        if args.data_set == "folder" and not data.split_folder(args.data_path, "train"):
+            whole = f"{args.data_path} has no train/<class>/ folders"
+            if not (args.holdout or args.eval_data_path or args.disable_eval):
+                raise UserError(f"--data_path {whole}; if it holds class folders, evaluate on a share of them: --holdout 0.2")
+            data.remark(f"{whole}: all of it is taken, and the {len(train.classes or ())} folders in it for classes")
         data.check_labels(train)
         crop = args.min_crop, args.train_interpolation
         erasing = args.reprob, args.remode, args.recount
         train.transform = data.training_transform(args.input_size, train.statistics, *crop, args.aa, args.color_jitter, *erasing)
-    if args.holdout and train:
+    if args.holdout:
         train, val = data.split_holdout(train, args.holdout)
         val.transform = data.evaluation_transform(args.input_size, args.crop_pct)
     elif args.eval or not args.disable_eval:
@@ -226,21 +244,6 @@ def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvN
     return net, report
 
 
-def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
-    """The classifiers of a checkpoint, "model" and where there is one "model_ema", ready to evaluate; and their class names."""
-    content, networks = layouts.read_content(path), {}
-    for name in ("model", "model_ema"):
-        if name == "model" or content.get(name):
-            net = layouts.build(layouts.to_native(layouts.read_file(path, ema=name == "model_ema")))
-            if not net.num_classes:
-                raise UserError(f"{path} holds no classifier but an encoder; train one with finetune.py --finetune {path}")
-            if net.in_chans != 3:
-                raise UserError(f"{path} takes images of {net.in_chans} channels; images here have 3")
-            networks[name] = net.to(device, memory_format=torch.channels_last).eval()
-    classes = content.get("classes")
-    return networks, classes if isinstance(classes, list) and len(classes) == net.num_classes else None
-
-
 # --- the three tasks --------------------------------------------------------------------------------------------------
 
 
@@ -273,8 +276,9 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
     _, val = load_labelled(args)
     trained, _ = trained_on(args.resume)
     val.statistics = data.STATISTICS[trained]
+    held = f" ({args.holdout:.0%} of each class, held out)" if args.holdout else ""
     prepared = data.describe_evaluation(args.input_size, args.crop_pct, trained)
-    where = f"{args.eval_data_path or args.data_path or args.data_set}, {prepared}"
+    where = f"{args.eval_data_path or args.data_path or args.data_set}{held}, {prepared}"
     if classes:
         check_classes(classes, val.classes)
     scores = {}

@@ -23,6 +23,7 @@ from data import (
     load_images,
     normalise,
     pretrain_transform,
+    split_folder,
 )
 from fcmae import BACKENDS, FCMAE, random_mask, reconstruction_panels
 from model import MODELS, check_size
@@ -141,7 +142,7 @@ def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tenso
 
 def sample_images(args: argparse.Namespace, count: int = 8) -> torch.Tensor:
     """Up to `count` validation images, spread over the set, uint8 (count, 3, S, S)."""
-    split = "val" if args.data_set != "folder" or (Path(args.data_path) / "val").is_dir() else "train"
+    split = "val" if args.data_set != "folder" or split_folder(args.data_path, "val") else "train"
     images = load_images(args.data_set, args.data_path, split, center_transform(args.input_size))
     count = min(count, len(images))
     return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])

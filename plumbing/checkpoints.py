@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from plumbing.files import DamagedFile, find_checkpoints, load_file, prune_checkpoints, save_tensors
+from plumbing.files import DamagedFile, file_of_run, find_checkpoints, load_file, prune_checkpoints, save_tensors
 from plumbing.log import Meters, RunLog
 from plumbing.processes import Processes
 from plumbing.script import UserError
@@ -28,10 +28,10 @@ RUN_FLAGS = {
 def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str, processes: Processes) -> dict:
     """Where to continue: at the checkpoint of --resume, with --auto_resume the newest sound one in `directory`, or the beginning.
 
-    The beginning has no "path". UserError if the checkpoint belongs to another stage or, without `--resume_anyway`, to a run with
+    Of a folder, --resume means the newest checkpoint. The beginning has no "path". UserError if the checkpoint belongs to another stage or, without `--resume_anyway`, to a run with
     other settings; or if a new run would mix with an old one.
     """
-    path = processes.from_main(lambda: args.resume or _newest_sound(directory, args))
+    path = processes.from_main(lambda: file_of_run(args.resume, "newest") if args.resume else _newest_sound(directory, args))
     if path is None:
         return {"path": None, "epoch": args.start_epoch, "update": 0, "log": "", "meters": [], "unreadable": []}
     state = load_file(path)

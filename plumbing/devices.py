@@ -7,19 +7,25 @@ import sys
 import torch
 from torch import nn
 
-from plumbing.script import UserError
+from plumbing.script import UserError, remark
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device of --device, CUDA by default where there is one; UserError if it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name == "gpu":
+            raise UserError("--device gpu is no device of torch's; did you mean cuda?")
         device = torch.device(name)
-        if device.type not in ("cuda", "cpu"):
-            raise RuntimeError("neither cuda nor cpu")
+        if device.type not in ("cuda", "cpu", "mps"):
+            raise RuntimeError("neither cuda, cpu nor mps")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("this machine or this torch has no MPS")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+    if device.type == "mps":
+        remark("--device mps: never run by us; compare the first losses with those of --device cpu")
     if device.type == "cpu":
         keep_heap_mapped()
     return device

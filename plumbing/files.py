@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from plumbing.processes import Processes
-from plumbing.script import UserError, call_at_end, one_line
+from plumbing.script import UserError, call_at_end, one_line, remark
 from plumbing.signals import signals_restored
 
 
@@ -129,6 +129,23 @@ def find_checkpoints(directory: Path) -> list[Path]:
     """The directory's `checkpoint-<epochs done>.pth` and `checkpoint-<epochs done>-<updates of the next>.pth`, oldest first."""
     named = [(path.stem.split("-")[1:], path) for path in directory.glob("checkpoint-*.pth")]
     return [path for _, path in sorted((list(map(int, place)), path) for place, path in named if all(n.isdecimal() for n in place))]
+
+
+def file_of_run(path: str, *order: str) -> str:
+    """A file as it is; of a run's folder the first that it has of `order`, where "newest" stands for the newest checkpoint.
+
+    A line tells which; UserError if there is none.
+    """
+    if not os.path.isdir(path):
+        return path
+    folder = Path(path)
+    files = [file for name in order for file in (find_checkpoints(folder)[-1:] if name == "newest" else [folder / name])]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        wanted = " or ".join(name.replace("newest", "checkpoint-<epoch>.pth") for name in order)
+        raise UserError(f"no {wanted} in the folder {path}; name a file, or the folder of another run")
+    remark(f"{path}: taking {found.name}")
+    return str(found)
 
 
 def prune_checkpoints(directory: Path, keep: int, newest: Path | None = None) -> None:

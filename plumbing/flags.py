@@ -171,6 +171,7 @@ share, some_share, proper_share = number(float, 0, 1), number(float, 0, 1, above
 # --- groups that scripts share ----------------------------------------------------------------------------------------
 
 STRIDES = (4, 2, 1)
+DEVICES = "cuda, cpu or mps (default: cuda if there is one, else cpu)"
 
 
 def add_data_flags(parser: Parser, data_sets: Iterable[str], data_path: str) -> Callable:
@@ -222,9 +223,15 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add("--compile", bool, False, "torch.compile the network: a minute of start-up for faster steps")
     add("--checkpoint_activations", bool, False, "keep only each block's input for backward: less memory, slower steps")
     add("--output_dir", str, output_dir, "where everything is written", metavar="DIR")
-    add("--device", str, None, "cuda or cpu (default: cuda if there is one)")
+    add("--device", str, None, DEVICES)
     add("--seed", seed_number, 0, "of everything random: weights, order, crops, masks, mixing, --labels_per_class")
-    add("--resume", str, None, "continue from this checkpoint; finetune.py evaluates or predicts with it too", metavar="FILE")
+    add(
+        "--resume",
+        str,
+        None,
+        "continue from this checkpoint, or the newest of a run's folder; finetune.py evaluates or predicts with it too",
+        metavar="PATH",
+    )
     add("--auto_resume", bool, True, "continue from the newest checkpoint in --output_dir, if any")
     add("--start_epoch", number(int, 0), 0, "first epoch, when not resuming")
     add("--save_ckpt", bool, True, "write checkpoints")

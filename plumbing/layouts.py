@@ -235,6 +235,21 @@ def build(native: State, load: bool = True) -> ConvNeXt:
     return net
 
 
+def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
+    """The classifiers of a checkpoint, "model" and where there is one "model_ema", ready to evaluate; and their class names."""
+    content, networks = read_content(path), {}
+    for name in ("model", "model_ema"):
+        if name == "model" or content.get(name):
+            net = build(to_native(read_file(path, ema=name == "model_ema")))
+            if not net.num_classes:
+                raise UserError(f"{path} holds no classifier but an encoder; train one with finetune.py --finetune {path}")
+            if net.in_chans != 3:
+                raise UserError(f"{path} takes images of {net.in_chans} channels; images here have 3")
+            networks[name] = net.to(device, memory_format=torch.channels_last).eval()
+    classes = content.get("classes")
+    return networks, classes if isinstance(classes, list) and len(classes) == net.num_classes else None
+
+
 def flags_of(path: str | Path, *others: str) -> dict:
     """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, input_size and `others`."""
     native = to_native(read_file(path))

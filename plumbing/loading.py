@@ -87,7 +87,7 @@ class Unreadable:
         for index in failed[failed >= 0].tolist():
             if index not in self.indices:
                 self.indices.add(index)
-                name = one_line(self.images.items[index])
+                name = one_line(f"{self.images.items[index]} ({self.images.why(index)})")
                 tqdm.write(f"warning: cannot read {name}; {self.instead}", file=sys.stderr)
 
     def check(self, processes: Processes) -> None:
@@ -95,4 +95,5 @@ class Unreadable:
         self.indices = processes.union(self.indices)
         if len(self.indices) > max(10, 0.01 * len(self.images)):
             some = f"{len(self.indices)} of {len(self.images)} images cannot be read, more than ten and 1%"
-            raise UserError(f"{some}; remove or replace them, {self.images.items[min(self.indices)]} for one")
+            one = f"{self.images.items[min(self.indices)]} ({self.images.why(min(self.indices))})"
+            raise UserError(f"{some}; remove or replace them, {one} for one")

@@ -82,6 +82,8 @@ def setup_processes(device: str | None, timeout_minutes: float = 10.0) -> Proces
     if described is None:
         return Processes(0, 1, chosen)
     rank, world_size, local_rank = described
+    if chosen.type == "mps" and world_size > 1:
+        raise UserError(f"--device mps is for one process, not {world_size}; start it without torchrun, or take --device cpu")
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"process {local_rank} has no GPU: {torch.cuda.device_count()} here; lower torchrun's --nproc_per_node")

@@ -51,7 +51,7 @@ class Run:
 
     Args:
         images: a data set of (image, target, failed) items, indexed by (epoch, index). Its `on_device(images, targets, device)`
-            makes of a loaded batch what the network takes; its `items` are named when they cannot be read.
+            makes of a loaded batch what the network takes; its `items` are named when they cannot be read, and `why(index)`.
         iterations: updates of the whole run, for one that is not counted in epochs. Its last epoch may end early.
 
     Attributes that scripts read: device, images_per_update, updates (per epoch), total (updates of the run), peak_lr, config,

@@ -1,5 +1,6 @@
 """What a classifier gets right and what it confuses, class by class, and what it makes of single images: tables and a picture."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,17 +21,17 @@ def scores_of(results: Iterable[tuple[torch.Tensor, torch.Tensor]], processes: P
     "outcomes", (images, 2) on the CPU, are the class of every image and the one predicted. When the images are `divided` among
     processes, all of that is of the images of all.
     """
-    sums = torch.zeros(3, device=processes.device, dtype=torch.float64)
+    sums = [torch.zeros(3, device=processes.device)]  # of each batch; Python adds them up in float64, which MPS lacks
     outcomes = [torch.zeros(0, 2, device=processes.device, dtype=torch.int64)]
     for logits, labels in results:
         best = logits.topk(min(5, logits.shape[1])).indices  # (N, 5)
         hits, loss = best == labels[:, None], F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss, hits[:, 0].sum(), hits.any(dim=1).sum()]).double()
+        sums.append(torch.stack([loss, hits[:, 0].sum(), hits.any(dim=1).sum()]))
         outcomes.append(torch.stack([labels, best[:, 0]], dim=1))
-    outcomes = torch.cat(outcomes).cpu()
-    if divided:
-        sums, outcomes = processes.sum(list(sums)), torch.cat(processes.gather(outcomes))
-    (loss, top1, top5), count = map(float, sums), len(outcomes)
+    mine = [math.fsum(column) for column in zip(*torch.stack(sums).tolist())], torch.cat(outcomes).cpu()
+    sums, outcomes = zip(*(processes.gather(mine) if divided else [mine]))
+    (loss, top1, top5), outcomes = map(math.fsum, zip(*sums)), torch.cat(outcomes)
+    count = len(outcomes)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": count, "outcomes": outcomes}
 
 

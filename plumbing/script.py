@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -69,6 +70,13 @@ def exit_with(status: int, message: str) -> None:
     """One line on standard error, behind the script's name, and the end of the process."""
     print(f"{Path(sys.argv[0]).name}: {one_line(message.strip())}", file=sys.stderr)
     sys.exit(status)
+
+
+@cache
+def remark(line: str) -> None:
+    """Print a line in the main process alone, and only once, however often what it tells of is met."""
+    if os.environ.get("RANK", "0") == "0":
+        print(one_line(line))
 
 
 def one_line(text: str | Path) -> str:

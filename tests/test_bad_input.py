@@ -35,7 +35,8 @@ TABLE = {
     # --- paths and folders
     "pretrain: folder missing": ("--data_path nowhere", "nowhere does not exist; give a folder"),
     "pretrain: folder is a file": ("--data_path picture.png", "picture.png is not a directory; give a folder"),
-    "pretrain: folder without images": ("--data_path empty", "no images under empty; files must end in .bmp"),
+    "pretrain: folder without images": ("--data_path empty", "no images under empty; files must end in", "convert others, such as HEIC, to JPEG"),
+    "pretrain: folder of other files": ("--data_path other", "no images under other, but 2 .heic, 1 .mov; files must end in", "HEIC, to JPEG"),
     "pretrain: folder of a name too long": (f"--data_path {LONG}", "does not exist; give a folder"),
     "pretrain: loop of links": ("--data_path loop", "no images under loop"),
     "pretrain: val without train": ("--data_path onlyval", "onlyval has a folder val and none named train; add onlyval/train"),
@@ -46,10 +47,13 @@ TABLE = {
     "pretrain: output cannot be made": ("--output_dir /proc/nowhere", "cannot write to --output_dir /proc/nowhere"),
     "pretrain: output of a name too long": (f"--output_dir new/{LONG}", "File name too long", "choose another"),
     "finetune: no folder": ("--data_set folder", "--data_set folder needs --data_path DIR"),
-    "finetune: folder without classes": ("--data_path pictures", "pictures has no train/<class>/ folders"),
+    "finetune: folder without classes": ("--data_path pictures", "pictures has no train/<class>/ folders", "--holdout 0.2"),
+    "finetune: folder without classes held out": ("--data_path pictures --holdout 0.4", "lies in no class folder, and labels"),
+    "finetune: two sources of validation": ("--holdout 0.4 --eval_data_path labelled/val", "--holdout 0.4 contradicts --eval_data_path"),
     "finetune: images beside class folders": ("--data_path stray", "stray/train/loose.png lies in no class folder, and labels", "<class>"),
     "finetune: val without train": ("--data_path onlyval", "onlyval has a folder val and none named train"),
-    "finetune: train without val": ("--data_path onlytrain", "onlytrain has a folder train and none named val"),
+    "finetune: train without val": ("--data_path onlytrain", "onlytrain has a folder train and none named val", "--eval_data_path, or train with --holdout 0.2"),
+    "finetune: train and test without val": ("--data_path withtest", "none named val", "--eval_data_path withtest/test, or train with --holdout"),
     "finetune: class lacks in val": ("--data_path lacking", "lack the class b (1 in all); training and validation folders must agree"),
     "finetune: class unknown in train": ("--data_path extra", "have an unknown class c (1 in all)"),
     "finetune: class folder without images": ("--data_path emptyclass", "have an unknown class b (1 in all)"),
@@ -72,14 +76,14 @@ TABLE = {
     "analyze: damaged log": ("curves damagedlog", "log.jsonl or config.json in damagedlog is damaged", "leave that run out"),
     "bench: folder missing": ("data --data_path nowhere", "nowhere does not exist"),
     # --- images
-    "pretrain: nothing readable": ("--data_path damaged", "cannot read the image damaged/bomb.png, nor the 5 others tried under damaged; check files"),
-    "pretrain: a bomb alone": ("--data_path bomb", "cannot read the image bomb/bomb.png; check files and permissions"),
+    "pretrain: nothing readable": ("--data_path damaged", "cannot read the image damaged/bomb.png (more than 178,956,970 pixels), nor the 5 others tried under damaged; check files"),
+    "pretrain: a bomb alone": ("--data_path bomb", "cannot read the image bomb/bomb.png (more than 178,956,970 pixels); check files and permissions"),
     "finetune: nothing readable": ("--data_path damagedclass", "nor the 5 others tried under damagedclass/train; check"),
     "finetune: nothing readable in val": ("--eval_data_path damagedclass/train", "nor the 5 others tried under damagedclass/train; check"),
-    "finetune: predict a text": ("--predict damaged/text.jpg --resume tiny.pth", "cannot read the image damaged/text.jpg; check files"),
-    "finetune: predict nothing readable": ("--predict damaged --resume tiny.pth", "cannot read the image damaged/bomb.png, nor the 5 others tried under damaged; check"),
+    "finetune: predict a text": ("--predict damaged/text.jpg --resume tiny.pth", "cannot read the image damaged/text.jpg (not an image, or of a format", "check files"),
+    "finetune: predict nothing readable": ("--predict damaged --resume tiny.pth", "cannot read the image damaged/bomb.png (more than 178,956,970 pixels), nor the 5 others tried under damaged; check"),
     "analyze: a text": ("reconstruct --images damaged/text.jpg", "cannot read the image damaged/text.jpg"),
-    "analyze: a bomb": ("activations --images bomb/bomb.png", "cannot read the image bomb/bomb.png", "decompression bomb"),
+    "analyze: a bomb": ("activations --images bomb/bomb.png", "cannot read the image bomb/bomb.png (more than 178,956,970 pixels)"),
     "bench: nothing readable": ("data --data_path damaged", "nor the 5 others tried under damaged; check"),
     # --- numbers
     "pretrain: no batch": ("--batch_size 0", "--batch_size: 0 must be at least 1"),
@@ -168,12 +172,13 @@ TABLE = {
     "weights: no layout": ("tiny.pth new.pth", "the following arguments are required: --to"),
     # --- checkpoints
     "pretrain: resume nothing": ("--resume nowhere.pth", "cannot read nowhere.pth (No such file"),
-    "pretrain: resume a folder": ("--resume pictures", "cannot read pictures (Is a directory)"),
+    "pretrain: resume a folder": ("--resume pictures", "no checkpoint-<epoch>.pth in the folder pictures; name"),
     "pretrain: resume an encoder": ("--resume encoder.pth", "encoder.pth is not a checkpoint-<epoch>.pth of pretrain.py"),
     "pretrain: resume the other stage": ("--resume tuned.pth", "tuned.pth is not a checkpoint-<epoch>.pth of pretrain.py"),
     "finetune: resume the other stage": ("--resume run/checkpoint-3.pth", "not a checkpoint-<epoch>.pth of finetune.py", "--finetune"),
     "finetune: weights missing": ("--finetune nowhere.pth", "cannot read nowhere.pth (No such file"),
-    "finetune: weights are a folder": ("--finetune pictures", "cannot read pictures (Is a directory)"),
+    "finetune: weights are a folder": ("--finetune pictures", "no checkpoint-best.pth or encoder.pth or checkpoint-<epoch>.pth in the folder pictures"),
+    "finetune: evaluate a folder": ("--eval --resume pictures", "no checkpoint-best.pth or checkpoint-<epoch>.pth in the folder pictures"),
     "finetune: weights are text": ("--finetune damaged/text.pth", "damaged/text.pth is not a readable checkpoint: damaged"),
     "finetune: weights are empty": ("--finetune damaged/empty.pth", "damaged/empty.pth is not a readable checkpoint"),
     "finetune: weights are truncated": ("--finetune damaged/truncated.pth", "damaged/truncated.pth is not a readable checkpoint"),
@@ -192,7 +197,7 @@ TABLE = {
     "finetune: evaluate on other classes": ("--eval --resume tiny.pth --data_path three", "tiny.pth has 2 classes, the validation images 3"),
     "finetune: evaluate other names": ("--eval --resume tuned.pth", "the validation images lack the class x"),
     "analyze: no checkpoint": ("reconstruct --checkpoint nowhere", "no checkpoint nowhere; run `python pretrain.py` first"),
-    "analyze: folder without checkpoint": ("collapse --checkpoint pictures", "no checkpoint pictures/checkpoint-<epoch>.pth; run"),
+    "analyze: folder without checkpoint": ("collapse --checkpoint pictures", "no checkpoint-best.pth or checkpoint-<epoch>.pth or encoder.pth in the folder pictures"),
     "analyze: name too long": (f"collapse --checkpoint {LONG}", "no checkpoint xxx", "run `python pretrain.py` first"),
     "analyze: a picture as checkpoint": ("collapse --checkpoint picture.png", "picture.png is not a readable checkpoint"),
     "analyze: code": ("collapse --checkpoint code.pth", "code.pth is not a readable checkpoint"),
@@ -215,8 +220,9 @@ TABLE = {
     # --- devices
     "pretrain: no such device": ("--device tpu9", "--device tpu9 cannot be used here", "try --device cpu"),
     "pretrain: no such GPU": ("--device cuda:99", "--device cuda:99 cannot be used here", "try --device cpu"),
-    "pretrain: a device without numbers": ("--device meta", "--device meta cannot be used here (neither cuda nor cpu)", "try --device cpu"),
-    "bench: no such device": ("--device gpu", "--device gpu cannot be used here", "try --device cpu"),
+    "pretrain: a device without numbers": ("--device meta", "--device meta cannot be used here (neither cuda, cpu nor mps)", "try --device cpu"),
+    "bench: no such device": ("--device gpu", "--device gpu is no device of torch's; did you mean cuda?"),
+    "finetune: no MPS": ("--device mps", "--device mps cannot be used here (this machine or this torch has no MPS)", "try --device cpu"),
 }  # fmt: skip
 
 # Variables that torchrun sets; PORT is one on which somebody listens.
@@ -246,7 +252,7 @@ def things(tmp_path_factory) -> Path:
     """Folders, pictures and checkpoints, good and bad."""
     root = tmp_path_factory.mktemp("things")
     for folder in (
-        "pictures", "labelled/train/a", "labelled/train/b", "labelled/val/a", "labelled/val/b", "onlyval/val/a", "onlytrain/train/a",
+        "pictures", "labelled/train/a", "labelled/train/b", "labelled/val/a", "labelled/val/b", "onlyval/val/a", "onlytrain/train/a", "withtest/train/a", "withtest/test/a",
         "stray/train/a", "lacking/train/a", "lacking/train/b", "lacking/val/a", "extra/train/a", "extra/val/a", "extra/val/c",
         "emptyclass/train/a", "emptyclass/val/a", "emptyclass/val/b", "oneclass/train/a", "oneclass/val/a",
         "three/val/a", "three/val/b", "three/val/c",
@@ -257,6 +263,7 @@ def things(tmp_path_factory) -> Path:
     save_noise(root / "stray/train/loose.png", (16, 16))
     for folder in (
         "empty",
+        "other",
         "loop",
         "bomb",
         "damaged",
@@ -277,6 +284,8 @@ def things(tmp_path_factory) -> Path:
     (root / "damaged/truncated.png").write_bytes((root / "picture.png").read_bytes()[:200])
     for path in [path for path in (root / "damaged").iterdir() if path.suffix in (".jpg", ".png")]:
         (root / "damagedclass/train/a" / path.name).symlink_to(path)
+    for name in ("a.heic", "b.HEIC", "c.mov", ".hidden", "Thumbs.db", "._a.jpg"):
+        (root / "other" / name).write_text("no image")
     (root / "emptyclass/train/b/note.txt").write_text("no image")
     (root / "damagedlog/log.jsonl").write_text('{"epoch": 1, "lo\n')
 
@@ -421,7 +430,7 @@ def test_errors_of_the_code_itself_keep_their_traceback(place, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "words", "variables", "expected"),
     [
-        ("pretrain", "--data_path damaged", "", "cannot read the image"),
+        ("pretrain", "--data_path bomb", "", "cannot read the image"),
         ("finetune", "--finetune code.pth", "", "code, which is never run"),
         ("weights", "damaged/text.pth new.pth --to timm", "RANK=nonsense", "text.pth is not a readable checkpoint"),
     ],

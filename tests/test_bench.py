@@ -1,6 +1,8 @@
 """Claims about bench.py: every task measures what it says. Times themselves are never asserted."""
 
 import csv
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from helpers import save_noise
 import bench
 from fcmae import FCMAE, random_mask
 from model import ConvNeXt
+from plumbing.files import save_csv
 
 SMALL = [
     "--model",
@@ -58,6 +61,19 @@ def test_the_input_pipeline_is_measured_on_a_folder(tmp_path):
         )
     )
     assert (tmp_path / "data.csv").read_text().count("\n") == 2
+
+
+def test_heap_divides_the_times_of_processes_without_it_by_those_with_it(tmp_path, monkeypatch):
+    def measured(words, env, **_):
+        words = dict(pairwise(words))
+        assert (words["--input_size"], words["--stem_stride"], words["--batch_size"]) == ("32", "1", "1")
+        ms = {"kept": 10, "default": 12}[env["HEAP"]]
+        save_csv(Path(words["--output_dir"], "encoder.csv"), [dict(candidate="sparse", ms=ms), dict(candidate="dense", ms=ms * ms)])
+
+    monkeypatch.setattr(bench.subprocess, "run", measured)
+    bench.main(bench.get_args(["heap", *SMALL, "--output_dir", str(tmp_path)]))
+    with open(tmp_path / "heap.csv") as file:
+        assert {row["candidate"]: row["ratio"] for row in csv.DictReader(file)} == {"sparse": "1.2", "dense": "1.44"}
 
 
 def test_checkpointed_activations_give_the_same_gradients_and_keep_far_less():
