@@ -8,6 +8,7 @@
 Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json and accuracy.png to --output_dir.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ from plumbing.plots import plot_curves
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.recipes import RECIPES
 from plumbing.run import Run
-from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
+from plumbing.script import UserError, counted, one_line, run_script, value_errors_are_the_users
 
 # Defaults of a data set; a recipe's settings come before them, the command line before both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
@@ -273,11 +274,13 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes) -> None:
         check_classes(classes, val.classes)
     for name, net in networks.items():
         if len(val.classes) > net.num_classes:
-            raise UserError(f"{args.resume} has {net.num_classes} classes, the validation images {len(val.classes)}; give others")
+            raise UserError(
+                f"{args.resume} has {counted(net.num_classes, 'class')}, the validation images {len(val.classes)}; give others"
+            )
         score = evaluate(net, val, args, processes)
         if processes.is_main:
             accuracy = f"top-1 {score['top1']:.2f}%, top-5 {score['top5']:.2f}%"
-            print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {score['images']:,} images of {where}")
+            print(f"{name}: {accuracy}, loss {score['loss']:.4f} on {counted(score['images'], 'image')} of {where}")
 
 
 def describe_input(args: argparse.Namespace, trained: str) -> str:
@@ -303,7 +306,7 @@ def predict(args: argparse.Namespace, processes: Processes) -> None:
     statistics = data.STATISTICS[trained]
     images = Images(paths, None, None, data.evaluation_transform(args.input_size, args.crop_pct), statistics)
     data.check_readable(images, " and ".join(args.predict))
-    print(f"{len(paths):,} images {describe_input(args, trained)}")
+    print(f"{counted(len(paths), 'image')} {describe_input(args, trained)}")
     unreadable = Unreadable(images, "it is left out")
     for index, path in enumerate(paths):
         pixels, _, failed = images[0, index]
@@ -355,7 +358,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     if args.images_per_update not in (None, run.images_per_update):
         run.say(f"the recipe is for {args.images_per_update} images per update; the learning rate follows {run.images_per_update}")
     run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")
-    run.say(f"{args.data_set}: {len(images):,} images of {len(images.classes)} classes at {args.input_size} px")
+    run.say(f"{args.data_set}: {counted(len(images), 'image')} of {counted(len(images.classes), 'class')} at {args.input_size} px")
     network = run.start(
         net.train(not args.linear_probe), optimizer, "finetune.py", ema, extra=lambda: {"best": best}, classes=list(images.classes)
     )
