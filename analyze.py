@@ -10,6 +10,7 @@ whole, unmasked images. In a notebook, use the functions of the first three sect
 Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimensions.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import json
 import os
@@ -36,7 +37,7 @@ from plumbing.loading import Unreadable, divided, make_loader
 from plumbing.log import read_log
 from plumbing.plots import COLOURS, new_figure, plot_panels, save_figure
 from plumbing.processes import setup_processes
-from plumbing.script import UserError, run_script, value_errors_are_the_users
+from plumbing.script import UserError, counted, run_script, value_errors_are_the_users
 from plumbing.seeds import mix_seed
 
 INPUT_SIZES = {"embedded": 48, "folder": 224, "cifar10": 32, "cifar100": 32}  # where a checkpoint does not say
@@ -303,11 +304,11 @@ def choose_images(args: argparse.Namespace, usual: int, split: str = "val") -> t
         images, source = load_images(args.data_set, args.data_path, split, transform), f"{args.data_set} ({split})"
     count = args.num_images or (len(images) if args.images else min(usual, len(images)))
     if count > len(images):
-        raise UserError(f"--num_images {count}, but {source} has {len(images)} images; ask for at most that many")
+        raise UserError(f"--num_images {count}, but {source} has {counted(len(images), 'image')}; ask for at most that many")
     if args.command in ("selectivity", "embed") and images.labels is None:
         raise UserError(f"{args.command} needs labels, and {args.data_path} has none; arrange it as DIR/val/<class>/<image>")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed("images", args.seed)))
-    print(f"{count} of {len(images)} images of {source} at {args.input_size} px, on {args.device}")
+    print(f"{count} of {counted(len(images), 'image')} of {source} at {args.input_size} px, on {args.device}")
     return images, sorted(order[:count].tolist())
 
 
@@ -381,7 +382,7 @@ def collapse(args: argparse.Namespace) -> None:
     for axis, title, scale in zip(axes[0], titles, scales):
         tidy(axis, DEPTH_LABEL, scale, title)
         axis.set_ylim(bottom=min(axis.get_ylim()[0], 0.4) if axis is axes[0, 0] else 0)
-    finish(args, figure, f"mean and standard deviation over {len(indices)} images")
+    finish(args, figure, f"mean and standard deviation over {counted(len(indices), 'image')}")
     quantities = ("cosine_distance", "dead_percent", "saturated_percent")
     names = [f"{quantity}_{kind}" for kind in ("mean", "std") for quantity in quantities]
     write_table(args, ["checkpoint", "layer", "tensor", "normalised_index", *names], table)
@@ -448,7 +449,7 @@ def class_selectivity(args: argparse.Namespace) -> None:
         axis.set_xlabel("class selectivity index", fontsize=12)
     figure.supylabel("share of the block's output channels (%)", fontsize=13)
     scale = "0: active for all classes alike, 1: for one class only; dotted: mean"
-    finish(args, figure, f"{scale} ({len(indices)} images of {len(labels.unique())} classes)")
+    finish(args, figure, f"{scale} ({counted(len(indices), 'image')} of {counted(len(labels.unique()), 'class')})")
     write_table(args, ["checkpoint", "layer", "channel", "class_selectivity_index"], table)
 
 
@@ -483,7 +484,7 @@ def grn(args: argparse.Namespace) -> None:
         axis.set_yscale("log", subs=(2, 5))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-    finish(args, figure, f"median, 25-75% and 5-95% of the channels, over {len(indices)} images")
+    finish(args, figure, f"median, 25-75% and 5-95% of the channels, over {counted(len(indices), 'image')}")
     write_table(args, ["checkpoint", "block", "quantity", *(f"percentile_{level}" for level in levels)], table)
 
 
@@ -552,7 +553,7 @@ def embed(args: argparse.Namespace) -> None:
             axis.scatter(x, y, s=18, color=COLOURS[k % 8], marker="o" if k < 8 else "^", linewidth=0, label=name)
         x_label, y_label = (f"{name} principal component ({part:.0%} of variance)" for name, part in zip(("1st", "2nd"), share))
         tidy(axis, x_label, y_label, f"{subject.label}: {accuracy:.1f}% right")
-        print(f"{subject.label}: {accuracy:.1f}% of {len(indices)} images right by {args.neighbours} nearest neighbours")
+        print(f"{subject.label}: {accuracy:.1f}% of {counted(len(indices), 'image')} right by {args.neighbours} nearest neighbours")
         for i, label, point in zip(indices, labels.tolist(), points.tolist()):
             table.append([subject.label, accuracy, i, images.classes[label], *point])
     chance = 100 / len(images.classes)

@@ -10,6 +10,7 @@
 Prints a table and writes CSV, and pictures where there is something to see, to --output_dir.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import csv
 import os

@@ -21,7 +21,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from plumbing.script import UserError, one_line, remark
+from plumbing.script import UserError, counted, one_line, remark
 from plumbing.seeds import mix_seed
 
 # Mean and standard deviation per channel, of pixels in [0, 1]; folders take ImageNet's.
@@ -527,7 +527,7 @@ def split_holdout(images: Images, share: float) -> tuple[Images, Images]:
         i for indices in shuffled_by_class(images, mix_seed("holdout")).values() for i in indices[: round(share * len(indices))]
     ]
     if not held:
-        raise UserError(f"--holdout {share} of {len(images)} images is none of any class; hold out more")
+        raise UserError(f"--holdout {share} of {counted(len(images), 'image')} is none of any class; hold out more")
     return images.subset(sorted(set(range(len(images))) - set(held))), images.subset(sorted(held))
 
 

@@ -9,6 +9,7 @@ Flags follow the authors' release. Writes to --output_dir: checkpoints, log.json
 or that of --eval, classes.csv, confusion.csv and confusion.png; predictions.csv of --predict.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import os
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.recipes import RECIPES
 from plumbing.run import Run
 from plumbing.scores import better, by_class, describe_prediction, predictions, scores_of
-from plumbing.script import UserError, run_script, value_errors_are_the_users
+from plumbing.script import UserError, counted, run_script, value_errors_are_the_users
 
 # Defaults of a data set; a recipe's settings come before them, the command line before both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
@@ -284,11 +285,12 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
     scores = {}
     for name, net in networks.items():
         if len(val.classes) > net.num_classes:
-            raise UserError(f"{args.resume} has {net.num_classes} classes, the validation images {len(val.classes)}; give others")
+            found = f"{args.resume} has {counted(net.num_classes, 'class')}, the validation images {len(val.classes)}"
+            raise UserError(f"{found}; give others")
         scores[name] = found = evaluate(net, val, args, processes)
         if processes.is_main:
             accuracy = f"top-1 {found['top1']:.2f}%, top-5 {found['top5']:.2f}%"
-            print(f"{name}: {accuracy}, loss {found['loss']:.4f} on {found['images']:,} images of {where}")
+            print(f"{name}: {accuracy}, loss {found['loss']:.4f} on {counted(found['images'], 'image')} of {where}")
     if processes.is_main:
         winner = better(scores)
         write_files(output_dir, by_class(scores[winner]["outcomes"], val.classes), f" of {winner}" * (len(scores) > 1))
@@ -307,7 +309,7 @@ def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) ->
     images = Images(paths, range(len(paths)), None, transform, data.STATISTICS[trained])  # an image's label is its place
     data.check_readable(images, " and ".join(args.predict))
     if processes.is_main:
-        print(f"{len(paths):,} images {data.describe_evaluation(args.input_size, args.crop_pct, trained)}")
+        print(f"{counted(len(paths), 'image')} {data.describe_evaluation(args.input_size, args.crop_pct, trained)}")
     batches, rows = divided(range(len(paths)), args.batch_size), []
     mine = batches[processes.rank :: processes.world_size]  # so that one batch of each process makes a stretch of the order
     found = classify(net, images, mine, args, processes)
@@ -319,7 +321,7 @@ def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) ->
                 print(describe_prediction(row))
     if processes.is_main:
         left_out = f" ({len(paths) - len(rows):,} could not be read)" if len(rows) < len(paths) else ""
-        write_files(output_dir, {"predictions.csv": (save_csv, rows)}, f" of {len(rows):,} images{left_out}")
+        write_files(output_dir, {"predictions.csv": (save_csv, rows)}, f" of {counted(len(rows), 'image')}{left_out}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -359,7 +361,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     if args.images_per_update not in (None, run.images_per_update):
         run.say(f"the recipe is for {args.images_per_update} images per update; the learning rate follows {run.images_per_update}")
     run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")
-    run.say(f"{args.data_set}: {len(images):,} images of {len(images.classes)} classes at {args.input_size} px")
+    run.say(f"{args.data_set}: {counted(len(images), 'image')} of {counted(len(images.classes), 'class')} at {args.input_size} px")
     network = run.start(
         net.train(not args.linear_probe), optimizer, "finetune.py", ema, extra=lambda: {"best": best}, classes=list(images.classes)
     )

@@ -7,6 +7,7 @@
 Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and pictures to --output_dir.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from plumbing.optim import parameter_groups
 from plumbing.plots import plot_curves, plot_panels
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.run import Batch, Run
-from plumbing.script import run_script, value_errors_are_the_users
+from plumbing.script import counted, run_script, value_errors_are_the_users
 from plumbing.seeds import mix_seed
 
 # Defaults of the small data sets, with a small stem and a short run. Folders get the paper's recipe (Tab. 8).
@@ -99,7 +100,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         run.say(line)
     run.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
     run.say(
-        f"{args.data_set}: {len(images):,} images at {args.input_size} px, {grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
+        f"{args.data_set}: {counted(len(images), 'image')} at {args.input_size} px, {grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
     )
     network = run.start(mae.train(), optimizer, "pretrain.py")
     if network is None:

@@ -9,6 +9,7 @@ stopped. Tables, figures and a README with verdicts are written to --results fro
 claim's table that is there already stays while more runs stand behind it.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import contextlib
 import csv
@@ -35,7 +36,7 @@ from plumbing.files import find_checkpoints, prepare_output_dir, save_csv, save_
 from plumbing.flags import Parser, count, merge, one_of
 from plumbing.log import duration, read_log
 from plumbing.plots import COLOURS, new_figure, save_figure
-from plumbing.script import UserError, run_script
+from plumbing.script import UserError, counted, run_script
 
 # All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts; the others:
 #   recipes: the settings of fine-tuning that --tune tries, for every arm alike; the first is taken without tuning;
@@ -525,7 +526,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> None:
     if stale := [job for job in jobs if job.stale]:
         differing = shlex.join(sorted(set(stale[0].record["argv"]) ^ set(stale[0].argv)))
         raise UserError(
-            f"{len(stale)} jobs, {stale[0].directory} for one, were run with other flags ({differing} differ); delete them, or "
+            f"{counted(len(stale), 'job')}, {stale[0].directory} for one, ran with other flags ({differing} differ); delete them, or "
             f"choose another --output_dir"
         )
     waiting = [job for job in jobs if not job.finished]
@@ -574,7 +575,9 @@ def run_all(jobs: list[Job], side_by_side: int) -> None:
         signal.signal(signal.SIGTERM, before)
     if failed:
         names = ", ".join(job.name for job in failed)
-        raise UserError(f"{len(failed)} jobs failed ({names}); the others are done, and the same command tries these again")
+        raise UserError(
+            f"{counted(len(failed), 'job')} failed ({names}); the others are done, and the same command tries these again"
+        )
 
 
 def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
@@ -590,7 +593,7 @@ def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
         print(f"{state:8}  {seconds / 60:7.1f} min  {job.name}")
     scripts = {job.script: sum(other.script == job.script for other in jobs) for job in jobs}
     counts = ", ".join(f"{count} of {script}.py" for script, count in scripts.items())
-    print(f"{len(jobs)} jobs ({counts}), {len(finished)} finished; about {duration(left)} on one core or GPU are left,")
+    print(f"{counted(len(jobs), 'job')} ({counts}), {len(finished)} finished; about {duration(left)} on one core or GPU are left,")
     print(f"{duration(left / side_by_side)} with --jobs {side_by_side}. " + ", ".join(f"{k} {v} images/s" for k, v in speed.items())
           + " assumed where no job has finished")  # fmt: skip
 

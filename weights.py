@@ -5,6 +5,7 @@
 In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that fits.
 """
 
+import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from plumbing.flags import Parser, merge, one_of
 from plumbing.layouts import *  # noqa: F403 for `import weights`
 from plumbing.layouts import build, describe, from_native, read_file, to_native, write_file
-from plumbing.script import UserError, run_script
+from plumbing.script import UserError, counted, run_script
 
 TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm": None, "hf": None}  # as each library saves
 
@@ -45,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
         build({key: value.to("meta") for key, value in native.items()})
     written = from_native(native, args.to)
     write_file(args.output, written, TOP[args.to])
-    print(f"{args.output}: {args.to} layout, {len(written)} tensors")
+    print(f"{args.output}: {args.to} layout, {counted(len(written), 'tensor')}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from plumbing.files import DamagedFile, file_of_run, find_checkpoints, load_file, prune_checkpoints, save_tensors
 from plumbing.log import Meters, RunLog
 from plumbing.processes import Processes
-from plumbing.script import UserError
+from plumbing.script import UserError, counted
 from plumbing.signals import StopRequest
 
 # Flags that may change when a run is continued, because they do not change what it computes (`amp` and `device` only its rounding);
@@ -21,15 +21,17 @@ RUN_FLAGS = {
     "output_dir", "device", "amp", "use_amp", "compile", "resume", "auto_resume", "start_epoch", "save_ckpt", "save_ckpt_freq",
     "save_ckpt_num", "log_every", "num_workers", "pin_mem", "data_path", "batch_size", "dist_eval", "eval_freq",
     "save_every_steps", "save_every_minutes", "resume_anyway", "deterministic", "timeout_minutes", "checkpoint_activations",
-    "update_freq", "processes", "images_per_forward", "images_per_epoch",
+    "update_freq", "processes", "images_per_forward", "images_per_epoch", "images_per_update",
 }  # fmt: skip
+DERIVED = {"images", "images_in_update", "updates_per_epoch"}  # in no flag
 
 
 def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str, processes: Processes) -> dict:
     """Where to continue: at the checkpoint of --resume, with --auto_resume the newest sound one in `directory`, or the beginning.
 
-    Of a folder, --resume means the newest checkpoint. The beginning has no "path". UserError if the checkpoint belongs to another stage or, without `--resume_anyway`, to a run with
-    other settings; or if a new run would mix with an old one.
+    Of a folder, --resume means the newest checkpoint. The beginning has no "path". UserError if the checkpoint belongs to another stage
+    or, without `--resume_anyway`, to a run with other settings (more --epochs, asked for on the command line, are none); or if a new
+    run would mix with an old one.
     """
     path = processes.from_main(lambda: file_of_run(args.resume, "newest") if args.resume else _newest_sound(directory, args))
     if path is None:
@@ -38,10 +40,10 @@ def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str
     if state.get("stage") != stage or not {"meters", "config"} <= state.keys():
         raise UserError(f"{path} is not a checkpoint-<epoch>.pth of {stage}, which could be continued; weights load by --finetune")
     saved = state["config"]
-    free = RUN_FLAGS | ({"backend"} if "leaky" not in (saved.get("backend"), config.get("backend")) else set())  # one function
-    differing = [name for name in sorted(config.keys() | saved.keys()) if name not in free and saved.get(name) != config.get(name)]
-    if differing:
-        fields = ", ".join(f"{'--' * hasattr(args, name)}{name} {saved.get(name)} (now {config.get(name)})" for name in differing)
+    if saved["epochs"] != args.epochs and (state["epoch"], state["update"]) > (args.epochs, 0):
+        done = counted(state["epoch"], "epoch") + (f" and {counted(state['update'], 'update')}" if state["update"] else "")
+        raise UserError(f"{path} has {done} behind it, more than --epochs {args.epochs}; give more, or another --output_dir")
+    if fields := ", ".join(differences(saved, config, getattr(args, "origins", {}))):
         if not args.resume_anyway:
             fix = "repeat those flags, choose another --output_dir, or mean it: --resume_anyway"
             raise UserError(f"{path} was written with {fields}; {fix}")
@@ -53,11 +55,44 @@ def load_run(directory: Path, args: argparse.Namespace, config: dict, stage: str
     if processes.is_main and any(saved[name] != config[name] for name in ("processes", "images_per_forward")):
         drawn = "" if stage == "pretrain.py" else "; mixing and stochastic depth draw other numbers"
         before, now = (
-            f"{c['processes']} processes, {c['images_per_forward']} images per forward pass, {c['images_per_epoch']} per epoch"
+            f"{counted(c['processes'], 'process')}, {counted(c['images_per_forward'], 'image')} per forward pass, "
+            f"{c['images_per_epoch']:,} per epoch"
             for c in (saved, config)
         )
         print(f"{path} had {before}; now {now}: the same order of images, but sums round differently{drawn}")
     return state | {"path": str(path)}
+
+
+def differences(saved: dict, config: dict, origins: dict[str, str]) -> list[str]:
+    """What a checkpoint was written with and is otherwise now, as flags: `["--smoothing 0.1 (now 0.3)"]`.
+
+    Without what a continued run may change: RUN_FLAGS, the three backends that compute one function, and more epochs, with the
+    warm-up that follows from them, where `origins` (flag -> where its value came from) has them from the command line.
+    """
+    free = RUN_FLAGS | ({"backend"} if "leaky" not in (saved.get("backend"), config.get("backend")) else set())
+    if config["epochs"] > saved["epochs"] and origins.get("epochs") == "the command line":
+        free |= {"epochs"}
+    if config["epochs"] != saved["epochs"] and origins.get("warmup_epochs") != "the command line":
+        free |= {"warmup_epochs"}
+    differing = [name for name in sorted(config.keys() | saved.keys()) if name not in free and saved.get(name) != config.get(name)]
+    told = [f"--{name} {_shown(saved.get(name))} (now {_shown(config.get(name))})" for name in differing if name not in DERIVED]
+    if "images" in differing and not {"data_set", "holdout", "labels_per_class"} & set(differing):  # which tell why
+        told.append(f"{counted(saved['images'], 'image')} in --data_path (now {config['images']:,})")
+    before, now = (
+        f"--batch_size {c['batch_size']} --update_freq {c['update_freq']} in {counted(c['processes'], 'process')}"
+        for c in (saved, config)
+    )
+    if before != now and ("images_in_update" in differing or ("updates_per_epoch" in differing and "images" not in differing)):
+        told.append(f"{before} (now {now})")
+    return told
+
+
+def _shown(value) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _newest_sound(directory: Path, args: argparse.Namespace) -> Path | None:
@@ -129,9 +164,17 @@ class Checkpoints:
         if self.agreed:
             self.log.bar.close()
             self.processes.gather(None)  # nobody leaves before the checkpoint is written
-            found = find_checkpoints(self.directory)
             if self.processes.is_main:
-                name = signal.Signals(self.agreed).name
-                where = f"continues from {found[-1]}" if found else "starts anew, as there is no checkpoint"
-                print(f"{name}: ended after update {self.log.done}; the same command {where}", flush=True)
+                name, complete = signal.Signals(self.agreed).name, self.log.done == self.log.total and not update
+                print(f"{name}: ended after update {self.log.done}; {self._what_is_left(complete)}", flush=True)
             sys.exit(128 + self.agreed)
+
+    def _what_is_left(self, complete: bool) -> str:
+        found = find_checkpoints(self.directory)
+        if not found:
+            return "the same command starts anew, as there is no checkpoint"
+        if complete:
+            return "the run is complete"
+        if self.args.resume or not self.args.auto_resume:
+            return f"the same command with --resume {found[-1]} continues"
+        return f"the same command continues from {found[-1]}"

@@ -37,11 +37,18 @@ def prepare_output_dir(path: str) -> Path:
 
 @contextmanager
 def run_directory(path: str, processes: Processes) -> Iterator[Path]:
-    """The output directory, kept from other runs until the block ends; signals then mean what they did before."""
+    """The output directory, kept from other runs until the block ends; signals then mean what they did before.
+
+    What ends the block before its time, an interrupt for one, carries the last `checkpoint` along, which `run_script` names.
+    """
     with ExitStack() as stack:
         processes.from_main(lambda: _lock(prepare_output_dir(path), stack))
         stack.enter_context(signals_restored())
-        yield Path(path)
+        try:
+            yield Path(path)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            error.checkpoint = next(reversed(find_checkpoints(Path(path))), None)
+            raise
 
 
 def _lock(directory: Path, stack: ExitStack) -> None:

@@ -18,7 +18,7 @@ import torch
 from ablations.norms import MLP_NORMS, exchange_norm
 from model import MODELS, SIZES, ConvNeXt
 from plumbing.files import load_file, save_tensors, write_atomically
-from plumbing.script import UserError
+from plumbing.script import UserError, counted
 
 State = dict[str, torch.Tensor]
 
@@ -122,9 +122,9 @@ def describe(state_dict: State) -> str:
     layout = detect_layout(state_dict)
     decoder = sum(_of_decoder(_unwrapped(key), layout) for key in state_dict)
     found = architecture(to_native(state_dict))
-    head = f"{found['num_classes']} classes" if found["num_classes"] else "no head"
+    head = counted(found["num_classes"], "class") if found["num_classes"] else "no head"
     left_out = f"; {decoder} tensors of the pre-training decoder are left out" if decoder else ""
-    return f"{layout} layout, {len(state_dict) - decoder} tensors, {_network(**found)}, {head}{left_out}"
+    return f"{layout} layout, {counted(len(state_dict) - decoder, 'tensor')}, {_network(**found)}, {head}{left_out}"
 
 
 def _unwrapped(key: str) -> str:
@@ -295,7 +295,7 @@ def load_weights(model: ConvNeXt, native: State, exchange_mlp_norm: bool = False
         initial = ("head.",) if norm else ("norm.", "head.")
     elif found["num_classes"] not in (0, model.num_classes):
         dropped, initial = head, ("head.",)
-        reason = f"{found['num_classes']} classes in the file, {model.num_classes} in the model"
+        reason = f"{counted(found['num_classes'], 'class')} in the file, {model.num_classes} in the model"
     native = {name: value for name, value in native.items() if name not in dropped}
 
     report = []

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from plumbing.files import find_checkpoints, write_atomically
 from plumbing.processes import Processes
-from plumbing.script import UserError
+from plumbing.script import UserError, counted
 
 
 class RunLog:
@@ -179,7 +179,7 @@ class Meters:
         used = self.updates - round(skipped)
         self._reset()
         if skipped:
-            tqdm.write(f"warning: {round(skipped)} updates skipped, their loss or gradient was not finite", file=sys.stderr)
+            tqdm.write(f"warning: {counted(round(skipped), 'update')} skipped: no finite loss or gradient", file=sys.stderr)
         return {
             "loss": round(loss / used, 6) if used else None,
             "grad_norm": round(norm, 6) if math.isfinite(norm) else None,

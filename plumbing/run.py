@@ -19,7 +19,7 @@ from plumbing.files import save_json, versions
 from plumbing.loading import EpochSampler, Unreadable, count_workers, make_loader
 from plumbing.log import Meters, RunLog, TimedLoader, stop_if_diverging
 from plumbing.processes import Processes
-from plumbing.script import UserError
+from plumbing.script import UserError, counted
 from plumbing.seeds import mix_seed
 
 
@@ -67,7 +67,9 @@ class Run:
         world_size = processes.world_size
         self.batch_size = min(args.batch_size, len(images) // world_size)
         if self.batch_size == 0:
-            raise UserError(f"{len(images)} images are too few for {world_size} processes; lower torchrun's --nproc_per_node")
+            raise UserError(
+                f"{counted(len(images), 'image')} are too few for {world_size} processes; lower torchrun's --nproc_per_node"
+            )
         self.sampler = EpochSampler(len(images), self.batch_size, processes.rank, world_size, args.seed)
         pin_memory = args.pin_mem and self.device.type == "cuda"
         self.loader = TimedLoader(make_loader(images, self.sampler, count_workers(args, processes), pin_memory))
@@ -113,18 +115,20 @@ class Run:
         self.first_epoch, self.first_update = state["epoch"], state["update"]
         lines, self.lines = self.lines, None
         if self.first_epoch > self.last_epoch:
-            finished = f"{self.output_dir} has already finished its {self.last_epoch + 1} epochs"
+            finished = f"{self.output_dir} has already finished its {counted(self.last_epoch + 1, 'epoch')}"
             self.say(f"{finished}; choose another --output_dir for a new run")
             return None
-        per_epoch = f"{self.updates} updates per epoch, {self.last_epoch + 1} epochs"
+        per_epoch = f"{counted(self.updates, 'update')} per epoch, {counted(self.last_epoch + 1, 'epoch')}"
         precision = "float32" if self.amp_dtype is None else args.amp or self.amp_dtype
         for line in lines:
             self.say(line)
-        self.say(f"{self.images_per_update} images per update, {per_epoch}, lr {self.peak_lr:.2e}")
+        self.say(f"{counted(self.images_per_update, 'image')} per update, {per_epoch}, lr {self.peak_lr:.2e}")
         self.say(f"{processes.world_size} x {self.device.type}, {precision}, into {self.output_dir}")
         if state["path"]:
             self.say(f"continuing from {state['path']} at epoch {self.first_epoch}, update {self.first_update}")
         done = self.updates * self.first_epoch + self.first_update
+        if state["path"] and self.total == args.epochs * self.updates and args.epochs > state["config"]["epochs"]:
+            self._say_that_it_is_longer(argparse.Namespace(**state["config"]), done)
         self.log = RunLog(self.output_dir, self.updates, self.total, done, state["log"], processes)
         self.meters = Meters(self.device, state["meters"], processes.rank)
         self.unreadable.indices = set(state["unreadable"])
@@ -135,6 +139,20 @@ class Run:
         if processes.world_size > 1:
             self.network = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
         return self.network
+
+    def _say_that_it_is_longer(self, saved: argparse.Namespace, done: int) -> None:
+        rates = optim.peak_learning_rate(saved, saved.images_in_update), saved.min_lr, saved.warmup_epochs, saved.epochs
+
+        def before(update: int) -> float:
+            return optim.learning_rate(update / self.updates, *rates)
+
+        line = f"--epochs {saved.epochs} before, now {self.args.epochs}: "
+        if all(before(update) == self.schedule(update) for update in range(done)):
+            self.say(f"{line}the learning rate has been the longer run's so far")
+        else:
+            rate = f"{self.schedule(done):.2e} instead of {before(done):.2e}"
+            unlike = f"{self.args.epochs} epochs from the beginning would give another result"
+            self.say(f"{line}from here on the learning rate is the longer run's, {rate}; {unlike}")
 
     def epochs(self) -> range:
         """The epochs that are left."""
@@ -225,4 +243,5 @@ class Run:
         """End the run."""
         self.loader = None  # its workers end at once; the garbage collector would wait five seconds for them
         took = self.log.close()
-        self.say(f"finished {self.last_epoch + 1} epochs after {took}; in {self.output_dir}:\n  {outputs}")
+        took = f"; {took} since it was continued" if self.resumed["path"] else f" in {took}"
+        self.say(f"finished {counted(self.last_epoch + 1, 'epoch')}{took}; in {self.output_dir}:\n  {outputs}")

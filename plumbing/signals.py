@@ -13,7 +13,10 @@ class StopRequest:
     """Listens to SIGTERM, SIGINT and SIGUSR1: `number` is that of the first to arrive, 0 before. A second ends the process at once.
 
     A signal that was ignored when the process began, as SIGINT is in the background of a script, stays ignored.
+    `StopRequest.last` outlives the run: the number of the last that arrived in this process.
     """
+
+    last = 0
 
     def __init__(self):
         self.number = 0
@@ -27,9 +30,10 @@ class StopRequest:
     def _receive(self, number: int, _) -> None:
         if self.number:
             return
-        self.number = number
+        self.number = StopRequest.last = number
         name = signal.Signals(number).name
-        os.write(2, f"{name}: ending after this update and a checkpoint; a second signal ends at once\n".encode())
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"{name}: ending after this update and a checkpoint; a second signal ends at once\n".encode())
         time.sleep(0.5)  # a scheduler's signal may also arrive by way of torchrun: that is no second one
         self._set(signal.SIG_DFL)
 

@@ -129,7 +129,7 @@ TABLE = {
     "finetune: image below the patch": ("--stem_stride 4", "image size 16 x 16 is below the patch size 32; enlarge it, or lower --stem_stride"),
     "analyze: size off the grid": ("collapse --input_size 20", "image size 20 is not a multiple of the patch size 8; try --input_size 16"),
     "analyze: more images than there are": ("collapse --num_images 25", "--num_images 25, but folder (val) has 6 images; ask for at most"),
-    "analyze: more pictures than given": ("reconstruct --images picture.png --num_images 2", "--images has 1 images; ask for at most"),
+    "analyze: more pictures than given": ("reconstruct --images picture.png --num_images 2", "--images has 1 image; ask for at most"),
     "analyze: ratio above one": ("reconstruct --mask_ratios 0.5,1.5", "1.5 must be more than 0 and less than 1"),
     "analyze: ratio missing": ("reconstruct --mask_ratios 0.5,,0.6", "'' is not a number"),
     "analyze: nothing visible": ("reconstruct --mask_ratio 0.9", "leaves no patch visible of 2 x 2"),

@@ -254,8 +254,9 @@ def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
     assert found["statuses"] == [0, 0] and found["farthest"] < 2e-5
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-4)
     assert found["grad_norm"][0] == pytest.approx(found["grad_norm"][1], rel=1e-3)
-    assert "had 1 processes, 4 images per forward pass, 12 per epoch; now 2 processes, 4 images" in found["output"]
-    assert found["unlike"][0] == [2, 2] and "images_in_update 4 (now 8)" in found["unlike"][1]
+    assert "had 1 process, 4 images per forward pass, 12 per epoch; now 2 processes, 4 images" in found["output"]
+    unlike = "--batch_size 2 --update_freq 1 in 2 processes (now --batch_size 4 --update_freq 1 in 2 processes)"
+    assert found["unlike"][0] == [2, 2] and unlike in found["unlike"][1]
 
 
 def test_four_processes_evaluate_each_of_six_images_once_and_one_of_them_reports(processes):
