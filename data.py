@@ -563,7 +563,7 @@ def training_transform(
         steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=mode)]
     steps.append(v2.RandomHorizontalFlip())
     if aa:
-        steps.append(automatic_augmentation(aa))
+        steps.append(automatic_augmentation(aa, statistics[0], mode))
     elif color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     steps.append(v2.PILToTensor())
@@ -572,24 +572,28 @@ def training_transform(
     return v2.Compose(steps)
 
 
-def automatic_augmentation(name: str) -> v2.Transform:
+def automatic_augmentation(name: str, mean: tuple, interpolation: v2.InterpolationMode) -> v2.Transform:
     """timm's names for automatic augmentation -> torchvision's transforms; UserError for one that torchvision lacks.
 
-    "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2). timm also draws the
-    magnitude around m with deviation mstd, which torchvision does not.
+    "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2), each applied with
+    probability 0.5. timm also draws the magnitude around m with deviation mstd, which torchvision does not. As in timm, images are
+    resampled by `interpolation`, and what they leave bare when they move takes the colour `mean`, in [0, 1].
     """
+    moved = dict(interpolation=interpolation, fill=[round(255 * value) for value in mean])
     kind = name.split("-")[0]
     if re.fullmatch(r"rand(-(m|n|mstd|inc)\d+(\.\d+)?)*", name):
         values = {key: float(value) for key, value in re.findall(r"-([a-z]+)([\d.]+)", name)}
         magnitude, count = values.get("m", 9), values.get("n", 2)
-        if magnitude > 10 or count > 10:
-            raise UserError(f"--aa {name} has m (magnitude) {magnitude:g} and n (operations) {count:g}; both end at 10")
+        if magnitude > 10 or not 1 <= count <= 10:
+            found = f"m (magnitude) {magnitude:g} and n (operations) {count:g}"
+            raise UserError(f"--aa {name} has {found}; both end at 10, and n begins at 1")
         # torchvision counts to 30 where timm counts to 10
-        return v2.RandAugment(num_ops=int(count), magnitude=round(3 * magnitude), num_magnitude_bins=31)
+        operation = v2.RandAugment(num_ops=1, magnitude=round(3 * magnitude), num_magnitude_bins=31, **moved)
+        return v2.Compose([v2.RandomApply([operation], p=0.5)] * int(count))
     if kind in ("original", "v0"):
-        return v2.AutoAugment()
+        return v2.AutoAugment(**moved)
     if kind == "trivial":
-        return v2.TrivialAugmentWide()
+        return v2.TrivialAugmentWide(**moved)
     raise UserError(f"no automatic augmentation --aa {name}; choose rand-m9-mstd0.5-inc1 (any m and n), original, trivial or none")
 
 

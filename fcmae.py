@@ -30,7 +30,8 @@ def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Gene
     keep = int(cells * (1 - mask_ratio))
     if not 0 < keep < cells:
         extreme = "hides no patch" if keep >= cells else "leaves no patch visible"
-        raise ValueError(f"mask_ratio {mask_ratio} {extreme} of {h} x {w}; choose a ratio such as 0.6, or larger images")
+        fix = "choose a ratio such as 0.6, or larger images" if cells > 1 else "take larger images, or a smaller stem_stride"
+        raise ValueError(f"mask_ratio {mask_ratio} {extreme} of {h} x {w}; {fix}")
     device = generator.device if generator is not None else "cpu"
     order = torch.rand(n, cells, generator=generator, device=device).argsort(dim=1)
     mask = torch.ones(n, cells, dtype=torch.bool, device=device)

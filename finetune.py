@@ -32,7 +32,7 @@ from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import plot_curves
 from plumbing.processes import Processes, main_process_first, setup_processes
-from plumbing.recipes import RECIPES
+from plumbing.recipes import LINEAR_PROBE, RECIPES, SHORT_PROBE
 from plumbing.run import Run
 from plumbing.scores import better, by_class, describe_prediction, predictions, scores_of
 from plumbing.script import UserError, counted, run_script, value_errors_are_the_users
@@ -59,7 +59,7 @@ def make_parser() -> flags.Parser:
     add("--eval", bool, False, "only evaluate the checkpoint of --resume")
     add("--predict", str, None, "only classify these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
     add("--topk", flags.count, None, "classes that --predict tells of each image (default: 5, or all of fewer)")
-    add("--linear_probe", bool, False, "train the head alone, on frozen features")
+    add("--linear_probe", bool, False, "train the head alone, on frozen features, by MoCo v3's protocol (docs/experiments.md)")
     add("--recipe", tuple(RECIPES), None, "the paper's settings for the model's size; other flags override them")
 
     add = parser.adder(parser.add_argument_group("model"))
@@ -78,7 +78,9 @@ def make_parser() -> flags.Parser:
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
     add("--labels_per_class", flags.count, None, "train on this many images per class, chosen by --seed")
     add("--dist_eval", bool, True, "divide the validation set among processes; else each evaluates all of it")
-    add("--crop_pct", flags.crop_share, None, "evaluation: share of the short side kept (default: 224/256, 1 from 384 px on)")
+    add(
+        "--crop_pct", flags.crop_share, None, "evaluation: share of the sides kept (default: 224/256; all up to 32 and from 384 px)"
+    )
 
     add = parser.adder(parser.add_argument_group("augmentation"))
     add("--min_crop", flags.some_share, 0.08, "smallest share of the area that a random crop keeps")
@@ -144,7 +146,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--recipe {plain.recipe} has no settings for size {size}; it has {', '.join(RECIPES[plain.recipe])}")
         sources = {f"recipe {plain.recipe}": RECIPES[plain.recipe][size]} | sources
     if plain.linear_probe:
-        sources = {"--linear_probe": dict(drop_path=0.0, layer_decay=1.0, mixup=0.0, cutmix=0.0)} | sources
+        sources = {"--linear_probe": LINEAR_PROBE | (SHORT_PROBE if data_set == "embedded" else {})} | sources
     args = flags.merge(given, parser.general | {"images_per_update": None}, **sources)  # no flag: what a recipe was made for
     args.data_set = data_set
     derive(args, parser)
@@ -174,6 +176,8 @@ def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) ->
         parser.error(f"--holdout {args.holdout} contradicts --eval_data_path {args.eval_data_path}; leave one of the two out")
     if args.scratch and args.finetune:
         parser.error(f"--scratch contradicts --finetune {args.finetune}; leave one of the two out")
+    if args.linear_probe and args.recipe:
+        parser.error(f"--linear_probe has settings of its own, so --recipe {args.recipe} does nothing; leave one of the two out")
     if args.amp is not None and args.use_amp is not None and args.use_amp != (args.amp != "none"):
         parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
 
@@ -190,6 +194,9 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
         args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride, whole_patches=False)
+    if args.origins["min_crop"] == "the command line" and args.input_size <= 32 and not (args.eval or args.predict):
+        shifted = f"at --input_size {args.input_size}: up to 32 px images are padded and shifted"
+        parser.error(f"--min_crop {args.min_crop:g} does nothing {shifted}; leave it out, or raise --input_size")
 
 
 # --- data and model ---------------------------------------------------------------------------------------------------
@@ -228,6 +235,7 @@ def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvN
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
     report = ["random initial weights"]
+    net.checkpoint_activations(args.checkpoint_activations)
     if args.mlp_norm:
         with value_errors_are_the_users():
             exchange_norm(net, args.mlp_norm)
@@ -241,7 +249,6 @@ def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvN
     if args.linear_probe:
         net.requires_grad_(False)
         net.head.requires_grad_(True)
-    net.checkpoint_activations(args.checkpoint_activations)
     return net, report
 
 
@@ -367,6 +374,8 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     )
     if network is None:
         return
+    if len(images.classes) == 1:
+        run.warn(f"all images are of one class, {images.classes[0]}, so there is nothing to learn; add folders train/<class>/")
     best = run.resumed.get("best", -1.0)
     for epoch in run.epochs():
         for batch in run.batches(epoch):

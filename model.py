@@ -196,7 +196,7 @@ def check_size(height: int, width: int, patch_size: int, whole_patches: bool = T
     for side in (height, width) if whole_patches else ():
         if side % patch_size or side == 0:
             small = "" if patch_size == 8 else ", or --stem_stride 1 for small images"
-            fitting = max(1, round(side / patch_size)) * patch_size
+            fitting = max(2, round(side / patch_size)) * patch_size  # of one patch alone, nothing can be predicted
             raise ValueError(
                 f"image size {side} is not a multiple of the patch size {patch_size}; try --input_size {fitting}{small}"
             )

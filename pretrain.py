@@ -72,6 +72,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     flags.check_epochs(args, parser)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
+    if args.input_size == 8 * args.stem_stride:
+        grid = args.input_size // 8
+        fix = f"--stem_stride 1 makes {grid} x {grid} patches of it" if grid > 1 else "try --input_size 32"
+        parser.error(f"--input_size {args.input_size} is one patch, and with it hidden nothing is left to predict from; {fix}")
     return args
 
 
@@ -125,9 +129,9 @@ def make_autoencoder(args: argparse.Namespace) -> FCMAE:
     """The network that the flags describe; UserError where they contradict each other."""
     with value_errors_are_the_users():
         encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride)
+        encoder.checkpoint_activations(args.checkpoint_activations)
         if args.mlp_norm:
             exchange_norm(encoder, args.mlp_norm)
-        encoder.checkpoint_activations(args.checkpoint_activations)
         size = args.mask_ratio, args.decoder_depth, args.decoder_embed_dim
         mae = DECODERS[args.decoder](encoder, *size, args.norm_pix_loss, args.backend)
         grid = args.input_size // encoder.patch_size

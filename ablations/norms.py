@@ -140,8 +140,11 @@ MLP_NORMS = {"grn": GRN} | {name: _named(name, make) for name, make in _VARIANTS
 def exchange_norm(net: ConvNeXt, name: str) -> ConvNeXt:
     """Put what `name` makes in GRN's place, with its initial values, in every block of `net`, which is returned.
 
-    Raises ValueError for a V1 network, which has no GRN.
+    Raises ValueError for a V1 network, which has no GRN, and for batch normalisation in blocks that are computed twice: its
+    running statistics would count every image twice.
     """
+    if name == "bn" and any(block.checkpoint_activations for stage in net.stages for block in stage):
+        raise ValueError("--mlp_norm bn counts every image twice with --checkpoint_activations; leave one of the two out")
     if net.version != 2:
         raise ValueError(f"--mlp_norm {name} takes GRN's place, and ConvNeXt V1 has none; use --model convnextv2_*")
     for stage, dim in zip(net.stages, net.dims):

@@ -70,6 +70,14 @@ class RunLog:
         """Count one update."""
         self.done += 1
         self.bar.update()
+        if self.done == self.first_done + 1:
+            self.after_first = time.perf_counter()
+
+    def days_left(self) -> float:
+        """After this part's fourth update, the days that the rest takes at the speed since its first; else 0, to tell it once."""
+        if self.done != self.first_done + 4:
+            return 0.0
+        return (time.perf_counter() - self.after_first) / 3 * (self.total - self.done) / 86400
 
     def report(self, meters: "Meters", loader: "TimedLoader", images_per_update: int, lr: float, unreadable_images: int) -> dict:
         """Log the updates since the last report. Every process must call it; it is where the host waits for the device."""

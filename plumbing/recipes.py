@@ -1,4 +1,4 @@
-"""The paper's settings, as its tables print them (Tab. 9-13), and as flags of finetune.py."""
+"""The paper's settings, as its tables print them (Tab. 9-13), and as flags of finetune.py; and those of linear probing."""
 
 import ast
 
@@ -64,3 +64,10 @@ images_per_update  512     512     512     512     512
 
 # name -> size -> flag -> value
 RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}
+
+# Linear probing as MoCo v3's released code has it (arXiv 2104.02057): random crops and flips alone, and nothing that regularises.
+LINEAR_PROBE = dict(
+    opt="sgd", blr=0.1, min_lr=0.0, epochs=90, warmup_epochs=0.0, weight_decay=0.0, layer_decay=1.0, model_ema=False,
+    aa=None, color_jitter=None, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
+)  # fmt: skip
+SHORT_PROBE = dict(epochs=3, blr=1.0)  # for the embedded data: few updates want a higher rate

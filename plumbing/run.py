@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from plumbing import optim
 from plumbing.checkpoints import Checkpoints, load_run, restore
@@ -124,6 +126,9 @@ class Run:
             self.say(line)
         self.say(f"{counted(self.images_per_update, 'image')} per update, {per_epoch}, lr {self.peak_lr:.2e}")
         self.say(f"{processes.world_size} x {self.device.type}, {precision}, into {self.output_dir}")
+        if self.peak_lr < 1e-5 and args.lr is None:
+            rule = f"--blr {args.blr:g} x {self.images_per_update} images per update / 256"
+            self.warn(f"the learning rate {self.peak_lr:.2g} = {rule} teaches very slowly; raise --blr, or give --lr")
         if state["path"]:
             self.say(f"continuing from {state['path']} at epoch {self.first_epoch}, update {self.first_update}")
         done = self.updates * self.first_epoch + self.first_update
@@ -197,6 +202,8 @@ class Run:
         if self.ema:
             self.ema.update_parameters(self.net)
         self.log.advance()
+        if self.device.type == "cpu" and (days := self.log.days_left()) > 3:  # on GPUs the paper's schedules do take days
+            self.warn(f"at this speed the run takes {days:.0f} days more; lower --epochs or --input_size, or use a GPU")
         ends_epoch = self.update_in_epoch + 1 == self.updates or self.log.done == self.total
         if self.log.done % self.args.log_every == 0 or ends_epoch:
             self.unreadable.check(self.processes)
@@ -238,6 +245,11 @@ class Run:
             self.lines.append(line)
         elif self.processes.is_main:
             print(line)
+
+    def warn(self, line: str) -> None:
+        """In the main process, a warning that does not break the progress bar."""
+        if self.processes.is_main:
+            tqdm.write(f"warning: {line}", file=sys.stderr)
 
     def close(self, outputs: str) -> None:
         """End the run."""

@@ -1,5 +1,6 @@
 """Claims about finetune.py."""
 
+import random
 import re
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,20 @@ from helpers import assert_equal, call_at, picture_folder, small
 from helpers import run as run_script
 from PIL import Image
 from stress import fork, untimed, wait
+from timm.data import auto_augment
+from torchvision.transforms import InterpolationMode
 
 import data
 import finetune
-from data import STATISTICS, Images, draw_images, evaluation_transform, few_labels, training_transform
+from data import (
+    STATISTICS,
+    Images,
+    automatic_augmentation,
+    draw_images,
+    evaluation_transform,
+    few_labels,
+    training_transform,
+)
 from model import MODELS, ConvNeXt
 from plumbing.files import load_file, save_tensors
 from plumbing.log import RunLog, read_log
@@ -227,6 +238,46 @@ def test_evaluation_crops_below_384_and_warps_from_there_on():
     assert evaluation_transform(32)(Image.fromarray(picture))[:, :, :3].all()  # as training at that size
 
 
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, None), (224, 1.0), (224, 0.95), (96, None), (48, 1.0)])
+def test_evaluation_keeps_the_aspect_below_384_as_the_authors_code_does(size, crop_pct):
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 451, 3), dtype=np.uint8))
+    short = int(size / (crop_pct or 224 / 256))
+    resized = picture.resize((int(short * 451 / 300), short), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((short - size) / 2)
+    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
+    assert np.array_equal(evaluation_transform(size, crop_pct)(picture).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "original", "trivial"])
+def test_automatic_augmentation_fills_with_the_mean_colour_and_resamples_as_crops_are(name):
+    """A picture of the mean colour has one colour whatever moves it; stripes of two colours, nearest, stay of two."""
+    mean = STATISTICS["folder"][0]
+    flat = Image.new("RGB", (24, 24), tuple(round(255 * value) for value in mean))
+    stripes = Image.fromarray(np.repeat((np.arange(24) % 2 * 255).astype(np.uint8)[None, :, None], 24, 0).repeat(3, 2))
+    differ = 0
+    for seed in range(60):
+        found = []
+        for mode, picture in (("bicubic", flat), ("bicubic", stripes), ("nearest", stripes)):
+            torch.manual_seed(seed)
+            transform = automatic_augmentation(name, mean, InterpolationMode(mode))
+            found.append(np.asarray(transform(picture)).reshape(-1, 3))
+        assert len(np.unique(found[0], axis=0)) == 1
+        differ += not np.array_equal(found[1], found[2])
+    assert differ > 5
+
+
+def test_randaugment_leaves_as_many_images_alone_as_timms():
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, size=(24, 24, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    name, mean = "rand-m9-n2-mstd0-inc1", STATISTICS["folder"][0]  # timm fails where a deviation posterises to no bits at all
+    theirs = auto_augment.rand_augment_transform(name, dict(translate_const=10, img_mean=(124, 116, 104)))
+    ours = automatic_augmentation(name, mean, InterpolationMode.BICUBIC)
+    share = {each: sum(each(picture) == picture for _ in range(400)) / 400 for each in (ours, theirs)}
+    assert share[theirs] == pytest.approx(0.25, abs=0.06) and share[ours] == pytest.approx(share[theirs], abs=0.1)
+
+
 # --- training
 
 
@@ -296,6 +347,18 @@ def test_a_head_of_matching_shape_is_kept(shapes, tmp_path):
     first = run(shapes, tmp_path / "first", epochs=1)
     second = run(shapes, tmp_path / "second", epochs=1, lr=1e-12, min_lr=0, finetune=tmp_path / "first/checkpoint-1.pth")
     torch.testing.assert_close(second["model"]["head.weight"], first["model"]["head.weight"], rtol=0, atol=1e-6)
+
+
+def test_a_linear_probe_is_moco_v3s_and_flags_win():
+    """Its released main_lincls.py: SGD at 0.1 per 256 images for 90 epochs, a cosine to zero, crops and flips alone."""
+    theirs = dict(opt="sgd", blr=0.1, momentum=0.9, weight_decay=0, epochs=90, warmup_epochs=0, min_lr=0, min_crop=0.08)
+    none = dict(aa=None, color_jitter=None, reprob=0, mixup=0, cutmix=0, smoothing=0, drop_path=0, clip_grad=None, model_ema=False)
+    line = ["--linear_probe", "--data_path", "x"]
+    args = vars(finetune.get_args(line))
+    assert {name: args[name] for name in theirs | none} == theirs | none
+    args = vars(finetune.get_args([*line, "--opt", "adamw", "--smoothing", "0.2", "--epochs", "5", "--aa", "trivial"]))
+    assert (args["opt"], args["smoothing"], args["epochs"], args["aa"], args["blr"]) == ("adamw", 0.2, 5, "trivial", 0.1)
+    assert finetune.get_args(["--linear_probe", "--scratch"]).epochs == 3  # the embedded data stay a matter of minutes
 
 
 def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):

@@ -1,5 +1,7 @@
 """Claims about mistakes that once gave a wrong result without a word."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from fcmae import FCMAE, reconstruction_panels
 from model import GRN, MODELS, ConvNeXt
 from plumbing.checkpoints import find_checkpoints
 from plumbing.files import load_file
+from plumbing.log import read_log
 from plumbing.script import UserError
 
 
@@ -161,3 +164,30 @@ def test_a_gradient_of_a_gradient_is_refused_and_the_plain_modules_give_it(monke
     monkeypatch.setattr(fast, "ENABLED", False)
     penalty()
     assert net.head.weight.grad.isfinite().all() and net.head.weight.grad.any()
+
+
+def test_a_run_that_would_take_days_on_a_cpu_says_so_after_four_updates_and_once(pictures, tmp_path, monkeypatch, capsys):
+    run(pretrain, pictures, tmp_path / "short", epochs=3)
+    assert "days" not in capsys.readouterr().err
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        call_at(patch, data, "normalise", 8)
+        run(pretrain, pictures, tmp_path / "long", epochs=10**9, save_ckpt="false")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and re.fullmatch(
+        r"warning: at this speed the run takes \d+ days more; lower --epochs .*", warnings[0]
+    )
+    days, seconds = int(re.search(r"\d+", warnings[0])[0]), read_log(tmp_path / "long")[-1]["seconds"]
+    assert 0 < days < seconds * 3e9 / 86400  # three updates an epoch, each of less than what all took
+
+
+@pytest.mark.parametrize(("flags", "warned"), [(dict(lr=None), True), (dict(lr=None, blr=1e-2), False), (dict(lr=1e-6), False)])
+def test_a_learning_rate_that_the_batch_makes_hopeless_is_told(pictures, tmp_path, capsys, flags, warned):
+    run(pretrain, pictures, tmp_path, epochs=1, **flags)
+    line = "warning: the learning rate 2.3e-06 = --blr 0.00015 x 4 images per update / 256 teaches very slowly; raise --blr"
+    assert (line in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("classes", [("rings",), ("rings", "dots")])
+def test_a_single_class_is_nothing_to_learn(tmp_path, capsys, classes):
+    run(finetune, picture_folder(tmp_path / "pictures", classes, train=4, val=2), tmp_path / "out", epochs=1)
+    assert ("warning: all images are of one class, rings" in capsys.readouterr().err) == (len(classes) == 1)
