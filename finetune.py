@@ -67,6 +67,7 @@ def make_parser() -> flags.Parser:
 
     place = "folder with train/ and val/, or where CIFAR lies; none: embedded data"
     add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place)
+    flags.add_hold_data(add)
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
     add("--labels_per_class", flags.count, None, "train on this many images per class, chosen by --seed")
@@ -89,6 +90,7 @@ def make_parser() -> flags.Parser:
 
     add = flags.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup="20, or 5% of short runs")
     flags.add_transfer_flags(add)
+    add("--layer_decay_type", ("single", "group"), "single", "a layer is one block, or a group of three (12 groups)")
     add = parser.adder(parser.add_argument_group("evaluation while training"))
     add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
     add("--disable_eval", bool, False, "do not evaluate while training")

@@ -43,10 +43,11 @@ NAMES = (
 )
 BLOCK = ("stages.{i}.{j}", "stages.{i}.blocks.{j}", "encoder.stages.{i}.layers.{j}", "stages.{i}.{j}")
 FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01]", "v": rf"(?:{'|'.join(MLP_NORMS)})\.[\w.]+"}
-OUTER = r"(?:encoder\.|backbone\.|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
+OUTER = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
 
 STEM = "downsample_layers.0.0.weight"
-DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+")  # what an FCMAE holds besides its encoder
+# What an FCMAE, and a detector of detect.py, hold besides their encoder.
+DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+")
 DETECTOR = re.compile(r"(neck|fpn|rpn|roi|bbox|mask_head|decode_head|auxiliary_head|panoptic)\w*\.|backbone\.(norm0|body)\.")
 
 

@@ -64,3 +64,21 @@ images_per_update  512     512     512     512     512
 
 # name -> size -> flag -> value
 RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}
+
+# Mask R-CNN on COCO. Base is the published detector's; of Large and Huge the paper gives only the ranges that it searched (layer decay
+# .9 or .95, drop path .2 to .5, App. A.3), from which these are ours.
+COCO = by_size("""
+                   base     large    huge
+lr                 None     None     None
+blr                8e-4     8e-4     8e-4
+images_per_update  32       32       32
+epochs             36       36       36
+weight_decay       0.05     0.05     0.05
+layer_decay        0.95     0.95     0.95
+drop_path          0.4      0.5      0.5
+warmup_updates     1000     1000     1000
+published_heads    True     True     True
+""")
+for settings in COCO.values():
+    settings |= dict(nms="soft", proposals=(1000, 1000), steps=[27, 33], schedule="steps", augmentation="jitter", jitter=(0.1, 2.0))
+    settings |= dict(input_size=1024, test_size=(800, 1333))

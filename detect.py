@@ -1,0 +1,623 @@
+"""Detect and segment objects: Mask R-CNN on a ConvNeXt encoder (paper Sec. 5 and App. A.3).
+
+    python detect.py                                                     # embedded pictures, minutes on a laptop
+    python detect.py --data_path DIR --finetune runs/pretrain/encoder.pth
+    python detect.py --eval --resume runs/detect/checkpoint-best.pth
+    python detect.py --predict street.jpg holiday/ --resume runs/detect/checkpoint-best.pth
+
+DIR holds annotations/instances_{train,val}2017.json, train2017/ and val2017/, as COCO does. Writes checkpoints, log.jsonl,
+config.json, detections.json, scores.json, detections.png and scores.png to --output_dir.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from ablations.norms import exchange_norm
+from data import STATISTICS
+from model import MODELS, ConvNeXt, LayerNorm
+from plumbing import coco, flags, layouts
+from plumbing.devices import autocast_dtype, set_determinism, to_device
+from plumbing.files import run_directory, save_json, save_tensors
+from plumbing.loading import Unreadable, count_workers, divided, make_loader
+from plumbing.optim import averaged, layer_groups, make_optimizer
+from plumbing.plots import draw_objects, plot_curves, plot_panels, write_png
+from plumbing.processes import Processes, main_process_first, setup_processes
+from plumbing.recipes import COCO
+from plumbing.run import Run
+from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
+from scenes import Scenes, augmentation, embedded_scenes, folder_scenes, list_pictures, pictures_alone
+
+DEFAULTS = {
+    "folder": dict(lr=1e-4),
+    "embedded": dict(
+        input_size=128, test_size=(128, 128), jitter=(0.7, 1.4), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
+        proposals=(500, 300), batch_size=8, epochs=8, lr=1e-3, schedule="cosine",
+    ),
+}  # fmt: skip
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
+NETWORK = ("model", "stem_stride", "mlp_norm", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads")  # of a checkpoint
+
+
+# --- the network --------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """The encoder's four stages, each normalised, and a feature pyramid of five levels over them.
+
+    images (N, 3, H, W) -> maps (N, dim, H / s, W / s) named "0" to "3", for s the strides of the stages, and "pool" at twice the last.
+    """
+
+    def __init__(self, encoder: ConvNeXt, dim: int):
+        super().__init__()
+        self.encoder, self.out_channels = encoder, dim
+        self.norms = nn.ModuleList([LayerNorm(width, channels_first=True) for width in encoder.dims])
+        self.fpn = FeaturePyramidNetwork(list(encoder.dims), dim, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        stages = self.encoder.forward_stages(images)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
+        return self.fpn({str(i): norm(stage) for i, (norm, stage) in enumerate(zip(self.norms, stages))})
+
+
+class MaskRCNN(detection.MaskRCNN):
+    """torchvision's Mask R-CNN (arXiv 1703.06870) on a ConvNeXt encoder; its calling convention too.
+
+    In training, (pictures, targets) -> a dictionary of losses, the pictures taken at their size. In evaluation, pictures -> for each a
+    dictionary of boxes, labels, scores and masks, at the picture's size; within, it is resized as `min_size` and `max_size` say.
+    Pictures are (3, H, W), in [0, 1]; labels 1 .. num_classes.
+
+    Args:
+        encoder: with `num_classes=0`. Anchors are 8 strides wide on each level, so they follow its stem's stride.
+        num_classes: without the background.
+        fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
+        masks: without them it is a Faster R-CNN.
+        nms: "hard", or "soft", which lowers the scores of overlapping boxes (the paper's).
+        published_heads: RoIAlign aligned to pixels, anchors not rounded, the pyramid's initial weights, as in the published detector.
+        settings: torchvision's own arguments.
+    """
+
+    def __init__(
+        self, encoder: ConvNeXt, num_classes: int, fpn_dim: int = 256, box_dim: int = 1024, mask_dim: int = 256, masks: bool = True,
+        nms: str = "hard", published_heads: bool = False, **settings,
+    ):  # fmt: skip
+        if num_classes < 1 or nms not in ("hard", "soft"):
+            raise ValueError(f"num_classes {num_classes} must be at least 1, and nms {nms!r} hard or soft")
+        strides = [encoder.stem_stride * 2**level for level in range(5)]
+        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, MultiScaleRoIAlign)
+        levels, sampling = ["0", "1", "2", "3"], 0 if published_heads else 2
+        box_features = 7 * 7 * fpn_dim
+        super().__init__(
+            Pyramid(encoder, fpn_dim),
+            rpn_anchor_generator=anchors(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5),
+            box_roi_pool=pool(levels, 7, sampling),
+            box_head=detection.faster_rcnn.TwoMLPHead(box_features, box_dim),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(box_dim, num_classes + 1),
+            mask_roi_pool=pool(levels, 14, sampling),
+            mask_head=detection.mask_rcnn.MaskRCNNHeads(fpn_dim, (mask_dim,) * 4, 1),
+            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(mask_dim, mask_dim, num_classes + 1),
+            size_divisible=encoder.patch_size, _skip_resize=True, **settings,
+        )  # fmt: skip
+        heads = self.roi_heads
+        if not masks:
+            heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+        if nms == "soft":
+            heads.__class__ = SoftNMSHeads  # torchvision builds its heads itself
+            heads.nms_thresh, heads.detections_per_img, heads.most = 1.0, 10**6, heads.detections_per_img
+        if published_heads:
+            for module in self.backbone.fpn.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.xavier_uniform_(module.weight)
+        for head in (self.rpn.head, heads.box_predictor, heads.mask_predictor):
+            if head is not None:  # boxes have no meaning in half precision
+                head.register_forward_hook(lambda head, inputs, output: as_float32(output))
+
+
+def as_float32(output):
+    """A tensor, or a nest of lists and tuples of tensors, in float32."""
+    return output.float() if isinstance(output, torch.Tensor) else [as_float32(each) for each in output]
+
+
+class SoftNMSHeads(RoIHeads):
+    """Heads whose detections go through soft-NMS; their own NMS lets everything pass, in order of score."""
+
+    def postprocess_detections(self, *args) -> tuple[list, list, list]:
+        """As torchvision's: boxes, scores and labels of each image."""
+        kept = []
+        for boxes, scores, labels in zip(*super().postprocess_detections(*args)):
+            chosen, scores = soft_nms(boxes, scores, labels, self.most)
+            kept.append((boxes[chosen], scores, labels[chosen]))
+        return tuple(map(list, zip(*kept)))
+
+
+def soft_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, most: int, threshold: float = 0.5, least: float = 1e-3
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of its score.
+
+    boxes (n, 4), scores and labels (n,) -> the indices (m,) of at most `most` boxes, best first, and their new scores (m,). An
+    overlap counts beyond `threshold`; what falls below a score of `least` is left out.
+    """
+    device, iou = boxes.device, (box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
+    left, chosen, kept = scores.cpu().clone(), [], []
+    while len(chosen) < min(most, len(boxes)):
+        best = int(left.argmax())
+        if left[best] < least:
+            break
+        chosen.append(best)
+        kept.append(float(left[best]))
+        left[best] = 0
+        left = torch.where(iou[best] > threshold, left * (1 - iou[best]), left)
+    return torch.tensor(chosen, dtype=torch.int64, device=device), torch.tensor(kept, dtype=scores.dtype, device=device)
+
+
+class FineAnchors(AnchorGenerator):
+    """Anchors whose sides are not rounded to pixels."""
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> torch.Tensor:
+        """Of these sizes and ratios (height / width), around the origin: (sizes x ratios, 4)."""
+        sizes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in aspect_ratios for size in scales]
+        return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sizes], dtype=dtype, device=device)
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign whose samples lie where pixels' centres are, as many in each bin as it is wide."""
+
+    def forward(self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list) -> torch.Tensor:
+        """Maps (N, C, H_i, W_i) and boxes (n_k, 4) of each image -> (sum of n_k, C, size, size)."""
+        maps, height = [x[name] for name in self.featmap_names], max(shape[0] for shape in image_shapes)
+        scales = [2.0 ** round(math.log2(each.shape[2] / height)) for each in maps]
+        image = torch.cat([torch.full_like(each[:, :1], k) for k, each in enumerate(boxes)])
+        rois = torch.cat([image, torch.cat(boxes)], dim=1)  # (sum of n_k, 5)
+        side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
+        # A box of up to 28 cells is read from the finest map, one of up to twice as many from the next.
+        levels = (side * scales[0] / 14 + 1e-6).log2().floor().clamp(0, len(maps) - 1)
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (each, scale) in enumerate(zip(maps, scales)):
+            chosen = (levels == level).nonzero()[:, 0]
+            found = roi_align(each, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
+            pooled = pooled.index_put((chosen,), found.to(pooled.dtype))
+        return pooled
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> flags.Parser:
+    """All flags."""
+    parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
+    add = parser.adder(parser.add_argument_group("task"))
+    add("--eval", bool, False, "only evaluate the checkpoint of --resume")
+    add("--predict", str, None, "only search these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
+    add("--recipe", ("coco",), None, "the published settings for the model's size; other flags override them")
+
+    add = parser.adder(parser.add_argument_group("model"))
+    add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
+    add(
+        "--finetune",
+        str,
+        None,
+        "weights of an encoder, classifier or detector, of any layout that weights.py reads",
+        metavar="FILE",
+    )
+    add("--stem_stride", flags.STRIDES, 4, "stride of the stem; anchors follow it")
+    add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
+    add("--fpn_dim", flags.number(int, 1, 8192), 256, "channels of the feature pyramid")
+    add("--box_dim", flags.number(int, 1, 8192), 1024, "width of the box head")
+    add("--mask_dim", flags.number(int, 1, 8192), 256, "channels of the mask head")
+    add("--masks", bool, None, "predict masks; without, a Faster R-CNN (default: where the training objects have masks)")
+    add("--regions", flags.count, 512, "regions an image that the heads learn from, a quarter of them objects")
+    add("--proposals", flags.count, (2000, 1000), "proposals an image, in training and in evaluation", nargs=2)
+    add("--nms", ("hard", "soft"), "hard", "hard removes overlapping boxes, soft (the paper's) lowers their scores")
+    add("--published_heads", bool, False, "RoIAlign, anchors and first weights as of the published detector, not torchvision's")
+
+    place = "folder in COCO's layout; none: embedded data"
+    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=1024)
+    add(
+        "--test_size",
+        flags.image_side,
+        None,
+        "evaluation: short side, and most of the long one (default: 25/32 and 1.3 x --input_size)",
+        nargs=2,
+    )
+    for split in ("train", "val"):
+        add(f"--{split}_annotations", str, None, f"instead of DIR/annotations/instances_{split}2017.json", metavar="FILE")
+        add(f"--{split}_images", str, None, f"instead of DIR/{split}2017", metavar="DIR")
+    add("--val_limit", flags.count, None, "evaluate on the first so many images")
+    add("--score_threshold", flags.share, None, "lowest score of a detection (default: 0.05; 0.5 to predict)")
+    add(
+        "--augmentation",
+        ("jitter", "multiscale", "none"),
+        "jitter",
+        "large-scale jitter, a random short side, or neither; all flip",
+    )
+    add("--jitter", flags.positive, (0.1, 2.0), "jitter: least and most size of a picture, relative to the input", nargs=2)
+    add("--color_jitter", flags.positive, None, "brightness, contrast and saturation too")
+
+    add = flags.add_optimisation_flags(parser, epochs=36, blr=8e-4, min_lr=0.0, warmup=None)
+    add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1000, or 10% of short runs)")
+    add("--schedule", ("steps", "cosine"), "steps", "a tenth of the rate from each of --steps on, or half a cosine to --min_lr")
+    add("--steps", flags.not_negative, None, "epochs after which the rate falls (default: 3/4 and 11/12 of --epochs)", nargs="+")
+    flags.add_transfer_flags(add)
+    add = parser.adder(parser.add_argument_group("evaluation while training"))
+    add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
+    add("--disable_eval", bool, False, "do not evaluate while training")
+    flags.add_run_flags(parser, "runs/detect", compile=False)
+    return parser
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; then come the recipe, the weights' own configuration, the data set, and the general defaults."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    plain = flags.merge(given, parser.general)
+    only_use, sources = plain.eval or plain.predict, {}
+    if plain.eval and plain.predict:
+        parser.error("--eval contradicts --predict; leave one of the two out")
+    if only_use:
+        if not plain.resume:
+            parser.error(f"--{'eval' if plain.eval else 'predict'} needs --resume FILE, a checkpoint to use")
+        config = layouts.read_config(plain.resume)
+        places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
+        if not any(hasattr(given, name) for name in ("data_set", *places)):
+            places = ("data_set", *places)
+        sources[plain.resume] = {
+            name: config[name] for name in (*NETWORK, *places, "input_size", "test_size") if config.get(name) is not None
+        }
+        for name in NETWORK:
+            if hasattr(given, name) and getattr(given, name) != config.get(name):
+                parser.error(f"--{name} {getattr(given, name)}, but {plain.resume} has {config.get(name)}; leave --{name} out")
+    elif plain.finetune:
+        found = layouts.flags_of(plain.finetune)
+        sources[plain.finetune] = {name: found[name] for name in ("model", "stem_stride", "mlp_norm") if name in found}
+    plain = flags.merge(given, parser.general, **sources)
+    data_set = plain.data_set or ("folder" if plain.data_path or plain.train_annotations or plain.val_annotations else "embedded")
+    if data_set == "folder" and not (plain.data_path or plain.val_annotations or plain.predict):
+        parser.error("--data_set folder needs --data_path DIR, in COCO's layout")
+    if data_set == "embedded" and plain.data_path:
+        parser.error(f"--data_set embedded takes no --data_path {plain.data_path}; leave one of the two out")
+    sources[f"the data set {data_set}"] = DEFAULTS[data_set]
+    if plain.recipe:
+        size = plain.model.split("_")[1]
+        if size not in COCO:
+            parser.error(f"--recipe coco has no settings for size {size}; it has {', '.join(COCO)}")
+        sources = {f"recipe {plain.recipe}": COCO[size]} | sources
+    if hasattr(given, "blr"):
+        given.lr = None
+    args = flags.merge(given, parser.general | {"mlp_norm": None, "compile": False, "images_per_update": None}, **sources)
+    args.data_set = data_set
+    derive(args, parser)
+    return args
+
+
+def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
+    """Defaults that follow from other values."""
+    args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
+    args.steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
+    args.score_threshold = (0.5 if args.predict else 0.05) if args.score_threshold is None else args.score_threshold
+    if args.test_size[0] > args.test_size[1]:
+        parser.error(f"--test_size {args.test_size[0]} {args.test_size[1]}: the long side comes second and is no shorter")
+    if args.jitter[0] > args.jitter[1]:
+        parser.error(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the larger factor comes second")
+    if args.start_epoch and args.start_epoch >= args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it, or raise --epochs")
+
+
+# --- data and model ---------------------------------------------------------------------------------------------------
+
+
+def load_scenes(args: argparse.Namespace, split: str) -> tuple[Scenes, list[str]]:
+    """The "train" or "val" pictures, and lines about what was left out."""
+    transform = None
+    if split == "train":
+        transform = augmentation(args.augmentation, args.input_size, args.test_size, args.jitter, args.color_jitter)
+    if args.data_set == "embedded":
+        return embedded_scenes(split, args.input_size, transform, args.seed), []
+    annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
+    if not args.data_path and not (annotations and images):
+        raise UserError(f"no --data_path; give it, or both --{split}_annotations FILE and --{split}_images DIR")
+    root = Path(args.data_path or ".")
+    annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
+    scenes, lines = folder_scenes(annotations, images or root / f"{split}2017", transform, args.seed)
+    return scenes.first(args.val_limit) if split == "val" and args.val_limit else scenes, lines
+
+
+def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
+    """The network that the flags describe."""
+    with value_errors_are_the_users():
+        encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
+        if args.mlp_norm not in (None, "grn"):
+            exchange_norm(encoder, args.mlp_norm)
+        encoder.checkpoint_activations(args.checkpoint_activations)
+        mean, std = STATISTICS["folder"]
+        train, test = args.proposals
+        return MaskRCNN(
+            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.masks, args.nms, args.published_heads,
+            min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
+            rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
+            rpn_post_nms_top_n_test=test, box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
+        )  # fmt: skip
+
+
+def load_weights(detector: MaskRCNN, path: str) -> list[str]:
+    """Take over an encoder's weights from a file of any layout, and a detector's where they fit; lines that say what was done."""
+    found = layouts.read_file(path)
+    encoder = detector.backbone.encoder
+    report = [f"{path}: {layouts.describe(found)}", *layouts.load_weights(encoder, layouts.to_native(found))]
+    heads = {name: value for name, value in found.items() if layouts.DECODER.fullmatch(name) and name in detector.state_dict()}
+    if heads:
+        own = detector.state_dict()
+        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
+        detector.load_state_dict(fitting, strict=False)
+        others = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads.keys() - fitting.keys()}))
+        report.append(
+            f"loaded {len(fitting)} of the detector's other tensors" + (f"; at their initial values: {others}" * bool(others))
+        )
+    return report
+
+
+def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
+    """The detectors of --resume, "model" and where there is one "model_ema", ready to evaluate; class names; category ids."""
+    content, detectors = layouts.read_content(args.resume), {}
+    if not {"classes", "category_ids", "model"} <= content.keys() or not any(name.startswith("rpn.") for name in content["model"]):
+        raise UserError(f"{args.resume} holds no detector of detect.py; train one with detect.py --finetune {args.resume}")
+    for name in ("model", "model_ema"):
+        if content.get(name):
+            detector = make_detector(args, len(content["classes"]))
+            detector.load_state_dict(content[name])
+            to_device(detector, device)
+            detectors[name] = detector.eval()
+    return detectors, content["classes"], content["category_ids"]
+
+
+# --- the three tasks --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detect(detector: MaskRCNN, scenes: Scenes, args: argparse.Namespace, processes: Processes) -> dict[int, list[dict]]:
+    """What is found in every picture that can be read, in COCO's format of results; each is searched by one process, alone.
+
+    Alone, because GRN pools over the padding that pictures of unequal sizes need in a batch.
+    """
+    unreadable, device, found = Unreadable(scenes, "it is left out"), processes.device, {}
+    mine = divided(range(processes.rank, len(scenes), processes.world_size), 1)
+    amp_dtype, was_training = autocast_dtype(args.amp, device), detector.training
+    detector.eval()
+    for (_, index), (pictures, _, failed) in zip(
+        (batch[0] for batch in mine), make_loader(scenes, mine, count_workers(args, processes))
+    ):
+        unreadable.note(failed)
+        if failed[0] < 0:
+            pictures, _ = scenes.on_device(pictures, [], device)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                result = detector(pictures)[0]
+            found[index] = coco.as_results(result, scenes.data_set["images"][index]["id"], scenes.category_ids)
+    detector.train(was_training)
+    return {index: rows for part in processes.gather(found) for index, rows in part.items()}
+
+
+def evaluate(
+    detector: MaskRCNN, scenes: Scenes, args: argparse.Namespace, processes: Processes
+) -> tuple[dict, dict[int, list[dict]]]:
+    """COCO's numbers for boxes and for masks, and by class; and the detections, by index of the picture."""
+    found = detect(detector, scenes, args, processes)
+
+    def scores() -> dict:
+        ids = [scenes.data_set["images"][index]["id"] for index in found]
+        results = [row for index in sorted(found) for row in found[index]]
+        content = {"images": len(found)}
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            if name == "box" or (args.masks and scenes.masks):
+                content[name], content[f"{name}_AP_by_class"] = coco.score(scenes.data_set, results, ids, kind)
+        return content
+
+    return processes.from_main(scores), found
+
+
+def describe(scores: dict) -> str:
+    """The chief numbers, in percent."""
+    return ", ".join(
+        f"{kind} AP {100 * scores[kind]['AP']:.1f} AP50 {100 * scores[kind]['AP50']:.1f}"
+        for kind in ("box", "mask")
+        if kind in scores
+    )
+
+
+def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Evaluate the checkpoint of --resume on the validation pictures, its moving average too."""
+    detectors, classes, _ = load_detector(args, processes.device)
+    scenes, lines = load_scenes(args, "val")
+    match_classes(classes, scenes.classes)
+    for name, detector in detectors.items():
+        scores, found = evaluate(detector, scenes, args, processes)
+        if processes.is_main:
+            where = args.val_annotations or args.data_path or args.data_set
+            lines.append(f"{name}: {describe(scores)} on {scores['images']:,} images of {where}, short side {args.test_size[0]} px")
+    if processes.is_main:
+        print(*lines, sep="\n")
+        write_best(output_dir, scenes, scores, found)
+        print(f"in {output_dir}: scores.json, detections.json, detections.png")
+
+
+def match_classes(trained: list[str], found: list[str]) -> None:
+    """UserError unless the validation data have the classes that were trained, in their order."""
+    if trained != found:
+        raise UserError(
+            f"trained to find {', '.join(trained[:5])} ({len(trained)} classes), the data have {', '.join(found[:5])} ({len(found)})"
+        )
+
+
+def without_nan(content):
+    """JSON has no nan: null where there is no such object."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
+def draw(path: Path, scenes: Scenes, found: dict[int, list[dict]], count: int = 8) -> None:
+    """Ground truth beside what was found, of up to `count` pictures spread over the set."""
+    indices = sorted(found)
+    indices = [indices[k * len(indices) // count] for k in range(count)] if len(indices) > count else indices
+    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "found": []}
+    for index in indices:
+        picture, truth = scenes.open(index), scenes.annotations.of_image[scenes.data_set["images"][index]["id"]]
+        for title, rows in (("ground truth", truth), ("found", [row for row in found[index] if row["score"] >= 0.5])):
+            columns[title].append(draw_objects(picture, rows, names, square=384))
+    columns = {title: torch.stack(pictures) / 255 for title, pictures in columns.items()}
+    plot_panels(path, columns, "found: with a score of at least 0.5", inches=2.6)
+
+
+def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Draw what is found in every picture, and write it to predictions.json."""
+    detectors, classes, category_ids = load_detector(args, processes.device)
+    detector = detectors.get("model_ema", detectors["model"])
+    paths = list_pictures(args.predict)
+    scenes = pictures_alone(paths, classes, category_ids)
+    found = detect(detector, scenes, args, processes)
+    if not processes.is_main:
+        return
+    names, files, folder = dict(zip(category_ids, classes)), [], output_dir / "predictions"
+    folder.mkdir(exist_ok=True)
+    for index, rows in sorted(found.items()):
+        picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
+        write_png(picture, draw_objects(scenes.open(index), rows, names))
+        objects = [{"class": names[row["category_id"]], "score": row["score"], "box": row["bbox"]} for row in rows]
+        for each, row in zip(objects, rows):
+            each |= {"mask": row["segmentation"]} if "segmentation" in row else {}
+        files.append({"file": paths[index], "picture": str(picture), "objects": objects})
+        counts = Counter(each["class"] for each in objects)
+        print(one_line(f"{paths[index]}: {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing'}"))
+    save_json(output_dir / "predictions.json", files)
+    print(f"in {output_dir}: predictions.json (boxes as left, top, width, height), predictions/")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, evaluate or predict as `args` (from `get_args`) say."""
+    processes = setup_processes(args.device, args.timeout_minutes)
+    set_determinism(args.deterministic)
+    with run_directory(args.output_dir, processes) as output_dir:
+        task = predict if args.predict else evaluate_checkpoint if args.eval else train
+        task(args, processes, output_dir)
+
+
+def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+    """Train a detector, evaluating after every epoch."""
+    with main_process_first():
+        scenes, lines = load_scenes(args, "train")
+        val, more = (None, []) if args.disable_eval else load_scenes(args, "val")
+    if val:
+        match_classes(scenes.classes, val.classes)
+    args.masks = scenes.masks if args.masks is None else args.masks
+    scenes.learn_masks(args.masks)
+    run = Run(args, scenes, processes, output_dir)
+
+    torch.manual_seed(args.seed)
+    detector = make_detector(args, len(scenes.classes))
+    lines += [*more, *flags.describe_origins(args)]
+    lines += load_weights(detector, args.finetune) if args.finetune else ["random initial weights"]
+    to_device(detector, run.device)
+    ema = averaged(detector, args.model_ema_decay) if args.model_ema else None
+    groups = layer_groups(detector, args.weight_decay, args.layer_decay, "group", detector.backbone.encoder.depths)
+    optimizer = make_optimizer(args, groups, run.peak_lr)
+    for line in lines:
+        run.say(line)
+    run.say(
+        f"{args.model} with {'masks' if args.masks else 'boxes alone'}: {sum(p.numel() for p in detector.parameters()):,} parameters"
+    )
+    run.say(f"{args.data_set}: {len(scenes):,} pictures, {scenes.objects:,} objects of {len(scenes.classes)} classes")
+    network = run.start(
+        detector.train(), optimizer, "detect.py", ema, extra=lambda: {"best": best}, schedule=make_schedule(args, run),
+        losses=LOSSES if args.masks else LOSSES[:-1], classes=scenes.classes, category_ids=scenes.category_ids,
+    )  # fmt: skip
+    if network is None:
+        return
+    best = run.resumed.get("best", -1.0)
+    for epoch in run.epochs():
+        for batch in run.batches(epoch):
+            with run.autocast():
+                losses = network(batch.images, batch.targets)
+            if run.backward(losses):
+                run.update()
+
+        if val and run.is_due(epoch, args.eval_freq):
+            candidates = {"model": detector} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
+            scores = {name: evaluate(each, val, args, processes) for name, each in candidates.items()}
+            winner = max(scores, key=lambda name: scores[name][0]["box"]["AP"])
+            ap = 100 * scores[winner][0]["box"]["AP"]
+            improved, best = ap > best, max(best, ap)
+            log_scores(run, epoch + 1, {name: numbers for name, (numbers, _) in scores.items()}, best)
+            if improved:
+                run.write("pictures", lambda path, *what: write_best(path.parent, *what), val, *scores[winner])
+                if args.save_ckpt:
+                    content = {"model": candidates[winner].state_dict(), "epoch": epoch + 1, "box_AP": best}
+                    run.write("checkpoint-best.pth", save_tensors, content | run.origin)
+        if run.save_due(epoch):
+            run.save(epoch + 1)
+    outputs = (
+        f"checkpoint-best.pth (box AP {best:.1f}), scores.json, detections.json, detections.png, scores.png"
+        if val
+        else "checkpoints"
+    )
+    run.close(f"{outputs}, log.jsonl, config.json")
+
+
+def make_schedule(args: argparse.Namespace, run: Run) -> Callable[[int], float]:
+    """Update -> learning rate: linear from a thousandth of it, by the update; then steps or half a cosine."""
+    warmup = min(1000, run.total // 10) if args.warmup_updates is None else args.warmup_updates
+
+    def rate(update: int) -> float:
+        if args.schedule == "steps":
+            rate = run.peak_lr * 0.1 ** sum(update >= step * run.updates for step in args.steps)
+        else:
+            progress = max(update - warmup, 0) / max(run.total - warmup, 1)
+            rate = args.min_lr + (run.peak_lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return rate * min(1, 0.001 + 0.999 * update / warmup) if warmup else rate
+
+    return rate
+
+
+def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> None:
+    """A line of the log about an evaluation, and scores.png."""
+    record = {"epoch": epoch, "update": run.log.done, "best_box_AP": round(best, 4)}
+    for name, found in scores.items():
+        prefix = "val" if name == "model" else "val_ema"
+        record |= {
+            f"{prefix}_{kind}_{number}": without_nan(found[kind][number])
+            for kind in ("box", "mask")
+            if kind in found
+            for number in ("AP", "AP50", "AP75")
+        }
+    shown = "  ".join(f"{name} {describe(found)}" for name, found in scores.items())
+    run.record(record, f"epoch {epoch}/{run.args.epochs}  {shown}  best {best:.1f}")
+    run.write("scores.png", draw_scores, run.log.records())
+
+
+def draw_scores(path: Path, records: list[dict]) -> None:
+    """Write scores.png from the log's records."""
+    records = [record for record in records if "val_box_AP" in record]
+    names = {"box AP": "box_AP", "box AP50": "box_AP50", "mask AP": "mask_AP", "mask AP50": "mask_AP50"}
+    curves = {
+        title: ([r["epoch"] for r in records], [100 * r[f"val_{name}"] for r in records])
+        for title, name in names.items() if f"val_{name}" in records[0]
+    }  # fmt: skip
+    plot_curves(path, curves, "epoch", "average precision, %", "Validation")
+
+
+def write_best(output_dir: Path, scenes: Scenes, scores: dict, found: dict[int, list[dict]]) -> None:
+    """scores.json, detections.json in COCO's format of results, and detections.png."""
+    save_json(output_dir / "scores.json", without_nan(scores))
+    save_json(output_dir / "detections.json", [row for index in sorted(found) for row in found[index]])
+    draw(output_dir / "detections.png", scenes, found)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args)
