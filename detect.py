@@ -31,22 +31,22 @@ from plumbing.devices import autocast_dtype, set_determinism, to_device
 from plumbing.files import run_directory, save_json, save_tensors
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
-from plumbing.plots import draw_objects, plot_curves, plot_panels, write_png
+from plumbing.plots import draw_objects, plot_curves, write_png
 from plumbing.processes import Processes, main_process_first, setup_processes
 from plumbing.recipes import COCO
 from plumbing.run import Run
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from scenes import Scenes, augmentation, embedded_scenes, folder_scenes, list_pictures, pictures_alone
+from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, list_pictures, pictures_alone
 
 DEFAULTS = {
     "folder": dict(lr=1e-4),
     "embedded": dict(
-        input_size=128, test_size=(128, 128), jitter=(0.7, 1.4), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
-        proposals=(500, 300), batch_size=8, epochs=8, lr=1e-3, schedule="cosine",
+        input_size=128, test_size=(128, 128), jitter=(0.7, 1.4), anchor_scale=4, fpn_dim=64, box_dim=256, mask_dim=64, regions=32,
+        proposals=(300, 150), batch_size=8, epochs=8, lr=1e-3, schedule="cosine",
     ),
 }  # fmt: skip
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-NETWORK = ("model", "stem_stride", "mlp_norm", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads")  # of a checkpoint
+NETWORK = ("model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads")
 
 
 # --- the network --------------------------------------------------------------------------------------------------------
@@ -77,9 +77,10 @@ class MaskRCNN(detection.MaskRCNN):
     Pictures are (3, H, W), in [0, 1]; labels 1 .. num_classes.
 
     Args:
-        encoder: with `num_classes=0`. Anchors are 8 strides wide on each level, so they follow its stem's stride.
+        encoder: with `num_classes=0`.
         num_classes: without the background.
         fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
+        anchor_scale: side of the anchors, in strides of their level: they follow the encoder's stem.
         masks: without them it is a Faster R-CNN.
         nms: "hard", or "soft", which lowers the scores of overlapping boxes (the paper's).
         published_heads: RoIAlign aligned to pixels, anchors not rounded, the pyramid's initial weights, as in the published detector.
@@ -87,8 +88,8 @@ class MaskRCNN(detection.MaskRCNN):
     """
 
     def __init__(
-        self, encoder: ConvNeXt, num_classes: int, fpn_dim: int = 256, box_dim: int = 1024, mask_dim: int = 256, masks: bool = True,
-        nms: str = "hard", published_heads: bool = False, **settings,
+        self, encoder: ConvNeXt, num_classes: int, fpn_dim: int = 256, box_dim: int = 1024, mask_dim: int = 256,
+        anchor_scale: float = 8, masks: bool = True, nms: str = "hard", published_heads: bool = False, **settings,
     ):  # fmt: skip
         if num_classes < 1 or nms not in ("hard", "soft"):
             raise ValueError(f"num_classes {num_classes} must be at least 1, and nms {nms!r} hard or soft")
@@ -98,7 +99,7 @@ class MaskRCNN(detection.MaskRCNN):
         box_features = 7 * 7 * fpn_dim
         super().__init__(
             Pyramid(encoder, fpn_dim),
-            rpn_anchor_generator=anchors(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5),
+            rpn_anchor_generator=anchors(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5),
             box_roi_pool=pool(levels, 7, sampling),
             box_head=detection.faster_rcnn.TwoMLPHead(box_features, box_dim),
             box_predictor=detection.faster_rcnn.FastRCNNPredictor(box_dim, num_classes + 1),
@@ -214,6 +215,7 @@ def make_parser() -> flags.Parser:
     add("--fpn_dim", flags.number(int, 1, 8192), 256, "channels of the feature pyramid")
     add("--box_dim", flags.number(int, 1, 8192), 1024, "width of the box head")
     add("--mask_dim", flags.number(int, 1, 8192), 256, "channels of the mask head")
+    add("--anchor_scale", flags.positive, 8.0, "side of the anchors, in strides of their level")
     add("--masks", bool, None, "predict masks; without, a Faster R-CNN (default: where the training objects have masks)")
     add("--regions", flags.count, 512, "regions an image that the heads learn from, a quarter of them objects")
     add("--proposals", flags.count, (2000, 1000), "proposals an image, in training and in evaluation", nargs=2)
@@ -341,7 +343,8 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         mean, std = STATISTICS["folder"]
         train, test = args.proposals
         return MaskRCNN(
-            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.masks, args.nms, args.published_heads,
+            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks, args.nms,
+            args.published_heads,
             min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
             rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
             rpn_post_nms_top_n_test=test, box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
@@ -406,30 +409,21 @@ def detect(detector: MaskRCNN, scenes: Scenes, args: argparse.Namespace, process
 
 
 def evaluate(
-    detector: MaskRCNN, scenes: Scenes, args: argparse.Namespace, processes: Processes
-) -> tuple[dict, dict[int, list[dict]]]:
-    """COCO's numbers for boxes and for masks, and by class; and the detections, by index of the picture."""
-    found = detect(detector, scenes, args, processes)
-
-    def scores() -> dict:
-        ids = [scenes.data_set["images"][index]["id"] for index in found]
-        results = [row for index in sorted(found) for row in found[index]]
-        content = {"images": len(found)}
-        for name, kind in (("box", "bbox"), ("mask", "segm")):
-            if name == "box" or (args.masks and scenes.masks):
-                content[name], content[f"{name}_AP_by_class"] = coco.score(scenes.data_set, results, ids, kind)
-        return content
-
-    return processes.from_main(scores), found
+    detectors: dict[str, MaskRCNN], scenes: Scenes, args: argparse.Namespace, processes: Processes
+) -> tuple[dict[str, dict], dict[str, dict[int, list[dict]]], str]:
+    """COCO's numbers for boxes and masks, all and by class, and the detections, of each detector; and the name of the better one."""
+    found = {name: detect(detector, scenes, args, processes) for name, detector in detectors.items()}
+    kinds = ("box", "mask") if args.masks and scenes.masks else ("box",)
+    scores = processes.from_main(
+        lambda: {name: coco.score(scenes.data_set, detections, kinds) for name, detections in found.items()}
+    )
+    return scores, found, max(scores, key=lambda name: scores[name]["box"]["AP"])
 
 
 def describe(scores: dict) -> str:
     """The chief numbers, in percent."""
-    return ", ".join(
-        f"{kind} AP {100 * scores[kind]['AP']:.1f} AP50 {100 * scores[kind]['AP50']:.1f}"
-        for kind in ("box", "mask")
-        if kind in scores
-    )
+    found = {kind: scores[kind] for kind in ("box", "mask") if kind in scores}
+    return ", ".join(f"{kind} AP {100 * each['AP']:.1f} AP50 {100 * each['AP50']:.1f}" for kind, each in found.items())
 
 
 def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
@@ -437,43 +431,21 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
     detectors, classes, _ = load_detector(args, processes.device)
     scenes, lines = load_scenes(args, "val")
     match_classes(classes, scenes.classes)
-    for name, detector in detectors.items():
-        scores, found = evaluate(detector, scenes, args, processes)
-        if processes.is_main:
-            where = args.val_annotations or args.data_path or args.data_set
-            lines.append(f"{name}: {describe(scores)} on {scores['images']:,} images of {where}, short side {args.test_size[0]} px")
+    scores, found, better = evaluate(detectors, scenes, args, processes)
     if processes.is_main:
+        where = f"{args.val_annotations or args.data_path or args.data_set}, short side {args.test_size[0]} px"
+        for name, each in scores.items():
+            lines.append(f"{name}: {describe(each)} on {each['images']:,} images of {where}")
         print(*lines, sep="\n")
-        write_best(output_dir, scenes, scores, found)
-        print(f"in {output_dir}: scores.json, detections.json, detections.png")
+        write_scores(output_dir / "scores.json", scenes, scores[better], found[better])
+        print(f"in {output_dir}: scores.json, detections.json and detections.png, of {better}")
 
 
 def match_classes(trained: list[str], found: list[str]) -> None:
     """UserError unless the validation data have the classes that were trained, in their order."""
     if trained != found:
-        raise UserError(
-            f"trained to find {', '.join(trained[:5])} ({len(trained)} classes), the data have {', '.join(found[:5])} ({len(found)})"
-        )
-
-
-def without_nan(content):
-    """JSON has no nan: null where there is no such object."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    return None if isinstance(content, float) and math.isnan(content) else content
-
-
-def draw(path: Path, scenes: Scenes, found: dict[int, list[dict]], count: int = 8) -> None:
-    """Ground truth beside what was found, of up to `count` pictures spread over the set."""
-    indices = sorted(found)
-    indices = [indices[k * len(indices) // count] for k in range(count)] if len(indices) > count else indices
-    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "found": []}
-    for index in indices:
-        picture, truth = scenes.open(index), scenes.annotations.of_image[scenes.data_set["images"][index]["id"]]
-        for title, rows in (("ground truth", truth), ("found", [row for row in found[index] if row["score"] >= 0.5])):
-            columns[title].append(draw_objects(picture, rows, names, square=384))
-    columns = {title: torch.stack(pictures) / 255 for title, pictures in columns.items()}
-    plot_panels(path, columns, "found: with a score of at least 0.5", inches=2.6)
+        before, now = (f"{', '.join(names[:5])} ({len(names)} in all)" for names in (trained, found))
+        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
 
 
 def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
@@ -550,13 +522,12 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
 
         if val and run.is_due(epoch, args.eval_freq):
             candidates = {"model": detector} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
-            scores = {name: evaluate(each, val, args, processes) for name, each in candidates.items()}
-            winner = max(scores, key=lambda name: scores[name][0]["box"]["AP"])
-            ap = 100 * scores[winner][0]["box"]["AP"]
+            scores, found, winner = evaluate(candidates, val, args, processes)
+            ap = 100 * scores[winner]["box"]["AP"]
             improved, best = ap > best, max(best, ap)
-            log_scores(run, epoch + 1, {name: numbers for name, (numbers, _) in scores.items()}, best)
+            log_scores(run, epoch + 1, scores, best)
             if improved:
-                run.write("pictures", lambda path, *what: write_best(path.parent, *what), val, *scores[winner])
+                run.write("scores.json", write_scores, val, scores[winner], found[winner])
                 if args.save_ckpt:
                     content = {"model": candidates[winner].state_dict(), "epoch": epoch + 1, "box_AP": best}
                     run.write("checkpoint-best.pth", save_tensors, content | run.origin)
@@ -591,7 +562,7 @@ def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> No
     for name, found in scores.items():
         prefix = "val" if name == "model" else "val_ema"
         record |= {
-            f"{prefix}_{kind}_{number}": without_nan(found[kind][number])
+            f"{prefix}_{kind}_{number}": found[kind][number]
             for kind in ("box", "mask")
             if kind in found
             for number in ("AP", "AP50", "AP75")
@@ -612,11 +583,11 @@ def draw_scores(path: Path, records: list[dict]) -> None:
     plot_curves(path, curves, "epoch", "average precision, %", "Validation")
 
 
-def write_best(output_dir: Path, scenes: Scenes, scores: dict, found: dict[int, list[dict]]) -> None:
-    """scores.json, detections.json in COCO's format of results, and detections.png."""
-    save_json(output_dir / "scores.json", without_nan(scores))
-    save_json(output_dir / "detections.json", [row for index in sorted(found) for row in found[index]])
-    draw(output_dir / "detections.png", scenes, found)
+def write_scores(path: Path, scenes: Scenes, scores: dict, found: dict[int, list[dict]]) -> None:
+    """scores.json (`path`), and beside it detections.json in COCO's format of results, and detections.png."""
+    save_json(path, scores)
+    save_json(path.with_name("detections.json"), [row for index in sorted(found) for row in found[index]])
+    draw_detections(path.with_name("detections.png"), scenes, found)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from data import SHAPES, STATISTICS, draw_scenes, list_images, open_rgb
 from plumbing.coco import Annotations, embedded_annotations, has_masks, read_annotations
+from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
 
@@ -211,3 +212,19 @@ def augmentation(
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     return v2.Compose([*steps, v2.PILToTensor(), v2.ClampBoundingBoxes(), CleanTargets()])
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------
+
+
+def draw_detections(path: Path, scenes: Scenes, found: dict[int, list[dict]], count: int = 8) -> None:
+    """Ground truth beside what was found, of up to `count` pictures spread over the set."""
+    indices, side = sorted(found), 512
+    indices = [indices[k * len(indices) // count] for k in range(count)] if len(indices) > count else indices
+    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "found": []}
+    for index in indices:
+        picture, truth = scenes.open(index), scenes.annotations.of_image[scenes.data_set["images"][index]["id"]]
+        for title, rows in (("ground truth", truth), ("found", [row for row in found[index] if row["score"] >= 0.5])):
+            columns[title].append(draw_objects(picture, rows, names, square=side))
+    columns = {title: torch.stack(pictures) / 255 for title, pictures in columns.items()}
+    plot_panels(path, columns, "found: with a score of at least 0.5", inches=3)

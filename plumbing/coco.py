@@ -171,11 +171,21 @@ def as_results(found: dict[str, torch.Tensor], image_id: int, category_ids: list
     return rows
 
 
-def score(data_set: dict, results: list[dict], image_ids: list[int], kind: str) -> tuple[dict[str, float], dict[str, float]]:
-    """COCO's twelve numbers of `results` on these images, and AP by category; kind: "bbox" or "segm".
-
-    As shares of one; nan where there is no such object.
+def score(data_set: dict, found: dict[int, list[dict]], kinds: tuple[str, ...]) -> dict:
+    """What detections, by index of the image, are worth on these images: {"images": number, "box": COCO's twelve numbers,
+    "box_AP_by_class": by category} and the same for "mask", as `kinds` say. They are shares of one, and None where there is no such object.
     """
+    ids = [data_set["images"][index]["id"] for index in found]
+    results, content = [row for index in sorted(found) for row in found[index]], {"images": len(found)}
+    for kind in kinds:
+        content[kind], content[f"{kind}_AP_by_class"] = score_one(data_set, results, ids, {"box": "bbox", "mask": "segm"}[kind])
+    return content
+
+
+def score_one(
+    data_set: dict, results: list[dict], image_ids: list[int], kind: str
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """COCO's twelve numbers of `results` on these images, and AP by category; kind: "bbox" or "segm". None: there is no such object."""
     tools = _pycocotools()
     with redirect_stdout(io.StringIO()):  # it prints what it does
         truth = tools.coco.COCO()
@@ -191,17 +201,17 @@ def score(data_set: dict, results: list[dict], image_ids: list[int], kind: str) 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    numbers = {name: _number(value) for name, value in zip(NUMBERS, evaluation.stats)}
+    numbers = {name: _number(value) for name, value in zip(NUMBERS, evaluation.stats.tolist())}
     precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, category), of all sizes, 100 detections
     by_category = {}
     for k, row in enumerate(data_set["categories"]):
         values = precision[:, :, k][precision[:, :, k] > -1]
-        by_category[row["name"]] = float(values.mean()) if values.size else math.nan
+        by_category[row["name"]] = float(values.mean()) if values.size else None
     return numbers, by_category
 
 
-def _number(value: float) -> float:
-    return math.nan if value == -1 else float(value)
+def _number(value: float) -> float | None:
+    return None if value == -1 else value  # which JSON has a word for
 
 
 def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str, ...], visible: float) -> dict:

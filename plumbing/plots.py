@@ -62,12 +62,13 @@ def draw_objects(picture: Image.Image, rows: list[dict], names: dict[int, str], 
     side, white beside it.
     """
     import matplotlib.font_manager  # its font, at a size that can be read
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
     scale = square / max(picture.size) if square else 1.0
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    drawn, colours = pil_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)), {}
-    for number in names:
-        colours[number] = COLOURS[len(colours) % len(COLOURS)]
+    drawn = pil_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+    colours = {number: to_hex(colormaps["tab20"](k % 20)) for k, number in enumerate(names)}
     chosen = [colours[row["category_id"]] for row in rows]
     masks = [decode_mask(row["segmentation"], picture.height, picture.width) for row in rows if row.get("segmentation")]
     if rows and len(masks) == len(rows):
@@ -77,8 +78,10 @@ def draw_objects(picture: Image.Image, rows: list[dict], names: dict[int, str], 
         x, y, w, h = (torch.tensor([row["bbox"] for row in rows], dtype=torch.float32) * scale).unbind(1)
         boxes = torch.stack([x, y, x + w, y + h], dim=1)
         texts = [names[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "") for row in rows]
-        font, size = matplotlib.font_manager.findfont("DejaVu Sans"), max(9, max(width, height) // 32)
-        drawn = draw_bounding_boxes(drawn, boxes, texts, chosen, width=max(1, size // 6), font=font, font_size=size)
+        font, size = matplotlib.font_manager.findfont("DejaVu Sans"), max(10, max(width, height) // 24)
+        drawn = draw_bounding_boxes(
+            drawn, boxes, texts, chosen, width=max(1, size // 8), font=font, font_size=size, fill_labels=True
+        )
     if not square:
         return drawn
     whole = torch.full((3, square, square), 255, dtype=torch.uint8)
