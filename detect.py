@@ -569,10 +569,10 @@ def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> No
         }
     shown = "  ".join(f"{name} {describe(found)}" for name, found in scores.items())
     run.record(record, f"epoch {epoch}/{run.args.epochs}  {shown}  best {best:.1f}")
-    run.write("scores.png", draw_scores, run.log.records())
+    run.write("scores.png", draw, run.log.records())
 
 
-def draw_scores(path: Path, records: list[dict]) -> None:
+def draw(path: Path, records: list[dict]) -> None:
     """Write scores.png from the log's records."""
     records = [record for record in records if "val_box_AP" in record]
     names = {"box AP": "box_AP", "box AP50": "box_AP50", "mask AP": "mask_AP", "mask AP50": "mask_AP50"}

@@ -124,7 +124,8 @@ def describe(state_dict: State) -> str:
     decoder = sum(_of_decoder(_unwrapped(key), layout) for key in state_dict)
     found = architecture(to_native(state_dict))
     head = f"{found['num_classes']} classes" if found["num_classes"] else "no head"
-    left_out = f"; {decoder} tensors of the pre-training decoder are left out" if decoder else ""
+    whose = "detector" if any(_unwrapped(key).startswith("rpn.") for key in state_dict) else "pre-training decoder"
+    left_out = f"; {decoder} tensors of the {whose} are left out" if decoder else ""
     return f"{layout} layout, {len(state_dict) - decoder} tensors, {_network(**found)}, {head}{left_out}"
 
 

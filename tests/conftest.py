@@ -11,12 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import stress
 
+import detect
 import finetune
 import pretrain
 from plumbing.files import write_atomically
+from scenes import draw_detections
 
-DRAW = {module: module.draw for module in (pretrain, finetune)}
-PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",)}
+DRAW = {module: module.draw for module in (pretrain, finetune, detect)}
+PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",), detect: ("scores.png",)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +36,7 @@ def sketched():
     with pytest.MonkeyPatch.context() as patch:
         for module in DRAW:
             patch.setattr(module, "draw", sketch(module))
+        patch.setattr(detect, "draw_detections", lambda path, scenes, found: path.write_text(json.dumps(found)))
         yield
 
 
@@ -42,3 +45,4 @@ def drawn(sketched, monkeypatch):
     """Pictures are drawn after all."""
     for module, draw in DRAW.items():
         monkeypatch.setattr(module, "draw", draw)
+    monkeypatch.setattr(detect, "draw_detections", draw_detections)
