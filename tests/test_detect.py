@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, TINY, assert_equal, call_at, randomised, save_noise, words
+from helpers import ALONE, TINY, assert_equal, call_at, randomised, save_noise, words, write_coco
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -17,7 +17,8 @@ from torchvision.ops import box_iou, roi_align
 import detect
 import scenes
 from data import SHAPES, draw_images, draw_scenes
-from detect import AlignedRoIAlign, FineAnchors, MaskRCNN, soft_nms
+from detect import MaskRCNN
+from detector import AlignedRoIAlign, AnchorGenerator, FineAnchors, soft_nms
 from model import MODELS, ConvNeXt
 from plumbing import coco
 from plumbing.files import find_checkpoints, load_file, save_tensors
@@ -41,21 +42,6 @@ def small_models(monkeypatch):
     """Networks that tests can afford."""
     for name in MODELS:
         monkeypatch.setitem(MODELS, name, partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)))
-
-
-def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, change=lambda data_set: None) -> dict:
-    """Drawn pictures and their objects in COCO's layout under `root`; `change` works on the annotations first."""
-    pictures, kinds, masks = draw_scenes(count, seed, size)
-    data_set = coco.embedded_annotations(kinds, masks, SHAPES, 20)
-    folder = root / f"{split}2017"
-    folder.mkdir(parents=True)
-    for row, picture in zip(data_set["images"], pictures):
-        row["file_name"] = f"{row['id']:03}.png"
-        Image.fromarray(picture).save(folder / row["file_name"])
-    change(data_set)
-    (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data_set))
-    return data_set
 
 
 @pytest.fixture
@@ -295,7 +281,7 @@ def test_aligned_pooling_is_torchvisions_on_the_level_that_fits():
 def test_anchors_follow_the_stem_and_are_rounded_unless_published():
     detector = MaskRCNN(small_network(num_classes=0, stem_stride=2), 3, 8, 8, 8)
     assert detector.rpn.anchor_generator.sizes == ((16,), (32,), (64,), (128,), (256,))
-    rounded, fine = (kind(((8.0,),), ((0.5, 1.0, 2.0),)).cell_anchors[0] for kind in (detect.AnchorGenerator, FineAnchors))
+    rounded, fine = (kind(((8.0,),), ((0.5, 1.0, 2.0),)).cell_anchors[0] for kind in (AnchorGenerator, FineAnchors))
     assert (rounded - fine).abs().max() <= 0.5 and not torch.equal(rounded, fine)
     width, height = (fine[:, 2:] - fine[:, :2]).unbind(1)
     torch.testing.assert_close(width * height, torch.full((3,), 64.0))
