@@ -157,6 +157,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     """Defaults that follow from other values."""
+    flags.settle_amp(args, parser)
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     args.steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
     args.score_threshold = (0.5 if args.predict else 0.05) if args.score_threshold is None else args.score_threshold

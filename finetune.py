@@ -154,8 +154,6 @@ def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) ->
         parser.error(f"--eval_data_path {args.eval_data_path} alone has no images to train on; give --data_path DIR, or --eval")
     if args.scratch and args.finetune:
         parser.error(f"--scratch contradicts --finetune {args.finetune}; leave one of the two out")
-    if args.amp is not None and args.use_amp is not None and args.use_amp != (args.amp != "none"):
-        parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
 
 
 def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
@@ -166,8 +164,7 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     flags.check_epochs(args, parser)
     if args.head_init_scale is None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
-    if args.amp is None and args.use_amp is not None:
-        args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
+    flags.settle_amp(args, parser)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride, whole_patches=False)
 

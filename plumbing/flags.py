@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
+import torch
+
 from plumbing.script import exit_with
 
 # --- the parser -------------------------------------------------------------------------------------------------------
@@ -244,6 +246,14 @@ def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None
     add("--log_every", count, 20, "updates between lines of the log")
     add("--deterministic", bool, False, "the same bits from every run on a GPU too, by slower kernels; CPU runs need it not")
     add("--timeout_minutes", positive, 10.0, "how long a process waits for another one that does not answer")
+
+
+def settle_amp(args: argparse.Namespace, parser: Parser) -> None:
+    """Put the authors' --use_amp into `args.amp`; a parser error where both are given and differ."""
+    if args.use_amp is not None and args.amp is not None and args.use_amp != (args.amp != "none"):
+        parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
+    if args.use_amp is not None and args.amp is None:
+        args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
 
 
 def check_epochs(args: argparse.Namespace, parser: Parser) -> None:

@@ -465,6 +465,31 @@ def test_evaluation_and_prediction_take_the_network_from_the_checkpoint(folder, 
             assert each["class"] in SHAPES and coco.decode_mask(each["mask"], height, width).shape == (height, width)
 
 
+def test_flags_of_evaluation_reach_it(folder, tmp_path):
+    run(folder, tmp_path / "run", epochs=1)
+    write_coco(tmp_path / "other", "val", 3, seed=9)
+    best = tmp_path / "run/checkpoint-best.pth"
+
+    def found(**flags) -> str:
+        where = dict(output_dir=tmp_path / "again", device="cpu", num_workers=0, proposals=(20, 10))
+        detect.main(detect.get_args(["--eval", *words(resume=best, **where | flags)]))
+        return (tmp_path / "again/detections.json").read_text()
+
+    plain, val = found(), tmp_path / "other"
+    for flags in (
+        dict(nms="soft"), dict(test_size=(64, 64)), dict(val_limit=2), dict(score_threshold=0.095), dict(val_images=val / "val2017"),
+        dict(val_annotations=val / "annotations/instances_val2017.json", val_images=val / "val2017"), dict(data_path=val),
+    ):  # fmt: skip
+        assert found(**flags) != plain, flags
+    assert found() == plain
+
+
+def test_the_embedded_pictures_are_detected(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "draw_scenes", lambda count, seed, size: draw_scenes(count // 100, seed, size))
+    run(None, tmp_path / "run", epochs=1, data_set="embedded")
+    assert json.loads((tmp_path / "run/config.json").read_text())["images"] == 15
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
