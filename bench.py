@@ -293,7 +293,7 @@ def bench_detect(args, device) -> list[dict]:
     rows = []
     for name, batch, amp in settings(args):
         jitter = augmentation("none", args.input_size, (args.input_size, args.input_size), (1, 1), None)
-        scenes = embedded_scenes("val", args.input_size, jitter)
+        scenes = embedded_scenes("val", args.input_size, jitter, count=batch)
         pictures, targets, _ = scenes.collate([scenes[0, k] for k in range(batch)])
         pictures, targets = scenes.on_device(pictures, targets, device)
         size, classes = dict(min_size=args.input_size, max_size=args.input_size), len(scenes.classes)

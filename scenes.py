@@ -125,10 +125,10 @@ class Scenes(Dataset):
 # --- where they come from ---------------------------------------------------------------------------------------------
 
 
-def embedded_scenes(split: str, size: int, transform: v2.Transform, seed: int = 0) -> Scenes:
+def embedded_scenes(split: str, size: int, transform: v2.Transform, seed: int = 0, count: int | None = None) -> Scenes:
     """The drawn pictures: 1,500 to train on, 200 to evaluate; three shapes each, of ten kinds, later ones hiding earlier ones."""
-    count, salt = (1500, 0) if split == "train" else (200, 1)
-    pictures, kinds, masks = draw_scenes(count, salt, size)
+    number, salt = (1500, 0) if split == "train" else (200, 1)
+    pictures, kinds, masks = draw_scenes(count or number, salt, size)
     data_set = embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
     return Scenes(pictures, data_set, transform, True, seed)
 
