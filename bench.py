@@ -5,6 +5,7 @@
     python bench.py sweep              # time against the share of visible patches
     python bench.py data               # the input pipeline, images per second and worker
     python bench.py finetune           # the dense training step against timm's model
+    python bench.py detect             # Mask R-CNN, training and evaluation, against torchvision's on a ResNet-50
     python bench.py heap               # what keeping the heap mapped buys on a CPU
 
 Prints a table and writes CSV, and pictures where there is something to see, to --output_dir.
@@ -21,13 +22,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from data import HeldImages, load_images, pretrain_transform
+from detector import MaskRCNN
 from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS, check_size
 from plumbing import flags
@@ -38,6 +42,7 @@ from plumbing.optim import parameter_groups
 from plumbing.plots import COLOURS, new_figure, plot_curves, save_figure
 from plumbing.processes import setup_processes
 from plumbing.script import UserError, run_script, value_errors_are_the_users
+from scenes import augmentation, embedded_scenes
 
 try:
     import timm  # only to compare with
@@ -296,6 +301,49 @@ def bench_finetune(args, device) -> list[dict]:
     return rows
 
 
+def bench_detect(args, device) -> list[dict]:
+    """Mask R-CNN beside torchvision's on a ResNet-50: an update, how much of it encoder and pyramid take, and an evaluation."""
+    rows = []
+    for name, batch, amp in settings(args):
+        jitter = augmentation("none", args.input_size, (args.input_size, args.input_size), (1, 1), None)
+        scenes = embedded_scenes("val", args.input_size, jitter, count=batch)
+        pictures, targets, _ = scenes.collate([scenes[0, k] for k in range(batch)])
+        pictures, targets = scenes.on_device(pictures, targets, device)
+        size, classes = dict(min_size=args.input_size, max_size=args.input_size), len(scenes.classes)
+        encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+        encoder.checkpoint_activations(args.checkpoint_activations)
+        detectors = {"ours": MaskRCNN(encoder, classes, **size)}
+        detectors["torchvision"] = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=classes + 1, **size)
+        for each in detectors.values():
+            each.to(device, memory_format=torch.channels_last)
+        ours, imgs = detectors["ours"].backbone, torch.stack(pictures).contiguous(memory_format=torch.channels_last)
+        training = {
+            library: trainer(partial(total, each, pictures, targets), updates(each), amp, device)
+            for library, each in detectors.items()
+        }
+        parts = {"our encoder": (ours.encoder.forward_stages, imgs), "our encoder and pyramid": (ours, imgs)}
+        training |= {name: trainer(partial(total, *part), ours.zero_grad, amp, device) for name, part in parts.items()}
+        rows += table(training, args, device, "torchvision", batch, model=name, amp=amp, task="update")
+        evaluation = {library: partial(find, each.eval(), pictures, amp, device) for library, each in detectors.items()}
+        rows += table(evaluation, args, device, "torchvision", batch, model=name, amp=amp, task="evaluation")
+    return rows
+
+
+def total(network: Callable, *inputs) -> torch.Tensor:
+    """The sum of the means of a network's outputs: of losses it is their sum."""
+    outputs = network(*inputs)
+    return sum(each.float().mean() for each in (outputs.values() if isinstance(outputs, dict) else outputs))
+
+
+@torch.no_grad()
+def find(detector: nn.Module, pictures: list[torch.Tensor], amp: str, device: torch.device) -> None:
+    """Search pictures one by one, as evaluation does."""
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        for picture in pictures:
+            detector([picture])
+
+
 def bench_heap(args, device) -> list[dict]:
     """The encoder with glibc's defaults and with `keep_heap_mapped`, in processes of their own, taken in turn; in CPU time."""
     rows = []
@@ -318,7 +366,7 @@ def bench_heap(args, device) -> list[dict]:
 
 
 TASKS = {"encoder": bench_encoder, "step": bench_step, "sweep": bench_sweep}
-TASKS |= {"data": bench_data, "finetune": bench_finetune, "heap": bench_heap}
+TASKS |= {"data": bench_data, "finetune": bench_finetune, "detect": bench_detect, "heap": bench_heap}
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -53,10 +53,23 @@ def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarr
     The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with textures of
     their own in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
     """
+    images, labels, *_ = _draw(n, seed, size)
+    return images, labels
+
+
+def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same kind of pictures, and the shapes in them: uint8 (n, size, size, 3), kinds (n, 3) and masks, bool (n, 3, size, size).
+
+    A kind is an index into SHAPES, back to front; a mask is the part that no later shape hides.
+    """
+    images, _, kinds, masks = _draw(n, seed, size)
+    return images, kinds, masks
+
+
+def _draw(n, seed, size):
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
         chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size), range(-(-n // _CHUNK))))
-    images, labels = (np.concatenate(parts)[:n] for parts in zip(*chunks))
-    return images, labels
+    return [np.concatenate(parts)[:n] for parts in zip(*chunks)]
 
 
 def _draw_chunk(seed, chunk, size):
@@ -68,8 +81,9 @@ def _draw_chunk(seed, chunk, size):
 
     ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
     picture = _texture(rng, x, y, ground, labels)
-    for small in (True, True, False):
-        kinds = rng.integers(len(SHAPES), size=n)
+    masks, all_kinds = np.zeros((n, 3, size, size), dtype=bool), np.empty((n, 3), dtype=np.int64)
+    for layer, small in enumerate((True, True, False)):
+        kinds = all_kinds[:, layer] = rng.integers(len(SHAPES), size=n)
         radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.35, 0.6)
         reach = 0.9 if small else 0.5
         u, v = _turn(x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi))
@@ -81,9 +95,11 @@ def _draw_chunk(seed, chunk, size):
         colour = (ground + rng.uniform(0.35, 0.65, size=ground.shape)) % 1  # far from the ground's in every channel
         fill = _texture(rng, u, v, colour.astype(np.float32), rng.integers(len(TEXTURES), size=n))
         picture += inside * (fill - picture)
+        masks[:, layer] = inside[..., 0] > 0.5
+        masks[:, :layer] &= ~masks[:, layer : layer + 1]
     tilt_x, tilt_y = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
     picture *= (1 + 0.2 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
-    return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels
+    return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels, all_kinds, masks
 
 
 def _uniform(rng, n, low, high):
@@ -414,6 +430,11 @@ def find_images(paths: list[str]) -> list[str]:
     if not found:
         raise UserError(f"no images under {', '.join(paths)}; give others with --predict")
     return found
+
+
+def same_images(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
+    """Whether two data sets, each with the place where it lies, are the same."""
+    return one[0] == other[0] and os.path.realpath(one[1] or "") == os.path.realpath(other[1] or "")
 
 
 def choose_data_set(data_set: str | None, data_path: str | None) -> str:

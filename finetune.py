@@ -74,6 +74,7 @@ def make_parser() -> flags.Parser:
 
     place = "folder with train/ and val/, or where CIFAR lies; none: embedded data"
     add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place)
+    flags.add_hold_data(add)
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
     add("--labels_per_class", flags.count, None, "train on this many images per class, chosen by --seed")
@@ -98,6 +99,7 @@ def make_parser() -> flags.Parser:
 
     add = flags.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup="20, or 5% of short runs")
     flags.add_transfer_flags(add)
+    add("--layer_decay_type", ("single", "group"), "single", "a layer is one block, or a group of three (12 groups)")
     add = parser.adder(parser.add_argument_group("evaluation while training"))
     add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
     add("--disable_eval", bool, False, "do not evaluate while training")
@@ -123,11 +125,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         if plain.eval and data_set == "folder" and not given.data_path:
             parser.error(f"{plain.resume} does not say what it was trained on; give --data_path DIR, images to evaluate it on")
     unsaid = not (plain.finetune or plain.scratch or only_use)
-    if unsaid and Path(OURS).exists() and same_images(trained_on(OURS), (data_set, plain.data_path)):
+    if unsaid and Path(OURS).exists() and data.same_images(trained_on(OURS), (data_set, plain.data_path)):
         given.finetune = OURS
 
     as_trained = ("crop_pct",) if only_use else ()  # images are prepared as the training evaluated them
-    if plain.eval and data_set == "folder" and not plain.eval_data_path and same_images(trained, (data_set, given.data_path)):
+    if plain.eval and data_set == "folder" and not plain.eval_data_path and data.same_images(trained, (data_set, given.data_path)):
         as_trained += () if data.split_folder(given.data_path, "val") else ("holdout",)  # never evaluated on what was trained on
     sources = {"the place of --resume": dict(output_dir=os.path.dirname(plain.resume) or ".")} if only_use else {}
     file = plain.resume if only_use else getattr(given, "finetune", None)
@@ -159,27 +161,14 @@ def trained_on(path: str) -> tuple[str, str | None]:
     return (config["data_set"], config.get("data_path")) if config.get("data_set") in data.DATA_SETS else ("folder", None)
 
 
-def same_images(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
-    """Whether two data sets, each with the place where it lies, are the same."""
-    return one[0] == other[0] and os.path.realpath(one[1] or "") == os.path.realpath(other[1] or "")
-
-
 def check_task(args: argparse.Namespace, data_set: str, parser: flags.Parser) -> None:
     """A parser error for flags that contradict each other, or lack another."""
     if (args.eval or args.predict) and not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
-    if args.eval and args.predict:
-        parser.error("--eval contradicts --predict; leave one of the two out")
     if data_set == "folder" and not (args.data_path or args.eval or args.predict):
         parser.error(f"--eval_data_path {args.eval_data_path} alone has no images to train on; give --data_path DIR, or --eval")
-    if args.holdout and args.eval_data_path:
-        parser.error(f"--holdout {args.holdout} contradicts --eval_data_path {args.eval_data_path}; leave one of the two out")
-    if args.scratch and args.finetune:
-        parser.error(f"--scratch contradicts --finetune {args.finetune}; leave one of the two out")
-    if args.linear_probe and args.recipe:
-        parser.error(f"--linear_probe has settings of its own, so --recipe {args.recipe} does nothing; leave one of the two out")
-    if args.amp is not None and args.use_amp is not None and args.use_amp != (args.amp != "none"):
-        parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
+    for pair in (("eval", "predict"), ("holdout", "eval_data_path"), ("scratch", "finetune"), ("linear_probe", "recipe")):
+        flags.refuse_both(args, parser, *pair)
 
 
 def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
@@ -190,8 +179,7 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     flags.check_epochs(args, parser)
     if args.head_init_scale is None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
-    if args.amp is None and args.use_amp is not None:
-        args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
+    flags.settle_amp(args, parser)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride, whole_patches=False)
     if args.origins["min_crop"] == "the command line" and args.input_size <= 32 and not (args.eval or args.predict):

@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 
+import torch
+
 from plumbing.script import exit_with
 
 # --- the parser -------------------------------------------------------------------------------------------------------
@@ -174,26 +176,34 @@ STRIDES = (4, 2, 1)
 DEVICES = "cuda, cpu or mps (default: cuda if there is one, else cpu)"
 
 
-def add_data_flags(parser: Parser, data_sets: Iterable[str], data_path: str) -> Callable:
+def add_data_flags(parser: Parser, data_sets: Iterable[str], data_path: str, input_size: int = 224) -> Callable:
     """What to train on; `data_path` is the help of --data_path. Returns the function that adds to the group."""
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_path", str, None, data_path, metavar="DIR")
     add("--data_set", one_of("data set", data_sets), None, ", ".join(data_sets))
-    add("--input_size", image_side, 224, "pixels per side of the network's input")
+    add("--input_size", image_side, input_size, "pixels per side of the network's input")
     add("--num_workers", worker_count, None, "loading processes per training process (default: up to 8 for folders, else 0)")
     add("--pin_mem", bool, True, "pinned host memory, for faster transfer to a GPU")
-    add("--hold_data", bool, None, "hold CIFAR or embedded data on the device, crop and flip there (default: on GPUs, if it can)")
     return add
 
 
-def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: float, warmup: str) -> Callable:
-    """Batches, epochs and the learning rate; `warmup` tells the default of --warmup_epochs. Returns the function that adds more."""
+def add_hold_data(add: Callable) -> None:
+    """For images that `data.hold_on_device` may hold."""
+    add("--hold_data", bool, None, "hold CIFAR or embedded data on the device, crop and flip there (default: on GPUs, if it can)")
+
+
+def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: float, warmup: str | None) -> Callable:
+    """Batches, epochs and the learning rate. Returns the function that adds more.
+
+    `warmup` tells the default of --warmup_epochs; None where a script counts its warm-up otherwise.
+    """
     group = parser.add_argument_group("optimisation")
     add, either = parser.adder(group), parser.adder(group.add_mutually_exclusive_group())
     add("--batch_size", count, 64, "images per process and forward pass")
     add("--update_freq", count, 1, "forward passes per update: gradient accumulation")
     add("--epochs", count, epochs, "passes over the data")
-    add("--warmup_epochs", not_negative, None, f"epochs of linear warm-up (default: {warmup})")
+    if warmup:
+        add("--warmup_epochs", not_negative, None, f"epochs of linear warm-up (default: {warmup})")
     either("--blr", positive, blr, "base learning rate per 256 images; lr = blr * images per update / 256")
     either("--lr", positive, None, "learning rate itself, instead of --blr")
     add("--min_lr", not_negative, min_lr, "learning rate at the end of the cosine")
@@ -205,7 +215,6 @@ def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: floa
 def add_transfer_flags(add: Callable) -> None:
     """How what was pre-trained is trained further: layers' rates, optimiser, moving average."""
     add("--layer_decay", some_share, 1.0, "factor on the learning rate per layer towards the input")
-    add("--layer_decay_type", ("single", "group"), "single", "a layer is one block, or a group of three (12 groups)")
     add("--opt", ("adamw", "adam", "sgd"), "adamw", "optimiser")
     add("--opt_eps", positive, 1e-8, "epsilon of Adam and AdamW")
     add("--opt_betas", below_one, (0.9, 0.999), "betas of Adam and AdamW", nargs=2)
@@ -216,11 +225,12 @@ def add_transfer_flags(add: Callable) -> None:
     add("--use_amp", bool, None, "mixed precision in bf16, or fp16 on GPUs without it; the authors' flag for --amp")
 
 
-def add_run_flags(parser: Parser, output_dir: str) -> None:
-    """The flags about a run itself."""
+def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None:
+    """The flags about a run itself; `compile` where the network can be compiled."""
     add = parser.adder(parser.add_argument_group("run"))
     add("--amp", ("none", "bf16", "fp16"), None, "autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
-    add("--compile", bool, False, "torch.compile the network: a minute of start-up for faster steps")
+    if compile:
+        add("--compile", bool, False, "torch.compile the network: a minute of start-up for faster steps")
     add("--checkpoint_activations", bool, False, "keep only each block's input for backward: less memory, slower steps")
     add("--output_dir", str, output_dir, "where everything is written", metavar="DIR")
     add("--device", str, None, DEVICES)
@@ -243,6 +253,21 @@ def add_run_flags(parser: Parser, output_dir: str) -> None:
     add("--log_every", count, 20, "updates between lines of the log")
     add("--deterministic", bool, False, "the same bits from every run on a GPU too, by slower kernels; CPU runs need it not")
     add("--timeout_minutes", positive, 10.0, "how long a process waits for another one that does not answer")
+
+
+def refuse_both(args: argparse.Namespace, parser: Parser, *pair: str) -> None:
+    """A parser error if both of two flags are given."""
+    if all(getattr(args, name) for name in pair):
+        one, other = (f"--{name}" + f" {getattr(args, name)}" * isinstance(getattr(args, name), str | float) for name in pair)
+        parser.error(f"{one} contradicts {other}; leave one of the two out")
+
+
+def settle_amp(args: argparse.Namespace, parser: Parser) -> None:
+    """Put the authors' --use_amp into `args.amp`; a parser error where both are given and differ."""
+    if args.use_amp is not None and args.amp is not None and args.use_amp != (args.amp != "none"):
+        parser.error(f"--amp {args.amp} contradicts --use_amp {str(args.use_amp).lower()}; leave one of the two out")
+    if args.use_amp is not None and args.amp is None:
+        args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
 
 
 def check_epochs(args: argparse.Namespace, parser: Parser) -> None:

@@ -43,10 +43,11 @@ NAMES = (
 )
 BLOCK = ("stages.{i}.{j}", "stages.{i}.blocks.{j}", "encoder.stages.{i}.layers.{j}", "stages.{i}.{j}")
 FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01]", "v": rf"(?:{'|'.join(MLP_NORMS)})\.[\w.]+"}
-OUTER = r"(?:encoder\.|backbone\.|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
+OUTER = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
 
 STEM = "downsample_layers.0.0.weight"
-DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+")  # what an FCMAE holds besides its encoder
+# What an FCMAE, and a detector of detect.py, hold besides their encoder.
+DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+")
 DETECTOR = re.compile(r"(neck|fpn|rpn|roi|bbox|mask_head|decode_head|auxiliary_head|panoptic)\w*\.|backbone\.(norm0|body)\.")
 
 
@@ -123,7 +124,8 @@ def describe(state_dict: State) -> str:
     decoder = sum(_of_decoder(_unwrapped(key), layout) for key in state_dict)
     found = architecture(to_native(state_dict))
     head = counted(found["num_classes"], "class") if found["num_classes"] else "no head"
-    left_out = f"; {decoder} tensors of the pre-training decoder are left out" if decoder else ""
+    whose = "detector" if any(_unwrapped(key).startswith("rpn.") for key in state_dict) else "pre-training decoder"
+    left_out = f"; {decoder} tensors of the {whose} are left out" if decoder else ""
     return f"{layout} layout, {counted(len(state_dict) - decoder, 'tensor')}, {_network(**found)}, {head}{left_out}"
 
 

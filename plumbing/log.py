@@ -150,46 +150,53 @@ class TimedLoader:
 class Meters:
     """Sums over updates, kept on the device: adding never waits for it, `read` does.
 
-    They continue those of an earlier part of the run, `states`, in which each rank has its own.
+    They continue those of an earlier part of the run, `states`, in which each rank has its own. `names` are those of the losses
+    that add up to the loss, where there are several.
     """
 
-    def __init__(self, device: torch.device, states: Sequence[list[float]] = (), rank: int = 0):
-        self.zero = torch.zeros((), device=device)
+    def __init__(self, device: torch.device, states: Sequence[list[float]] = (), rank: int = 0, names: Sequence[str] = ()):
+        self.zero, self.names = torch.zeros((), device=device), list(names)
         self.skipped_in_row = self.zero
         self._reset()
         if states:
             self.updates, *sums = states[rank]
-            self.loss, self.skipped, self.skipped_in_row = (self.zero + value for value in sums)
+            self.loss, self.skipped, self.skipped_in_row, *parts = (self.zero + value for value in sums)
+            self.parts = dict(zip(self.names, parts))
 
     def _reset(self):
         self.updates, self.update_loss, self.loss, self.skipped, self.grad_norm = 0, self.zero, self.zero, self.zero, self.zero
+        self.parts, self.update_parts = (dict.fromkeys(self.names, self.zero) for _ in range(2))
 
     def state(self) -> list[float]:
         """The sums of this process, from which another one can go on."""
-        return [self.updates, *torch.stack([self.loss, self.skipped, self.skipped_in_row]).tolist()]
+        return [self.updates, *torch.stack([self.loss, self.skipped, self.skipped_in_row, *self.parts.values()]).tolist()]
 
-    def add_loss(self, loss: torch.Tensor) -> None:
-        """Add a forward pass's share of the update's loss."""
+    def add_loss(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        """Add a forward pass's share of the update's loss, and of the losses that add up to it."""
         self.update_loss = self.update_loss + loss.detach()
+        for name, part in parts.items():
+            self.update_parts[name] = self.update_parts[name] + part.detach()
 
     def end_update(self, grad_norm: torch.Tensor) -> None:
         """Close an update; a non-finite loss or gradient norm counts it as skipped."""
         finite = self.update_loss.isfinite() & grad_norm.isfinite()
         self.loss = self.loss + torch.where(finite, self.update_loss, 0)
+        self.parts = {name: part + torch.where(finite, self.update_parts[name], 0) for name, part in self.parts.items()}
         self.skipped = self.skipped + ~finite
         self.skipped_in_row = torch.where(finite, 0, self.skipped_in_row + 1)
         self.update_loss, self.grad_norm, self.updates = self.zero, grad_norm, self.updates + 1
+        self.update_parts = dict.fromkeys(self.names, self.zero)
 
     def read(self, processes: Processes) -> dict:
         """Means since the last reading, over updates and processes: loss (None if all were skipped), last gradient norm."""
-        sums = processes.sum([self.loss, self.skipped, self.skipped_in_row, self.grad_norm])
-        loss, skipped, in_row, norm = (value / processes.world_size for value in sums)
+        sums = processes.sum([self.loss, self.skipped, self.skipped_in_row, self.grad_norm, *self.parts.values()])
+        loss, skipped, in_row, norm, *parts = (value / processes.world_size for value in sums)
         used = self.updates - round(skipped)
         self._reset()
         if skipped:
             tqdm.write(f"warning: {counted(round(skipped), 'update')} skipped: no finite loss or gradient", file=sys.stderr)
-        return {
-            "loss": round(loss / used, 6) if used else None,
+        losses = {"loss": loss} | dict(zip(self.names, parts))
+        return {name: round(value / used, 6) if used else None for name, value in losses.items()} | {
             "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
             "skipped_updates": round(skipped),
             "skipped_in_row": round(in_row),

@@ -46,32 +46,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
-    """The layer that a classifier's parameter belongs to, 0 nearest to the input.
+    """The layer that a parameter belongs to, 0 nearest to the input.
 
-    "single" counts every block; "group" (made for depths 3, 3, 27, 3) takes the blocks of stage 3 by threes, 12 layers in all.
-    Norm and head come after all of them.
+    "single" counts every block; "group" takes the blocks of stage 3 by threes, as the authors' fine-tuning of depths 3, 3, 27, 3
+    and ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
     """
-    last = sum(depths) if kind == "single" else 12
-    part, *place = name.split(".")
+    last = last_layer(depths, kind)
+    part, *place = name.removeprefix("backbone.").removeprefix("encoder.").split(".")
     if part not in ("downsample_layers", "stages"):
         return last + 1
     i, first = int(place[0]), sum(depths[: int(place[0])])
     if kind == "single":
         return first + 1 + (int(place[1]) if part == "stages" else 0)
     if part == "downsample_layers":
-        return (0, 2, 3, 12)[i]
-    return (1, 2, 3 + int(place[1]) // 3, 12)[i]
+        return (0, 2, 3, last)[i]
+    return (1, 2, 3 + int(place[1]) // 3, last)[i]
 
 
-def layer_groups(net: nn.Module, weight_decay: float, layer_decay: float, kind: str) -> list[dict]:
-    """Optimiser groups with `lr_scale` = layer_decay ** (layers above); UserError for "group" where it does not fit."""
-    if kind == "group" and layer_decay != 1 and net.depths != (3, 3, 27, 3):
-        raise UserError(f"--layer_decay_type group was made for depths (3, 3, 27, 3), not {net.depths}; use single")
-    last = (sum(net.depths) if kind == "single" else 12) + 1
-    groups = {}
+def last_layer(depths: tuple[int, ...], kind: str) -> int:
+    """The encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
+    return sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
+
+
+def layer_groups(
+    net: nn.Module, weight_decay: float, layer_decay: float, kind: str, depths: tuple[int, ...] | None = None
+) -> list[dict]:
+    """Optimiser groups with `lr_scale` = layer_decay ** (layers above); `depths` are the encoder's, by default `net`'s own."""
+    depths, groups = depths or net.depths, {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            scale = layer_decay ** (last - layer_id(name, net.depths, kind))
+            scale = layer_decay ** (last_layer(depths, kind) + 1 - layer_id(name, depths, kind))
             decay = weight_decay if has_weight_decay(name, parameter) else 0.0
             group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
             group["params"].append(parameter)

@@ -5,9 +5,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torchvision.utils import make_grid
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from plumbing.coco import decode_mask
 from plumbing.files import write_atomically
 
 
@@ -33,10 +37,10 @@ def save_figure(figure, path: Path) -> None:
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = ()) -> None:
+def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7) -> None:
     """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
-    `rows` names the images, one to a row. Without names two stand side by side, so that the figure grows less tall.
+    `rows` names the images, one to a row; each is `inches` wide. Without names two stand side by side, so that the figure grows less tall.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
@@ -44,7 +48,7 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     mosaic = make_grid(images.flatten(0, 1), nrow=beside * len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
     ticks = [gap + width / 2 + k * (width + gap) for k in range(beside * len(columns))]
     lines = -(-len(images) // beside)
-    figure, axes = new_figure(1, 1, 1.7 * len(ticks) + 1.4 * bool(rows), 1.7 * lines * height / width + 0.8)
+    figure, axes = new_figure(1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8)
     axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].set_xticks(ticks, list(columns) * beside, fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
@@ -52,6 +56,45 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=11)
     save_figure(figure, path)
+
+
+def draw_objects(picture: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None) -> torch.Tensor:
+    """A picture with its objects' boxes, masks, names and scores, uint8 (3, H, W).
+
+    rows: in COCO's format, of annotations or results; names: of category ids. square: scale the picture to fill a square of this
+    side, white beside it.
+    """
+    import matplotlib.font_manager  # its font, at a size that can be read
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    scale = square / max(picture.size) if square else 1.0
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    drawn = pil_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+    colours = {number: to_hex(colormaps["tab20"](k % 20)) for k, number in enumerate(names)}
+    chosen = [colours[row["category_id"]] for row in rows]
+    masks = [decode_mask(row["segmentation"], picture.height, picture.width) for row in rows if row.get("segmentation")]
+    if rows and len(masks) == len(rows):
+        masks = torch.nn.functional.interpolate(torch.from_numpy(np.stack(masks))[None], (height, width))[0].bool()  # (n, H, W)
+        drawn = draw_segmentation_masks(drawn, masks, alpha=0.45, colors=chosen)
+    if rows:
+        x, y, w, h = (torch.tensor([row["bbox"] for row in rows], dtype=torch.float32) * scale).unbind(1)
+        boxes = torch.stack([x, y, x + w, y + h], dim=1)
+        texts = [names[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "") for row in rows]
+        font, size = matplotlib.font_manager.findfont("DejaVu Sans"), max(10, max(width, height) // 24)
+        drawn = draw_bounding_boxes(
+            drawn, boxes, texts, chosen, width=max(1, size // 8), font=font, font_size=size, fill_labels=True
+        )
+    if not square:
+        return drawn
+    whole = torch.full((3, square, square), 255, dtype=torch.uint8)
+    whole[:, :height, :width] = drawn
+    return whole
+
+
+def write_png(path: Path, picture: torch.Tensor) -> None:
+    """Write uint8 (3, H, W) atomically."""
+    write_atomically(path, lambda file: to_pil_image(picture).save(file, format="PNG"))
 
 
 # Okabe and Ito's, colour-blind-safe.

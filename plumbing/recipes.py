@@ -71,3 +71,21 @@ LINEAR_PROBE = dict(
     aa=None, color_jitter=None, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
 )  # fmt: skip
 SHORT_PROBE = dict(epochs=3, blr=1.0)  # for the embedded data: few updates want a higher rate
+
+# Mask R-CNN on COCO. Base is the published detector's; of Large and Huge the paper gives only the ranges that it searched (layer decay
+# .9 or .95, drop path .2 to .5, App. A.3), from which these are ours.
+COCO = by_size("""
+                   base     large    huge
+lr                 None     None     None
+blr                8e-4     8e-4     8e-4
+images_per_update  32       32       32
+epochs             36       36       36
+weight_decay       0.05     0.05     0.05
+layer_decay        0.95     0.95     0.95
+drop_path          0.4      0.5      0.5
+warmup_updates     1000     1000     1000
+published_heads    True     True     True
+""")
+for settings in COCO.values():
+    settings |= dict(nms="soft", proposals=(1000, 1000), steps=[27, 33], schedule="steps", augmentation="jitter", jitter=(0.1, 2.0))
+    settings |= dict(input_size=1024, test_size=(800, 1333))

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ class Run:
 
     def start(
         self, net: nn.Module, optimizer: torch.optim.Optimizer, stage: str, ema: AveragedModel | None = None,
-        extra: Callable[[], dict] = dict, schedule: Callable[[int], float] | None = None, **origin,
+        extra: Callable[[], dict] = dict, schedule: Callable[[int], float] | None = None, losses: Sequence[str] = (), **origin,
     ) -> nn.Module | None:  # fmt: skip
         """Continue the run if there is one; the network to call, compiled and distributed as asked. None if it has finished.
 
@@ -95,6 +95,7 @@ class Run:
         ema: a moving average of `net`, to be updated and saved with it.
         extra: what else to save with every checkpoint, and to find again in `resumed`.
         schedule: update, since the beginning of the run -> learning rate; half a cosine after a linear warm-up by default.
+        losses: names of the losses that add up to the loss, where `backward` is given several.
         origin: what to write into every file of weights, besides configuration and versions.
         """
         args, processes = self.args, self.processes
@@ -132,10 +133,10 @@ class Run:
         if state["path"]:
             self.say(f"continuing from {state['path']} at epoch {self.first_epoch}, update {self.first_update}")
         done = self.updates * self.first_epoch + self.first_update
-        if state["path"] and self.total == args.epochs * self.updates and args.epochs > state["config"]["epochs"]:
+        if state["path"] and not schedule and self.total == args.epochs * self.updates and args.epochs > state["config"]["epochs"]:
             self._say_that_it_is_longer(argparse.Namespace(**state["config"]), done)
         self.log = RunLog(self.output_dir, self.updates, self.total, done, state["log"], processes)
-        self.meters = Meters(self.device, state["meters"], processes.rank)
+        self.meters = Meters(self.device, state["meters"], processes.rank, losses)
         self.unreadable.indices = set(state["unreadable"])
         self.checkpoints = Checkpoints(self.output_dir, args, processes, self.log, self.meters)
         self.write("config.json", save_json, self.config | {"versions": versions()})
@@ -190,10 +191,15 @@ class Run:
         """The precision of --amp, for a forward pass."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def backward(self, loss: torch.Tensor) -> bool:
-        """Add the gradient of a forward pass's mean loss to the update's; whether that completes it."""
+    def backward(self, loss: torch.Tensor | dict[str, torch.Tensor]) -> bool:
+        """Add the gradient of a forward pass's mean loss to the update's; whether that completes it.
+
+        A dictionary of losses, those that `start` was told of, is summed, and each is logged.
+        """
+        losses = loss if isinstance(loss, dict) else {}
+        loss = sum(losses.values()) if losses else loss
         self.scaler.scale(optim.nan_gradient_unless_finite(loss) / self.turns).backward()
-        self.meters.add_loss(loss.detach() / self.turns)
+        self.meters.add_loss(loss / self.turns, {name: part / self.turns for name, part in losses.items()})
         return self.completes_update
 
     def update(self) -> None:

@@ -11,14 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import stress
 
+import detect
 import finetune
 import pretrain
 from plumbing import scores
 from plumbing.files import write_atomically
+from scenes import draw_detections
 
-DRAW = {module: module.draw for module in (pretrain, finetune)}
+DRAW = {module: module.draw for module in (pretrain, finetune, detect)}
 DRAW_CONFUSION = scores.draw_confusion
-PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",)}
+PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",), detect: ("scores.png",)}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +41,7 @@ def sketched():
         patch.setattr(
             scores, "draw_confusion", lambda path, content: write_atomically(path, lambda file: file.write_text(str(content)))
         )
+        patch.setattr(detect, "draw_detections", lambda path, scenes, found: path.write_text(json.dumps(found)))
         yield
 
 
@@ -48,3 +51,4 @@ def drawn(sketched, monkeypatch):
     for module, draw in DRAW.items():
         monkeypatch.setattr(module, "draw", draw)
     monkeypatch.setattr(scores, "draw_confusion", DRAW_CONFUSION)
+    monkeypatch.setattr(detect, "draw_detections", draw_detections)

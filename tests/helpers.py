@@ -1,6 +1,7 @@
 """What many tests need: small pictures on disk, short command lines, runs in the tests' own process, and ways to stop them."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 
 import finetune
 import pretrain
-from data import TEXTURES, draw_images
+from data import SHAPES, TEXTURES, draw_images, draw_scenes
+from plumbing.coco import embedded_annotations
 from plumbing.files import find_checkpoints, load_file
 from plumbing.processes import Processes
 
@@ -54,6 +56,21 @@ def picture_folder(root: Path, classes: tuple[str, ...] = ("stripes", "rings", "
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(next(drawn[name])).save(path)
     return root
+
+
+def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, change=lambda data_set: None) -> dict:
+    """Drawn pictures and their objects in COCO's layout under `root`; `change` works on the annotations first."""
+    pictures, kinds, masks = draw_scenes(count, seed, size)
+    data_set = embedded_annotations(kinds, masks, SHAPES, 20)
+    folder = root / f"{split}2017"
+    folder.mkdir(parents=True)
+    for row, picture in zip(data_set["images"], pictures):
+        row["file_name"] = f"{row['id']:03}.png"
+        Image.fromarray(picture).save(folder / row["file_name"])
+    change(data_set)
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data_set))
+    return data_set
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

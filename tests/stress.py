@@ -26,8 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
-from helpers import picture_folder
+from helpers import picture_folder, write_coco
 
+import detect
 import finetune
 import pretrain
 from plumbing.files import load_file
@@ -35,12 +36,13 @@ from plumbing.flags import BoolFlag, Parser, number
 from plumbing.script import run_script
 
 TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
-COMMON = (
-    "--device cpu --model convnextv2_atto --input_size 16 --stem_stride 1 --epochs 2 --warmup_epochs 1 --lr 1e-3 --num_workers 0 "
-)
+COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
+DETECT = COMMON + "--input_size 32 --fpn_dim 8 --box_dim 8 --mask_dim 8 --regions 8 --proposals 20 5 --anchor_scale 2 "
+COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
 STAGES = {
     "pretrain": (pretrain, COMMON + "--decoder_embed_dim 16"),
+    "detect": (detect, DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3"),
     "finetune": (finetune, COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25"),
 }
 
@@ -161,6 +163,8 @@ def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = F
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
     rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
     picture_folder(root / "pictures", train=12, val=6)
+    for split, count in (("train", 12), ("val", 3)):
+        write_coco(root / "pictures", split, count, seed=count, size=32)
     (root / "whole").mkdir()
     wait(start(stage, root / "pictures", root / "whole", processes))
     whole = contents(root / "whole")
@@ -202,12 +206,12 @@ def main() -> None:
     parser.add_argument("--kills", type=number(int, 1), default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
     parser.add_argument("--torchrun", action=BoolFlag, default=False, help="kill one process of two under torchrun")
-    parser.add_argument("--stage", choices=(*STAGES, "both"), default="both", help="what to kill")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.processes = 2 if args.torchrun else args.processes
-    stages = STAGES if args.stage == "both" else [args.stage]
+    stages = STAGES if args.stage == "all" else [args.stage]
     if not all([stress(stage, args.kills, args.processes, args.seed, args.torchrun) for stage in stages]):
         sys.exit(1)
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 import stress
 import torch
-from helpers import picture_folder, words
+from helpers import picture_folder, words, write_coco
 
 import data
+import detect
 import finetune
 import model
 import pretrain
@@ -27,6 +28,27 @@ COMMON = dict(data_path="pictures", input_size=16, stem_stride=1, batch_size=4, 
 BASE = {
     pretrain: COMMON | dict(decoder_embed_dim=8),
     finetune: COMMON | dict(model="convnextv2_atto", aa="none", reprob=0, eval_freq=2),
+    detect: dict(
+        data_path="pictures",
+        input_size=32,
+        test_size=(32, 32),
+        stem_stride=1,
+        batch_size=4,
+        epochs=2,
+        warmup_updates=1,
+        lr=1e-2,
+        num_workers=0,
+        log_every=1,
+        save_ckpt=False,
+        eval_freq=2,
+        fpn_dim=8,
+        box_dim=8,
+        mask_dim=8,
+        regions=8,
+        proposals=(20, 5),
+        anchor_scale=4,
+        val_limit=1,
+    ),
 }
 CIFAR = dict(data_set="cifar10")
 MIXED = dict(mixup=0.8, cutmix=1.0)
@@ -55,21 +77,56 @@ WEIGHTS = {
     },
 }  # fmt: skip
 
+COSINE = dict(schedule="cosine")
+ALIKE = (
+    "model",
+    "data_path",
+    "batch_size",
+    "update_freq",
+    "epochs",
+    "blr",
+    "lr",
+    "weight_decay",
+    "clip_grad",
+    "amp",
+    "seed",
+    "start_epoch",
+)
+TRANSFER = (
+    "opt",
+    "opt_eps",
+    "opt_betas",
+    "momentum",
+    "model_ema",
+    "model_ema_decay",
+    "use_amp",
+    "layer_decay",
+    "drop_path",
+    "finetune",
+)
+WEIGHTS[detect] = {flag: WEIGHTS[finetune][flag] for flag in (*ALIKE, *TRANSFER)} | {
+    "stem_stride": 2, "input_size": 40, "fpn_dim": 4, "box_dim": 4, "mask_dim": 4, "anchor_scale": 8, "masks": False, "regions": 4,
+    "proposals": (5, 5), "published_heads": True, "recipe": ("coco", dict(model="convnextv2_base")), "min_lr": (5e-3, COSINE),
+    "train_annotations": "others/annotations/instances_train2017.json", "train_images": "others/train2017", "augmentation": ["none", "multiscale"],
+    "jitter": (1, 1.01), "color_jitter": 0.5, "warmup_updates": 3, "schedule": "cosine", "steps": (0.5, 1),
+}  # fmt: skip
+
 LOG = {  # the same weights, another log
     pretrain: {"log_every": 2},
     finetune: {
         "log_every": 2, "eval_data_path": "others/val", "crop_pct": 0.5, "eval_freq": 1, "disable_eval": True,
         "model_ema_eval": (False, dict(model_ema=True)),
     },
+    detect: {"log_every": 2, "eval_freq": 1, "disable_eval": True, "model_ema_eval": (False, dict(model_ema=True))},
 }  # fmt: skip
 
 SAVES = {"save_ckpt": True, "save_ckpt_freq": (2, SAVING), "save_every_steps": (1, SAVING), "save_every_minutes": (1e-9, SAVING),
          "save_ckpt_num": (1, SAVING)}  # fmt: skip
-FILES = {pretrain: SAVES, finetune: SAVES}  # the same weights and log, other files
+FILES = {pretrain: SAVES, finetune: SAVES, detect: SAVES}  # the same weights and log, other files
 
 SPEED = {"num_workers": 1, "pin_mem": False, "checkpoint_activations": True, "deterministic": True, "timeout_minutes": 5, "device": "cpu",
          "auto_resume": False, "resume_anyway": True}  # fmt: skip
-NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}}  # the same weights, log and files, bit for bit
+NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED}  # the same weights, log and files, bit for bit
 
 # What two short runs in one process cannot show, and the test that does.
 ELSEWHERE = {
@@ -86,6 +143,10 @@ ELSEWHERE = {
     "compile": "test_compile_compiles_the_network_that_is_trained",
     "dist_eval": "test_two_processes_count_every_image_once_or_each_of_them_all",
     "scratch": "test_scratch_leaves_encoders_of_earlier_runs_alone",
+    "data_set": "test_the_embedded_pictures_are_detected",
+    **dict.fromkeys(
+        ("nms", "test_size", "val_limit", "score_threshold", "val_annotations", "val_images"), "test_flags_of_evaluation_reach_it"
+    ),
     "eval": "test_outputs_evaluation_and_prediction",
     "predict": "test_outputs_evaluation_and_prediction",
     "topk": "test_topk_classes_are_told_of_each_image",
@@ -106,6 +167,9 @@ def train(tmp_path_factory):
     root = tmp_path_factory.mktemp("flags")
     picture_folder(root / "pictures", train=12, val=6, size=20)
     picture_folder(root / "others", train=12, val=6, size=24)
+    for name, seed in (("pictures", 0), ("others", 5)):
+        write_coco(root / name, "train", 12, seed, size=32)
+        write_coco(root / name, "val", 2, seed + 1, size=32)
     small = {name: partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)) for name in MODELS}
     small["convnextv2_base"] = partial(ConvNeXt, (3, 3, 27, 3), (4, 4, 4, 4), version=2)
     torch.manual_seed(7)
@@ -166,9 +230,10 @@ def test_every_flag_does_what_its_row_says(train, script, flag, value, base, kin
         assert (without.files == given.files) == (kind != "files")
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune])
+@pytest.mark.parametrize("script", [pretrain, finetune, detect])
 def test_every_flag_has_a_row(script):
-    flags = set(vars(script.get_args(["--data_path", "pictures"]))) - {"images_per_update"}  # of a recipe, and no flag
+    none = {"images_per_update"} | ({"mlp_norm", "compile"} if script is detect else set())  # values of recipes and weights alone
+    flags = set(vars(script.get_args(["--data_path", "pictures"]))) - none
     listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
     assert len(listed) == len(set(listed)) and flags >= set(listed)
     assert flags - set(listed) <= ELSEWHERE.keys()

@@ -164,8 +164,8 @@ def test_the_log_drops_lines_that_the_checkpoint_does_not_know(tmp_path):
 def test_meters_average_finite_updates_and_count_the_others():
     meters = Meters(torch.device("cpu"))
     for loss, norm in ((1.0, 1.0), (float("nan"), 1.0), (3.0, 2.0), (5.0, float("inf"))):
-        meters.add_loss(torch.tensor(loss) / 2)
-        meters.add_loss(torch.tensor(loss) / 2)
+        meters.add_loss(torch.tensor(loss) / 2, {})
+        meters.add_loss(torch.tensor(loss) / 2, {})
         meters.end_update(torch.tensor(norm))
     assert meters.read(ALONE) == {"loss": 2.0, "grad_norm": None, "skipped_updates": 2, "skipped_in_row": 1}
     meters.end_update(torch.tensor(float("nan")))
