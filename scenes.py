@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from data import SHAPES, STATISTICS, draw_scenes, find_images, open_rgb, why_unreadable
+from data import SHAPES, STATISTICS, draw_scenes, open_rgb, why_unreadable
 from plumbing.coco import Annotations, embedded_annotations, has_masks, read_annotations
 from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError

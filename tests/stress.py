@@ -47,6 +47,13 @@ STAGES = {
 }
 
 
+def pictures_in(root: Path) -> Path:
+    """Pictures in `root` for every stage: in class folders, and with objects in COCO's layout."""
+    for split, count in (("train", 12), ("val", 3)):
+        write_coco(root, split, count, seed=count, size=32)
+    return picture_folder(root, train=12, val=6)
+
+
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
     """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
     with socket.create_server(("localhost", 0)) as server:
@@ -162,9 +169,7 @@ def difference(a, b, place: str = "") -> str | None:
 def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
     rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
-    picture_folder(root / "pictures", train=12, val=6)
-    for split, count in (("train", 12), ("val", 3)):
-        write_coco(root / "pictures", split, count, seed=count, size=32)
+    pictures_in(root / "pictures")
     (root / "whole").mkdir()
     wait(start(stage, root / "pictures", root / "whole", processes))
     whole = contents(root / "whole")

@@ -157,11 +157,6 @@ def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
     assert seen == set(expected)
 
 
-def test_groups_are_refused_for_depths_they_were_not_made_for():
-    with pytest.raises(UserError, match=r"group was made for depths \(3, 3, 27, 3\), not \(2, 2, 6, 2\)"):
-        layer_groups(MODELS["convnextv2_atto"](), 0.05, 0.9, "group")
-
-
 def test_the_moving_average_equals_a_loop():
     net = ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), num_classes=2)
     ema = averaged(net, decay=0.3)

@@ -259,8 +259,8 @@ def test_the_authors_command_is_understood():
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_differences(photographs, tmp_path):
     run(photographs, tmp_path, epochs=1)
-    with pytest.raises(UserError, match=r"--epochs 1 \(now 2\), --mask_ratio 0.6 \(now 0.5\)"):
-        run(photographs, tmp_path, epochs=2, mask_ratio=0.5)
+    with pytest.raises(UserError, match=r"--mask_ratio 0.6 \(now 0.5\), --weight_decay 0.05 \(now 0.1\)"):
+        run(photographs, tmp_path, epochs=2, mask_ratio=0.5, weight_decay=0.1)
     with pytest.raises(UserError, match="not a checkpoint-<epoch>.pth of pretrain.py"):
         run(photographs, tmp_path / "other", epochs=1, resume=tmp_path / "encoder.pth")
 
