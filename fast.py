@@ -13,10 +13,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-ENABLED = True  # set to False for the plain modules everywhere: to compare with them, or for the gradient of a gradient
+ENABLED = True  # set to False for the plain modules everywhere, to compare with them
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def enabled() -> bool:
+    """Whether a written-out backward pass may be used: torch.func and forward-mode differentiation need the plain operations."""
+    return ENABLED and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def in_training(faster: Callable, **parts: type) -> Callable:
@@ -33,7 +38,7 @@ def in_training(faster: Callable, **parts: type) -> Callable:
     def decorate(method: Callable) -> Callable:
         @wraps(method)
         def choose(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-            fits = ENABLED and module.training and torch.is_grad_enabled() and as_built(module)
+            fits = enabled() and module.training and torch.is_grad_enabled() and as_built(module)
             return faster(module, x) if fits else method(module, x)
 
         return choose
@@ -76,7 +81,6 @@ class _DepthwiseConv(torch.autograd.Function):
         return depthwise_conv(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grad_x = depthwise_conv(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
@@ -132,7 +136,7 @@ def choose_tiles(sites) -> Tiles:
     return Tiles(rows, 0, place)
 
 
-class TiledConv(torch.autograd.Function):
+class _TiledConv(torch.autograd.Function):
     """Rows (A, C) -> (A, C) through zero-filled tiles (T, C, h, w) and a dense convolution, by the tables of `Tiles`.
 
     Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the gradient of the input is the same convolution
@@ -143,10 +147,9 @@ class TiledConv(torch.autograd.Function):
     def forward(ctx, x, weight, rows, padding, place):
         ctx.save_for_backward(x, weight, rows, place)
         ctx.padding = padding
-        return _to_rows(depthwise_conv(_to_tiles(x, rows), weight, padding=padding), place)
+        return _tiled_conv(x, weight, rows, padding, place)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, rows, place = ctx.saved_tensors
         grad = _to_tiles(grad, rows)  # (A, C) -> (T, C, h, w)
@@ -154,6 +157,15 @@ class TiledConv(torch.autograd.Function):
         if ctx.padding == 0:
             grad = grad[:, :, 3:-3, 3:-3]
         return grad_x, depthwise_weight_grad(_to_tiles(x, rows), grad, ctx.padding), None, None, None
+
+
+def tiled_conv(x: torch.Tensor, weight: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """Rows (A, C) and weight (C, 1, 7, 7) -> (A, C): the submanifold convolution, without a bias."""
+    return (_TiledConv.apply if enabled() else _tiled_conv)(x, weight, *tiles)
+
+
+def _tiled_conv(x, weight, rows, padding, place):
+    return _to_rows(depthwise_conv(_to_tiles(x, rows), weight, padding=padding), place)
 
 
 def with_zero_row(x: torch.Tensor) -> torch.Tensor:
@@ -195,11 +207,17 @@ class _GeluGRNLinear(torch.autograd.Function):
         return F.linear(torch.addcmul(beta, x, scale), weight, bias)  # (N, S, 4C) -> (N, S, C)
 
     @staticmethod
-    @once_differentiable
     @torch.autocast("cpu", enabled=False)  # the types of forward, whatever is in force now
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, grad):
         h, g, gamma, beta, weight = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Under create_graph=True this gradient will be differentiated. To autograd g is a constant and what follows is in place,
+            # so it differentiates the definition instead. (The convolutions' backward passes are made of operations that it knows.)
+            leaves = [t.view_as(t).requires_grad_() for t in (h, gamma, beta, weight)]
+            y = _gelu_grn_linear(*leaves, ctx.eps, ctx.approximate)
+            grad_h, grad_gamma, grad_beta, grad_weight = torch.autograd.grad(y, leaves, grad, create_graph=True)
+            return grad_h, grad_gamma, grad_beta, None, grad_weight, grad.sum(dim=(0, 1)), None
         x = F.gelu(h, approximate=ctx.approximate)
         mean = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
         n = g / mean
@@ -223,6 +241,13 @@ class _GeluGRNLinear(torch.autograd.Function):
         grad_x = grad_x.baddbmm_(grad, weight * scale) if ctx.fold else grad_x.addcmul_(grad_y, scale)
         grad_h = torch.ops.aten.gelu_backward(grad_x, h, approximate=ctx.approximate)
         return grad_h, (grad_scale * n).sum(dim=(0, 1)), grad_bias @ weight, None, grad_weight, grad_bias, None
+
+
+def _gelu_grn_linear(h, gamma, beta, weight, eps, approximate):  # the definition; the gradients do not depend on the bias
+    x = F.gelu(h, approximate=approximate)
+    g = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    n = g / (g.mean(dim=-1, keepdim=True) + eps)
+    return F.linear(torch.addcmul(beta.to(x.dtype), x, (gamma * n + 1).to(x.dtype)), weight)
 
 
 def _sum_of_products(a, b):

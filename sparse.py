@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast import TiledConv, Tiles, choose_tiles, with_zero_row
+from fast import Tiles, choose_tiles, tiled_conv, with_zero_row
 from model import GRN, Block, ConvNeXt, check_images, check_size
 
 
@@ -108,7 +108,7 @@ def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, 
     """The same function as `reference_conv`, through zero-filled tiles and a dense depthwise convolution. (A, C) -> (A, C)."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-    return TiledConv.apply(x, weight, *sites.tiles) + bias
+    return tiled_conv(x, weight, sites.tiles) + bias
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import call_at, picture_folder, randomised, run
 
 import data
@@ -146,24 +145,6 @@ def test_a_mistyped_flag_is_met_with_the_nearest(mistyped, capsys):
         pretrain.get_args([mistyped, "5"])
     meant = {"--epoch": "--epochs", "--batchsize": "--batch_size"}.get(mistyped, mistyped[:2] + mistyped[2:].replace("-", "_"))
     assert f"did you mean {meant}?" in capsys.readouterr().err
-
-
-def test_a_gradient_of_a_gradient_is_refused_and_the_plain_modules_give_it(monkeypatch):
-    """The written-out backward passes are no functions of what they depend on, so they must not be differentiated."""
-    import fast
-
-    net = ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), num_classes=2, stem_stride=1).train()
-    imgs = torch.randn(2, 3, 16, 16, requires_grad=True)
-
-    def penalty():
-        (gradient,) = torch.autograd.grad(F.cross_entropy(net(imgs), torch.tensor([0, 1])), imgs, create_graph=True)
-        gradient.square().sum().backward()
-
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        penalty()
-    monkeypatch.setattr(fast, "ENABLED", False)
-    penalty()
-    assert net.head.weight.grad.isfinite().all() and net.head.weight.grad.any()
 
 
 def test_a_run_that_would_take_days_on_a_cpu_says_so_after_four_updates_and_once(pictures, tmp_path, monkeypatch, capsys):
