@@ -12,6 +12,7 @@ config.json, detections.json, scores.json, detections.png and scores.png to --ou
 import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from detector import MaskRCNN
 from model import MODELS
 from plumbing import coco, flags, layouts
 from plumbing.devices import autocast_dtype, set_determinism, to_device
-from plumbing.files import run_directory, save_json, save_tensors
+from plumbing.files import file_of_run, prepare_output_dir, run_directory, save_json, save_tensors
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import draw_objects, plot_curves, write_png
@@ -122,6 +123,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if only_use:
         if not plain.resume:
             parser.error(f"--{'eval' if plain.eval else 'predict'} needs --resume FILE, a checkpoint to use")
+        given.resume = plain.resume = file_of_run(plain.resume, "checkpoint-best.pth", "newest")
+        sources["the place of --resume"] = dict(output_dir=os.path.dirname(plain.resume) or ".")
         config = layouts.read_config(plain.resume)
         places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
         if not any(hasattr(given, name) for name in ("data_set", *places)):
@@ -133,6 +136,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             if hasattr(given, name) and getattr(given, name) != config.get(name):
                 parser.error(f"--{name} {getattr(given, name)}, but {plain.resume} has {config.get(name)}; leave --{name} out")
     elif plain.finetune:
+        given.finetune = plain.finetune = file_of_run(plain.finetune, "checkpoint-best.pth", "encoder.pth", "newest")
         found = layouts.flags_of(plain.finetune)
         sources[plain.finetune] = {name: found[name] for name in ("model", "stem_stride", "mlp_norm") if name in found}
     plain = flags.merge(given, parser.general, **sources)
@@ -330,9 +334,12 @@ def main(args: argparse.Namespace) -> None:
     """Train, evaluate or predict as `args` (from `get_args`) say."""
     processes = setup_processes(args.device, args.timeout_minutes)
     set_determinism(args.deterministic)
-    with run_directory(args.output_dir, processes) as output_dir:
-        task = predict if args.predict else evaluate_checkpoint if args.eval else train
-        task(args, processes, output_dir)
+    if args.predict or args.eval:
+        task = predict if args.predict else evaluate_checkpoint
+        task(args, processes, processes.from_main(lambda: prepare_output_dir(args.output_dir)))
+    else:
+        with run_directory(args.output_dir, processes) as output_dir:
+            train(args, processes, output_dir)
 
 
 def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:

@@ -74,7 +74,8 @@ def differences(saved: dict, config: dict, origins: dict[str, str]) -> list[str]
         free |= {"epochs"}
     if config["epochs"] != saved["epochs"] and origins.get("warmup_epochs") != "the command line":
         free |= {"warmup_epochs"}
-    differing = [name for name in sorted(config.keys() | saved.keys()) if name not in free and saved.get(name) != config.get(name)]
+    before, now = ({name: list(v) if isinstance(v, tuple) else v for name, v in c.items()} for c in (saved, config))
+    differing = [name for name in sorted(before.keys() | now.keys()) if name not in free and before.get(name) != now.get(name)]
     told = [f"--{name} {_shown(saved.get(name))} (now {_shown(config.get(name))})" for name in differing if name not in DERIVED]
     if "images" in differing and not {"data_set", "holdout", "labels_per_class"} & set(differing):  # which tell why
         told.append(f"{counted(saved['images'], 'image')} in --data_path (now {config['images']:,})")
