@@ -531,6 +531,6 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     flags = dict(
         input_size=96, test_size=(96, 96), fpn_dim=32, box_dim=64, mask_dim=16, regions=32, proposals=(100, 50), batch_size=4
     )
-    more = dict(epochs=150, eval_freq=150, augmentation="none", lr=2e-3, schedule="cosine", log_every=20, save_ckpt_freq=150)
+    more = dict(epochs=240, eval_freq=240, augmentation="none", lr=2e-3, schedule="cosine", log_every=20, save_ckpt_freq=240)
     run(tmp_path / "coco", tmp_path / "run", **flags, **more)
     assert json.loads((tmp_path / "run/scores.json").read_text())["box"]["AP"] > 0.9

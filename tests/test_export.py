@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, randomised
+from helpers import TINY, randomised, save_noise
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
@@ -192,6 +192,7 @@ def test_the_examples_of_the_page_on_weights_run(tmp_path, monkeypatch):
     for file, classes in (("runs/finetune/checkpoint-best.pth", 5), ("runs/pretrain/encoder.pth", 0)):
         (tmp_path / file).parent.mkdir(parents=True)
         torch.save({"model": ConvNeXt(**TINY | dict(depths=(1, 1, 1, 1)), num_classes=classes).state_dict()}, tmp_path / file)
+    save_noise(tmp_path / "cat.jpg", (90, 60))
     monkeypatch.chdir(tmp_path)
     names = dict(images=torch.randn(2, 3, 64, 64))
     page = Path(__file__).parents[1] / "docs/weights.md"
