@@ -11,7 +11,6 @@ config.json, detections.json, scores.json, detections.png and scores.png to --ou
 
 import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from data import STATISTICS, find_images
 from detector import MaskRCNN
 from model import MODELS
 from plumbing import coco, flags, layouts
-from plumbing.devices import autocast_dtype, set_determinism, to_device
-from plumbing.files import file_of_run, prepare_output_dir, run_directory, save_json, save_tensors
+from plumbing.devices import autocast_dtype, to_device
+from plumbing.files import file_of_run, save_json, save_tensors
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
-from plumbing.optim import averaged, layer_groups, make_optimizer
+from plumbing.optim import averaged, layer_groups, learning_rate, make_optimizer
 from plumbing.plots import draw_objects, plot_curves, write_png
-from plumbing.processes import Processes, main_process_first, setup_processes
+from plumbing.processes import Processes, main_process_first
 from plumbing.recipes import COCO
-from plumbing.run import Run
+from plumbing.run import Run, carry_out
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
 from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, pictures_alone
 
@@ -43,7 +42,9 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-NETWORK = ("model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads")
+NETWORK = (
+    "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads", "statistics",
+)  # fmt: skip
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -153,7 +154,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         sources = {f"recipe {plain.recipe}": COCO[size]} | sources
     if hasattr(given, "blr"):
         given.lr = None
-    args = flags.merge(given, parser.general | {"mlp_norm": None, "compile": False, "images_per_update": None}, **sources)
+    args = flags.merge(
+        given, parser.general | {"mlp_norm": None, "statistics": None, "compile": False, "images_per_update": None}, **sources
+    )
     args.data_set = data_set
     derive(args, parser)
     return args
@@ -162,14 +165,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     """Defaults that follow from other values."""
     flags.settle_amp(args, parser)
+    args.statistics = args.statistics or args.data_set  # of a checkpoint, those that it was trained with
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     args.score_threshold = (0.5 if args.predict else 0.05) if args.score_threshold is None else args.score_threshold
     if args.test_size[0] > args.test_size[1]:
         parser.error(f"--test_size {args.test_size[0]} {args.test_size[1]}: the long side comes second and is no shorter")
     if args.jitter[0] > args.jitter[1]:
         parser.error(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the larger factor comes second")
-    if args.start_epoch and args.start_epoch >= args.epochs:
-        parser.error(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it, or raise --epochs")
+    flags.check_epochs(args, parser)
 
 
 # --- data and model ---------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         if args.mlp_norm not in (None, "grn"):
             exchange_norm(encoder, args.mlp_norm)
         encoder.checkpoint_activations(args.checkpoint_activations)
-        mean, std = STATISTICS["folder"]
+        mean, std = STATISTICS[args.statistics]
         train, test = args.proposals
         return MaskRCNN(
             encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks, args.nms,
@@ -332,14 +335,7 @@ def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) ->
 
 def main(args: argparse.Namespace) -> None:
     """Train, evaluate or predict as `args` (from `get_args`) say."""
-    processes = setup_processes(args.device, args.timeout_minutes)
-    set_determinism(args.deterministic)
-    if args.predict or args.eval:
-        task = predict if args.predict else evaluate_checkpoint
-        task(args, processes, processes.from_main(lambda: prepare_output_dir(args.output_dir)))
-    else:
-        with run_directory(args.output_dir, processes) as output_dir:
-            train(args, processes, output_dir)
+    carry_out(args, train, evaluate_checkpoint, predict)
 
 
 def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
@@ -411,8 +407,7 @@ def make_schedule(args: argparse.Namespace, run: Run) -> Callable[[int], float]:
         if args.schedule == "steps":
             rate = run.peak_lr * 0.1 ** sum(update >= step * run.updates for step in steps)
         else:
-            progress = max(update - warmup, 0) / max(run.total - warmup, 1)
-            rate = args.min_lr + (run.peak_lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+            rate = learning_rate(max(update - warmup, 0), run.peak_lr, args.min_lr, 0, run.total - warmup)
         return rate * min(1, 0.001 + 0.999 * update / warmup) if warmup else rate
 
     return rate

@@ -25,15 +25,15 @@ from ablations.norms import MLP_NORMS, exchange_norm
 from data import Images, check_classes, load_images
 from model import MODELS, ConvNeXt, check_size
 from plumbing import flags, layouts
-from plumbing.devices import autocast_dtype, set_determinism, to_device
-from plumbing.files import file_of_run, prepare_output_dir, run_directory, save_csv, save_tensors, write_files
+from plumbing.devices import autocast_dtype, to_device
+from plumbing.files import file_of_run, save_csv, save_tensors, write_files
 from plumbing.layouts import load_classifier
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, make_optimizer
 from plumbing.plots import plot_curves
-from plumbing.processes import Processes, main_process_first, setup_processes
+from plumbing.processes import Processes, main_process_first
 from plumbing.recipes import LINEAR_PROBE, RECIPES, SHORT_PROBE
-from plumbing.run import Run
+from plumbing.run import Run, carry_out
 from plumbing.scores import better, by_class, describe_prediction, predictions, scores_of
 from plumbing.script import UserError, counted, run_script, value_errors_are_the_users
 
@@ -321,14 +321,7 @@ def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) ->
 
 def main(args: argparse.Namespace) -> None:
     """Fine-tune, evaluate or predict as `args` (from `get_args`) say."""
-    processes = setup_processes(args.device, args.timeout_minutes)
-    set_determinism(args.deterministic)
-    if args.predict or args.eval:
-        task = predict if args.predict else evaluate_checkpoint
-        task(args, processes, processes.from_main(lambda: prepare_output_dir(args.output_dir)))
-    else:
-        with run_directory(args.output_dir, processes) as output_dir:
-            train(args, processes, output_dir)
+    carry_out(args, train, evaluate_checkpoint, predict)
 
 
 def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
@@ -353,8 +346,6 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
         run.say(line)
     if Path(OURS).exists() and not (args.finetune or args.scratch):
         run.say(f"{OURS} was pre-trained on other data ({' '.join(filter(None, trained_on(OURS)))}); --finetune {OURS} takes it")
-    if args.images_per_update not in (None, run.images_per_update):
-        run.say(f"the recipe is for {args.images_per_update} images per update; the learning rate follows {run.images_per_update}")
     run.say(f"{args.model}: {parameters:,} parameters, {trained:,} of them trained")
     run.say(f"{args.data_set}: {counted(len(images), 'image')} of {counted(len(images.classes), 'class')} at {args.input_size} px")
     network = run.start(

@@ -29,12 +29,12 @@ from data import (
 from fcmae import BACKENDS, FCMAE, random_mask, reconstruction_panels
 from model import MODELS, check_size
 from plumbing import flags
-from plumbing.devices import set_determinism, to_device
-from plumbing.files import run_directory, save_tensors
+from plumbing.devices import to_device
+from plumbing.files import save_tensors
 from plumbing.optim import parameter_groups
 from plumbing.plots import plot_curves, plot_panels
-from plumbing.processes import Processes, main_process_first, setup_processes
-from plumbing.run import Batch, Run
+from plumbing.processes import Processes, main_process_first
+from plumbing.run import Batch, Run, carry_out
 from plumbing.script import counted, run_script, value_errors_are_the_users
 from plumbing.seeds import mix_seed
 
@@ -81,10 +81,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Pre-train as `args` (from `get_args`) say."""
-    processes = setup_processes(args.device, args.timeout_minutes)
-    set_determinism(args.deterministic)
-    with run_directory(args.output_dir, processes) as output_dir:
-        train(args, processes, output_dir)
+    carry_out(args, train)
 
 
 def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:

@@ -20,7 +20,7 @@ from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
 
-GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: zero once it is normalised
+GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: the mean colour
 
 
 class Scenes(Dataset):

@@ -272,7 +272,7 @@ def settle_amp(args: argparse.Namespace, parser: Parser) -> None:
 
 def check_epochs(args: argparse.Namespace, parser: Parser) -> None:
     """A parser error for warm-up or a start beyond the last epoch."""
-    if args.warmup_epochs > args.epochs:
+    if getattr(args, "warmup_epochs", 0) > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}; lower it, or raise --epochs")
     if args.start_epoch and args.start_epoch >= args.epochs:
         parser.error(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}; lower it, or raise --epochs")

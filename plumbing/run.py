@@ -16,13 +16,27 @@ from tqdm import tqdm
 
 from plumbing import optim
 from plumbing.checkpoints import Checkpoints, load_run, restore
-from plumbing.devices import autocast_dtype
-from plumbing.files import save_json, versions
+from plumbing.devices import autocast_dtype, set_determinism
+from plumbing.files import prepare_output_dir, run_directory, save_json, versions
 from plumbing.loading import EpochSampler, Unreadable, count_workers, make_loader
 from plumbing.log import Meters, RunLog, TimedLoader, stop_if_diverging
-from plumbing.processes import Processes
+from plumbing.processes import Processes, setup_processes
 from plumbing.script import UserError, counted
 from plumbing.seeds import mix_seed
+
+
+def carry_out(args: argparse.Namespace, train: Callable, evaluate: Callable | None = None, predict: Callable | None = None) -> None:
+    """Join the other processes and call `task(args, processes, output_dir)`, the task that --eval and --predict choose.
+
+    Training has the output directory to itself; the other tasks only add files to it.
+    """
+    processes = setup_processes(args.device, args.timeout_minutes)
+    set_determinism(args.deterministic)
+    if use := predict if predict and args.predict else evaluate if evaluate and args.eval else None:
+        use(args, processes, processes.from_main(lambda: prepare_output_dir(args.output_dir)))
+    else:
+        with run_directory(args.output_dir, processes) as output_dir:
+            train(args, processes, output_dir)
 
 
 class Batch(NamedTuple):
@@ -125,6 +139,9 @@ class Run:
         precision = "float32" if self.amp_dtype is None else args.amp or self.amp_dtype
         for line in lines:
             self.say(line)
+        if getattr(args, "images_per_update", None) not in (None, self.images_per_update):  # a recipe's
+            rule = f"; the learning rate follows {self.images_per_update}" if args.lr is None else ""
+            self.say(f"the recipe is for {args.images_per_update} images per update{rule}")
         self.say(f"{counted(self.images_per_update, 'image')} per update, {per_epoch}, lr {self.peak_lr:.2e}")
         self.say(f"{processes.world_size} x {self.device.type}, {precision}, into {self.output_dir}")
         if self.peak_lr < 1e-5 and args.lr is None:

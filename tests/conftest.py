@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 
 import pytest
 
 # Before torch is imported, and for the processes that tests start too. Networks this small gain nothing from a second thread,
-# and lose much where the cores are busy with something else, as with `pytest -n`.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# and lose much where the cores are busy with something else, as with `pytest -n`; and a process with OpenMP's threads cannot be
+# forked, as tests do, whatever the user's own setting.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import stress
 
@@ -16,6 +18,7 @@ import finetune
 import pretrain
 from plumbing import scores
 from plumbing.files import write_atomically
+from plumbing.signals import STOP_SIGNALS
 from scenes import draw_detections
 
 DRAW = {module: module.draw for module in (pretrain, finetune, detect)}
@@ -52,3 +55,14 @@ def drawn(sketched, monkeypatch):
         monkeypatch.setattr(module, "draw", draw)
     monkeypatch.setattr(scores, "draw_confusion", DRAW_CONFUSION)
     monkeypatch.setattr(detect, "draw_detections", draw_detections)
+
+
+@pytest.fixture
+def at_a_terminal():
+    """Signals as a process has them at a terminal, and afterwards as they were. In the background of a shell's script SIGINT is ignored from the start."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

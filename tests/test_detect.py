@@ -16,7 +16,7 @@ from torchvision.ops import box_iou, roi_align
 
 import detect
 import scenes
-from data import SHAPES, draw_images, draw_scenes
+from data import SHAPES, STATISTICS, draw_images, draw_scenes
 from detect import MaskRCNN
 from detector import AlignedRoIAlign, AnchorGenerator, FineAnchors, soft_nms
 from model import MODELS, ConvNeXt
@@ -488,6 +488,9 @@ def test_the_embedded_pictures_are_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "draw_scenes", lambda count, seed, size: draw_scenes(count // 100, seed, size))
     run(None, tmp_path / "run", epochs=1, data_set="embedded")
     assert json.loads((tmp_path / "run/config.json").read_text())["images"] == 15
+    for more in ([], ["--data_path", "coco"]):  # other pictures are normalised as the training's were
+        args = detect.get_args(["--eval", "--resume", str(tmp_path / "run"), *more])
+        assert detect.make_detector(args, 10).transform.image_mean == STATISTICS["embedded"][0]
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,6 @@ def pictures(tmp_path_factory) -> Path:
     return picture_folder(tmp_path_factory.mktemp("pictures"), train=12, val=6)
 
 
-@pytest.fixture
-def at_a_terminal():
-    """Signals as a process has them at a terminal, and afterwards as they were."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 # --- errors under torchrun --------------------------------------------------------------------------------------------
 
 

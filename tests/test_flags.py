@@ -232,7 +232,9 @@ def test_every_flag_does_what_its_row_says(train, script, flag, value, base, kin
 
 @pytest.mark.parametrize("script", [pretrain, finetune, detect])
 def test_every_flag_has_a_row(script):
-    none = {"images_per_update"} | ({"mlp_norm", "compile"} if script is detect else set())  # values of recipes and weights alone
+    none = {"images_per_update"} | (
+        {"mlp_norm", "statistics", "compile"} if script is detect else set()
+    )  # values of recipes and weights alone
     flags = set(vars(script.get_args(["--data_path", "pictures"]))) - none
     listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
     assert len(listed) == len(set(listed)) and flags >= set(listed)

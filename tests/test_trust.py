@@ -66,17 +66,6 @@ def end_state(found: dict) -> dict:
     return {name: content for name, content in found.items() if not re.match(r"checkpoint-\d+-", name)}
 
 
-@pytest.fixture
-def at_a_terminal():
-    """Signals as a process has them at a terminal. In the background of a shell's script SIGINT is ignored from the start."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def whole(pictures, tmp_path_factory) -> dict[str, dict]:
     """What uninterrupted runs leave."""
