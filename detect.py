@@ -45,6 +45,7 @@ LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_re
 NETWORK = (
     "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads", "statistics",
 )  # fmt: skip
+TEST = ("input_size", "test_size", "nms", "proposals")  # how a detector was evaluated; to be changed as one likes
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -130,9 +131,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
         if not any(hasattr(given, name) for name in ("data_set", *places)):
             places = ("data_set", *places)
-        sources[plain.resume] = {
-            name: config[name] for name in (*NETWORK, *places, "input_size", "test_size") if config.get(name) is not None
-        }
+        sources[plain.resume] = {name: config[name] for name in (*NETWORK, *places, *TEST) if config.get(name) is not None}
         for name in NETWORK:
             if hasattr(given, name) and getattr(given, name) != config.get(name):
                 parser.error(f"--{name} {getattr(given, name)}, but {plain.resume} has {config.get(name)}; leave --{name} out")
@@ -237,7 +236,10 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[
     for name in ("model", "model_ema"):
         if content.get(name):
             detector = make_detector(args, len(content["classes"]))
-            detector.load_state_dict(content[name])
+            try:
+                detector.load_state_dict(content[name])
+            except RuntimeError as error:
+                raise UserError(f"{args.resume} does not fit the detector of its own configuration: {one_line(error)}") from None
             to_device(detector, device)
             detectors[name] = detector.eval()
     return detectors, content["classes"], content["category_ids"]

@@ -128,7 +128,14 @@ def soft_nms(
 
 
 class FineAnchors(AnchorGenerator):
-    """Anchors whose sides are not rounded to pixels."""
+    """Anchors whose sides are not rounded to pixels, and whose distance doubles from level to level.
+
+    torchvision divides the picture's side by the map's, which is 61 and not 64 for the fifth map (13 cells) of 800 pixels.
+    """
+
+    def grid_anchors(self, grid_sizes: list, strides: list) -> list[torch.Tensor]:
+        """Maps' sizes and distances -> for each map (cells x anchors, 4)."""
+        return super().grid_anchors(grid_sizes, [[side * 2**level for side in strides[0]] for level in range(len(strides))])
 
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> torch.Tensor:
         """Of these sizes and ratios (height / width), around the origin: (sizes x ratios, 4)."""

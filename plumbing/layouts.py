@@ -17,6 +17,7 @@ import torch
 
 from ablations.norms import MLP_NORMS, exchange_norm
 from model import MODELS, SIZES, ConvNeXt
+from plumbing import mmdet
 from plumbing.files import load_file, save_tensors, write_atomically
 from plumbing.script import UserError, counted
 
@@ -254,16 +255,17 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
 
 def flags_of(path: str | Path, *others: str) -> dict:
     """What a weights file tells of finetune.py's flags: model, stem_stride, mlp_norm, input_size and `others`."""
-    native = to_native(read_file(path))
+    found, config = _flags_of(to_native(read_file(path))), read_config(path)
+    found |= {name: config[name] for name in others if name in config}
+    return found | ({"input_size": config["input_size"]} if isinstance(config.get("input_size"), int) else {})
+
+
+def _flags_of(native: State) -> dict:
     shape = architecture(native)
     key = (shape["depths"], shape["dims"]), shape["version"]
     names = [name for name, make in MODELS.items() if (make.args, make.keywords["version"]) == key]
     found = {"stem_stride": shape["stem_stride"]} | ({"model": names[0]} if names else {})
-    if mlp_norm_of(native) not in (None, "grn"):
-        found["mlp_norm"] = mlp_norm_of(native)
-    config = read_config(path)
-    found |= {name: config[name] for name in others if name in config}
-    return found | ({"input_size": config["input_size"]} if isinstance(config.get("input_size"), int) else {})
+    return found | ({"mlp_norm": mlp_norm_of(native)} if mlp_norm_of(native) not in (None, "grn") else {})
 
 
 def mlp_norm_of(native: State) -> str | None:
@@ -353,12 +355,28 @@ def _network(depths: tuple, dims: tuple, version: int, **_) -> str:
 
 
 def read_content(path: str | Path) -> dict:
-    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run."""
+    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run.
+
+    A detector of mmdetection comes as detect.py would have saved it.
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes, in the authors' own checkpoints
-        return load_file(path)
+        content = load_file(path)
+    state_dict = content.get("state_dict", content)
+    return _own_detector(state_dict, content.get("meta")) if mmdet.is_detector(state_dict) else content
+
+
+def _own_detector(state_dict: State, meta: dict | None) -> dict:
+    outer, found = "backbone.encoder.", mmdet.to_detector(state_dict)
+    encoder = to_native({name: value for name, value in found.items() if name.startswith(outer)})
+    rest = {name: value for name, value in found.items() if not name.startswith(outer)}
+    names, numbers = mmdet.classes_of(meta or {}, len(rest["roi_heads.box_predictor.cls_score.weight"]) - 1)
+    return {
+        "model": {outer + name: value for name, value in encoder.items()} | rest,
+        "classes": names, "category_ids": numbers, "config": _flags_of(encoder) | mmdet.settings_of(found),
+    }  # fmt: skip
 
 
 def read_config(path: str | Path) -> dict:

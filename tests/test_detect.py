@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from helpers import ALONE, TINY, assert_equal, call_at, randomised, save_noise, 
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, roi_align
 
 import detect
@@ -22,6 +24,7 @@ from detector import AlignedRoIAlign, AnchorGenerator, FineAnchors, soft_nms
 from model import MODELS, ConvNeXt
 from plumbing import coco
 from plumbing.files import find_checkpoints, load_file, save_tensors
+from plumbing.layouts import from_native, to_native
 from plumbing.log import read_log
 from plumbing.optim import layer_groups
 from plumbing.script import UserError
@@ -286,6 +289,107 @@ def test_anchors_follow_the_stem_and_are_rounded_unless_published():
     width, height = (fine[:, 2:] - fine[:, :2]).unbind(1)
     torch.testing.assert_close(width * height, torch.full((3,), 64.0))
     torch.testing.assert_close(height / width, torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_published_anchors_stand_at_the_strides_of_their_levels():
+    """A picture of 800 x 1088 has 13 x 17 cells on the fifth level: 64 pixels apart, by division 61 and 64."""
+    sizes = [(800 // stride + (stride == 64), 1088 // stride) for stride in (4, 8, 16, 32, 64)]
+    anchors = FineAnchors(((8.0,),) * 5, ((1.0,),) * 5)
+    place = ImageList(torch.zeros(1, 3, 800, 1088), [(800, 1088)])
+    found = anchors(place, [torch.zeros(1, 1, *size) for size in sizes])[0].split([h * w for h, w in sizes])
+    for (height, width), stride, boxes in zip(sizes, (4, 8, 16, 32, 64), found):
+        expected = [(x * stride - 4, y * stride - 4, x * stride + 4, y * stride + 4) for y in range(height) for x in range(width)]
+        assert boxes.tolist() == [pytest.approx(row) for row in expected]
+
+
+def mmdetections(classes: int) -> dict[str, torch.Tensor]:
+    """Random tensors with the names and shapes that mmdetection gives its Mask R-CNN on the network of `small_models`."""
+    encoder = from_native(small_models_encoder().state_dict(), "mmpretrain")
+    dims, fpn, box, mask = (8, 8, 16, 16), 6, 10, 5
+    shapes = {}
+    for i, width in enumerate(dims):
+        shapes |= {
+            f"backbone.norm{i}": (width,),
+            f"neck.lateral_convs.{i}.conv": (fpn, width, 1, 1),
+            f"neck.fpn_convs.{i}.conv": (fpn, fpn, 3, 3),
+        }
+    shapes |= {"rpn_head.rpn_conv": (fpn, fpn, 3, 3), "rpn_head.rpn_cls": (3, fpn, 1, 1), "rpn_head.rpn_reg": (12, fpn, 1, 1)}
+    head = "roi_head.bbox_head."
+    shapes |= {head + "shared_fcs.0": (box, fpn * 49), head + "shared_fcs.1": (box, box)}
+    shapes |= {head + "fc_cls": (classes + 1, box), head + "fc_reg": (4 * classes, box)}
+    head = "roi_head.mask_head."
+    shapes |= {f"{head}convs.{i}.conv": (mask, fpn if i == 0 else mask, 3, 3) for i in range(4)}
+    shapes |= {head + "upsample": (mask, mask, 2, 2), head + "conv_logits": (classes, mask, 1, 1)}
+    random = torch.Generator().manual_seed(0)
+    rest = {f"{name}.weight": torch.randn(shape, generator=random) / 4 for name, shape in shapes.items()}
+    return encoder | rest | {f"{name}.bias": torch.randn(shape[0], generator=random) / 4 for name, shape in shapes.items()}
+
+
+def small_models_encoder() -> ConvNeXt:
+    return randomised(MODELS["convnextv2_atto"](num_classes=0))
+
+
+@torch.no_grad()
+def test_a_detector_of_mmdetection_computes_what_it_does_there(folder, tmp_path):
+    theirs = mmdetections(classes=3)
+    save_tensors(tmp_path / "theirs.pth", {"state_dict": theirs, "meta": {"dataset_meta": {"classes": ("dog", "cat", "zebra")}}})
+    args = detect.get_args(["--eval", "--resume", str(tmp_path / "theirs.pth"), "--output_dir", str(tmp_path / "out")])
+    assert (args.nms, args.proposals, args.test_size, args.published_heads, args.fpn_dim) == (
+        "soft",
+        [1000, 1000],
+        [800, 1333],
+        True,
+        6,
+    )
+    detectors, classes, numbers = detect.load_detector(args, torch.device("cpu"))
+    assert (classes, numbers) == (["dog", "cat", "zebra"], [18, 17, 24])  # COCO's numbers
+
+    ours, f = detectors["model"], torch.nn.functional
+
+    def at(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return theirs[f"{name}.weight"], theirs[f"{name}.bias"]
+
+    images = torch.randn(1, 3, 64, 96)
+    stages = ours.backbone.encoder.forward_stages(images)
+    encoder = {name: value for name, value in theirs.items() if re.match(r"backbone\.(stages|downsample)", name)}
+    alone = small_models_encoder()
+    alone.load_state_dict(to_native(encoder))
+    for stage, expected in zip(stages, alone.forward_stages(images)):
+        torch.testing.assert_close(stage, expected)
+    laterals = []
+    for i, stage in enumerate(stages):
+        normal = f.layer_norm(stage.permute(0, 2, 3, 1), stage.shape[1:2], *at(f"backbone.norm{i}"), eps=1e-6).permute(0, 3, 1, 2)
+        laterals.append(f.conv2d(normal, *at(f"neck.lateral_convs.{i}.conv")))
+    for i in (2, 1, 0):
+        laterals[i] = laterals[i] + f.interpolate(laterals[i + 1], size=laterals[i].shape[2:], mode="nearest")
+    levels = [f.conv2d(lateral, *at(f"neck.fpn_convs.{i}.conv"), padding=1) for i, lateral in enumerate(laterals)]
+    levels.append(levels[-1][:, :, ::2, ::2])
+    found = list(ours.backbone(images).values())
+    for level, expected in zip(found, levels, strict=True):
+        torch.testing.assert_close(level, expected)
+
+    hidden = f.conv2d(levels[0], *at("rpn_head.rpn_conv"), padding=1).relu()
+    objectness, deltas = ours.rpn.head(found[:1])
+    torch.testing.assert_close(objectness[0], f.conv2d(hidden, *at("rpn_head.rpn_cls")))
+    torch.testing.assert_close(deltas[0], f.conv2d(hidden, *at("rpn_head.rpn_reg")))
+
+    regions, head = torch.randn(5, 6, 7, 7), "roi_head.bbox_head."
+    hidden = f.linear(f.linear(regions.flatten(1), *at(head + "shared_fcs.0")).relu(), *at(head + "shared_fcs.1")).relu()
+    logits, boxes = ours.roi_heads.box_predictor(ours.roi_heads.box_head(regions))
+    scores = f.linear(hidden, *at(head + "fc_cls")).softmax(1)  # the three classes, then the background
+    torch.testing.assert_close(logits.softmax(1), torch.cat([scores[:, 3:], scores[:, :3]], dim=1))
+    torch.testing.assert_close(boxes[:, 4:], f.linear(hidden, *at(head + "fc_reg")))
+
+    regions, head = torch.randn(2, 6, 14, 14), "roi_head.mask_head."
+    hidden = regions
+    for i in range(4):
+        hidden = f.conv2d(hidden, *at(f"{head}convs.{i}.conv"), padding=1).relu()
+    hidden = f.conv_transpose2d(hidden, *at(head + "upsample"), stride=2).relu()
+    masks = ours.roi_heads.mask_predictor(ours.roi_heads.mask_head(regions))
+    torch.testing.assert_close(masks[:, 1:], f.conv2d(hidden, *at(head + "conv_logits")))
+
+    lines = detect.load_weights(detect.make_detector(args, 3), tmp_path / "theirs.pth")  # --finetune takes all of it
+    assert lines[-1] == f"loaded {len(ours.state_dict()) - len(encoder)} of the detector's other tensors"
 
 
 def test_parameters_are_those_of_the_published_detector():
