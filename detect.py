@@ -43,7 +43,7 @@ DEFAULTS = {
 }  # fmt: skip
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 NETWORK = (
-    "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "published_heads", "statistics",
+    "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm", "published_heads", "statistics",
 )  # fmt: skip
 TEST = ("input_size", "test_size", "nms", "proposals")  # how a detector was evaluated; to be changed as one likes
 
@@ -75,6 +75,7 @@ def make_parser() -> flags.Parser:
     add("--mask_dim", flags.number(int, 1, 8192), 256, "channels of the mask head")
     add("--anchor_scale", flags.positive, 8.0, "side of the anchors, in strides of their level")
     add("--masks", bool, None, "predict masks; without, a Faster R-CNN (default: where the training objects have masks)")
+    add("--group_norm", bool, False, "GroupNorm in pyramid and mask head: random weights learn much sooner with it")
     add("--regions", flags.count, 512, "regions an image that the heads learn from, a quarter of them objects")
     add("--proposals", flags.count, (2000, 1000), "proposals an image, in training and in evaluation", nargs=2)
     add("--nms", ("hard", "soft"), "hard", "hard removes overlapping boxes, soft (the paper's) lowers their scores")
@@ -203,8 +204,8 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         mean, std = STATISTICS[args.statistics]
         train, test = args.proposals
         return MaskRCNN(
-            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks, args.nms,
-            args.published_heads,
+            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks,
+            args.group_norm, args.nms, args.published_heads,
             min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
             rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
             rpn_post_nms_top_n_test=test, box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,

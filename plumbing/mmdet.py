@@ -73,5 +73,5 @@ def settings_of(detector: State) -> dict:
     return dict(
         fpn_dim=len(detector["rpn.head.conv.0.0.weight"]), box_dim=len(detector[heads + "box_head.fc6.weight"]),
         mask_dim=len(detector[heads + "mask_head.0.0.weight"]) if masks else 256, masks=masks, anchor_scale=8.0,
-        published_heads=True, nms="soft", proposals=[1000, 1000], statistics="folder", test_size=[800, 1333],
+        group_norm=False, published_heads=True, nms="soft", proposals=[1000, 1000], statistics="folder", test_size=[800, 1333],
     )  # fmt: skip

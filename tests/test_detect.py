@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import ALONE, TINY, assert_equal, call_at, randomised, save_noise, words, write_coco
 from PIL import Image
+from stress import fork, wait
 from torchvision import tv_tensors
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou, roi_align
 
@@ -513,6 +515,32 @@ def test_a_stopped_run_continues_bit_for_bit(folder, tmp_path, monkeypatch):
     assert_equal(parts["model_ema"], whole["model_ema"])
     untimed = [[{k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")} for row in read_log(tmp_path / name)] for name in ("whole", "parts")]  # fmt: skip
     assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize(("masks", "near"), [(False, 1e-4), (True, 0.1)])
+def test_two_processes_equal_one_with_twice_the_batch_but_for_the_sampling(folder, tmp_path, monkeypatch, masks, near):
+    """With a fixed choice of regions. The masks' loss is a mean over a process's objects, of which one may have more than the other."""
+
+    def first(sampler, labels) -> tuple[list, list]:
+        chosen = []
+        for each in labels:
+            objects = (each >= 1) & ((each >= 1).cumsum(0) <= sampler.batch_size_per_image * sampler.positive_fraction)
+            ground = (each == 0) & ((each == 0).cumsum(0) <= sampler.batch_size_per_image - int(objects.sum()))
+            chosen.append((objects.to(torch.uint8), ground.to(torch.uint8)))
+        return tuple(map(list, zip(*chosen)))
+
+    monkeypatch.setattr(BalancedPositiveNegativeSampler, "__call__", first)
+    flags = dict(masks=masks, epochs=1, disable_eval=True, opt="sgd", momentum=0, weight_decay=0, lr=1e-2, warmup_updates=0)
+    flags |= dict(update_freq=3, proposals=(100, 20))
+    args = detect.get_args(words(data_path=folder, output_dir=tmp_path / "two", **SMALL | flags | dict(batch_size=1)))
+    wait(fork(lambda: detect.main(args), tmp_path, 2))
+    one = run(folder, tmp_path / "one", **flags)["model"]
+    two = load_file(find_checkpoints(tmp_path / "two")[-1])["model"]
+    torch.manual_seed(args.seed)
+    args.masks = masks
+    start = detect.make_detector(args, 10).state_dict()
+    moved, apart = (sum((a[name] - b[name]).norm() ** 2 for name in one).sqrt() for a, b in ((one, start), (one, two)))
+    assert moved > 0 and apart < near * moved
 
 
 def test_boxes_without_masks_train_a_faster_rcnn(tmp_path, capsys):
