@@ -44,6 +44,7 @@ VALIDATION = ("val", "validation", "valid")
 
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
+SCENES = {"train": (6000, 0), "val": (200, 1)}  # how many are drawn for detection and segmentation, and their seed
 _CHUNK = 50  # pictures drawn at once; a multiple of the number of textures keeps the classes balanced
 
 

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from data import SHAPES, STATISTICS, draw_scenes, open_rgb, why_unreadable
+from data import SCENES, SHAPES, STATISTICS, draw_scenes, open_rgb, why_unreadable
 from plumbing.coco import Annotations, embedded_annotations, has_masks, read_annotations
 from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError
@@ -130,8 +130,8 @@ class Scenes(Dataset):
 
 
 def embedded_scenes(split: str, size: int, transform: v2.Transform, seed: int = 0, count: int | None = None) -> Scenes:
-    """The drawn pictures: 1,500 to train on, 200 to evaluate; three shapes each, of ten kinds, later ones hiding earlier ones."""
-    number, salt = (1500, 0) if split == "train" else (200, 1)
+    """The drawn pictures: 6,000 to train on, 200 to evaluate; three shapes each, of ten kinds, later ones hiding earlier ones."""
+    number, salt = SCENES[split]
     pictures, kinds, masks = draw_scenes(count or number, salt, size)
     data_set = embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
     return Scenes(pictures, data_set, transform, True, seed)
