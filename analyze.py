@@ -14,7 +14,6 @@ import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, product
@@ -34,7 +33,7 @@ from model import GRN, Block, ConvNeXt, check_size
 from plumbing import flags, layouts
 from plumbing.files import file_of_run, prepare_output_dir, save_csv
 from plumbing.loading import Unreadable, divided, make_loader
-from plumbing.log import read_log
+from plumbing.log import read_log, shows_bars
 from plumbing.plots import COLOURS, new_figure, plot_panels, save_figure
 from plumbing.processes import setup_processes
 from plumbing.script import UserError, counted, run_script, value_errors_are_the_users
@@ -244,7 +243,7 @@ def collect_features(
 
     handles = [model.get_submodule(name).register_forward_hook(keep_as(name)) for name in names]
     try:
-        for imgs, some_labels in tqdm(loader, title, unit="batch", disable=not sys.stderr.isatty()):
+        for imgs, some_labels in tqdm(loader, title, unit="batch", disable=not shows_bars()):
             model.forward_features(imgs)
             labels.append(some_labels)
     finally:

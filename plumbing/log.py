@@ -16,6 +16,11 @@ from plumbing.processes import Processes
 from plumbing.script import UserError, counted
 
 
+def shows_bars() -> bool:
+    """Whether a progress bar can be seen moving: at a terminal, and in a notebook; elsewhere plain lines take its place."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 class RunLog:
     """`log.jsonl` and the progress line, written by the main process only.
 
@@ -32,7 +37,7 @@ class RunLog:
         self.path, self.updates, self.total, self.processes = directory / "log.jsonl", updates, total, processes
         self.done = self.first_done = self.reported = done
         self.lines, self.lines_written, self.size, self.unwritten = text.splitlines(keepends=True), 0, -1, set()
-        self.start, quiet = time.perf_counter(), not (processes.is_main and sys.stderr.isatty())
+        self.start, quiet = time.perf_counter(), not (processes.is_main and shows_bars())
         self.bar = tqdm(total=total, initial=done, unit="update", disable=quiet, smoothing=0.05)
         if processes.is_main:
             self._flush()
@@ -97,7 +102,7 @@ class RunLog:
         return record
 
     def write(self, record: dict, line: str) -> None:
-        """Append `record` to the log, and show `line`: in the progress bar on a terminal, printed elsewhere."""
+        """Append `record` to the log, and show `line`: in the progress bar where there is one, printed elsewhere."""
         if not self.processes.is_main:
             return
         self.lines.append(json.dumps(record) + "\n")

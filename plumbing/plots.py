@@ -38,7 +38,12 @@ def save_figure(figure, path: Path) -> None:
 
 
 def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7) -> None:
-    """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+    """Write `draw_panels` as a PNG."""
+    save_figure(draw_panels(columns, caption, rows, inches), path)
+
+
+def draw_panels(columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7):
+    """A table of pictures as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row; each is `inches` wide. Without names two stand side by side, so that the figure grows less tall.
     """
@@ -55,7 +60,7 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=11)
-    save_figure(figure, path)
+    return figure
 
 
 def draw_objects(picture: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None) -> torch.Tensor:

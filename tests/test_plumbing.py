@@ -50,6 +50,17 @@ def test_learning_rate_without_warmup_and_with_nothing_but_warmup():
     assert learning_rate(5, peak=1.0, min_lr=0.25, warmup_epochs=5, epochs=5) == 1.0  # the top of the ramp, at which training ends
 
 
+@pytest.mark.parametrize("notebook", [True, False])
+def test_progress_is_a_bar_in_a_notebook_and_plain_lines_in_a_file(tmp_path, monkeypatch, capsys, notebook):
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", None)
+    log = RunLog(tmp_path, 5, 10, 0, "", ALONE)
+    log.write({"loss": 0.5}, "loss 0.5")
+    log.close()
+    printed = capsys.readouterr()
+    assert ("loss 0.5" in printed.err) == notebook and ("loss 0.5" in printed.out) != notebook
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_only_kernels_and_matrices_decay(version):
     with torch.device("meta"):
