@@ -145,7 +145,7 @@ class FCMAE(nn.Module):
     def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
 
-        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: contrast and mean colour are
+        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: mean brightness and contrast are
         given, structure is predicted.
         """
         pred = pred.to(imgs.dtype)

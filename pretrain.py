@@ -156,7 +156,7 @@ def draw(path: Path, mae: FCMAE, pixels: torch.Tensor, statistics: tuple, seed: 
     imgs = normalise(pixels, statistics, mae.mask_token.device)
     panels = reconstruction_panels(mae, imgs, torch.Generator().manual_seed(seed))
     mae.train()
-    given = "; contrast and mean colour of each hidden patch are given" if mae.norm_pix_loss else ""
+    given = "; mean brightness and contrast of each hidden patch are given" if mae.norm_pix_loss else ""
     plot_panels(
         path.with_name("reconstructions.png"),
         {title: denormalise(panel, statistics) for title, panel in panels.items()},
