@@ -77,10 +77,12 @@ def draw_objects(picture: Image.Image, rows: list[dict], names: dict[int, str], 
     width, height = (max(1, round(side * scale)) for side in picture.size)
     drawn = pil_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
     colours = {number: to_hex(colormaps["tab20"](k % 20)) for k, number in enumerate(names)}
+    rows = sorted(rows, key=lambda row: -row.get("score", 1))
     chosen = [colours[row["category_id"]] for row in rows]
     masks = [decode_mask(row["segmentation"], picture.height, picture.width) for row in rows if row.get("segmentation")]
     if rows and len(masks) == len(rows):
         masks = torch.nn.functional.interpolate(torch.from_numpy(np.stack(masks))[None], (height, width))[0].bool()  # (n, H, W)
+        masks &= masks.cumsum(dim=0) == 1  # a pixel of several is the best one's; torchvision would paint it black
         drawn = draw_segmentation_masks(drawn, masks, alpha=0.45, colors=chosen)
     if rows:
         x, y, w, h = (torch.tensor([row["bbox"] for row in rows], dtype=torch.float32) * scale).unbind(1)

@@ -29,6 +29,7 @@ from plumbing.files import find_checkpoints, load_file, save_tensors
 from plumbing.layouts import from_native, to_native
 from plumbing.log import read_log
 from plumbing.optim import layer_groups
+from plumbing.plots import draw_objects
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
 
@@ -595,6 +596,17 @@ def test_evaluation_and_prediction_take_the_network_from_the_checkpoint(folder, 
             x, y, w, h = each["box"]
             assert 0 <= x <= x + w <= width + 0.01 and 0 <= y <= y + h <= height + 0.01
             assert each["class"] in SHAPES and coco.decode_mask(each["mask"], height, width).shape == (height, width)
+
+
+def test_where_drawn_masks_overlap_the_better_ones_colour_is_seen():
+    mask = np.zeros((40, 40), dtype=np.uint8)
+    mask[10:30, 10:30] = 1
+    rows = [{"category_id": 1 + k, "bbox": [0, 0, 40, 40], "score": 0.5 + k / 10} for k in range(2)]
+    for row in rows:
+        row["segmentation"] = coco.encode_mask(mask)
+    white = Image.new("RGB", (40, 40), "white")
+    both, better = draw_objects(white, rows, {1: "a", 2: "b"}), draw_objects(white, rows[1:], {1: "a", 2: "b"})
+    assert torch.equal(both[:, 20:29, 20:29], better[:, 20:29, 20:29]) and both[:, 25, 25].float().mean() < 250
 
 
 def test_flags_of_evaluation_reach_it(folder, tmp_path):
