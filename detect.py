@@ -212,23 +212,6 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         )  # fmt: skip
 
 
-def load_weights(detector: MaskRCNN, path: str) -> list[str]:
-    """Take over an encoder's weights from a file of any layout, and a detector's where they fit; lines that say what was done."""
-    found = layouts.read_file(path)
-    encoder = detector.backbone.encoder
-    report = [f"{path}: {layouts.describe(found)}", *layouts.load_weights(encoder, layouts.to_native(found))]
-    heads = {name: value for name, value in found.items() if layouts.DECODER.fullmatch(name) and name in detector.state_dict()}
-    if heads:
-        own = detector.state_dict()
-        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
-        detector.load_state_dict(fitting, strict=False)
-        others = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads.keys() - fitting.keys()}))
-        report.append(
-            f"loaded {len(fitting)} of the detector's other tensors" + (f"; at their initial values: {others}" * bool(others))
-        )
-    return report
-
-
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
     """The detectors of --resume, "model" and where there is one "model_ema", ready to evaluate; class names; category ids."""
     content, detectors = layouts.read_content(args.resume), {}
@@ -352,7 +335,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     torch.manual_seed(args.seed)
     detector = make_detector(args, len(scenes.classes))
     lines += [*more, *flags.describe_origins(args)]
-    lines += load_weights(detector, args.finetune) if args.finetune else ["random initial weights"]
+    lines += layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector") if args.finetune else ["random initial weights"]
     to_device(detector, run.device)
     ema = averaged(detector, args.model_ema_decay) if args.model_ema else None
     groups = layer_groups(detector, args.weight_decay, args.layer_decay, "group", detector.backbone.encoder.depths)
