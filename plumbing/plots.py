@@ -37,10 +37,14 @@ def save_figure(figure, path: Path) -> None:
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7) -> None:
+def plot_panels(
+    path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
+    legend: dict[str, tuple] | None = None,
+) -> None:  # fmt: skip
     """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row; each is `inches` wide. Without names two stand side by side, so that the figure grows less tall.
+    legend: name -> (red, green, blue), 0 to 255.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
@@ -55,6 +59,12 @@ def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows
     axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=11)
+    if legend:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=[v / 255 for v in colour], edgecolor="grey", label=name) for name, colour in legend.items()]
+        fitting = max(1, int(inches * len(ticks) / (0.5 + 0.1 * max(map(len, legend)))))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(fitting, len(handles)), frameon=False, fontsize=11)
     save_figure(figure, path)
 
 
