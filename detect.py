@@ -289,7 +289,11 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     torch.manual_seed(args.seed)
     detector = make_detector(args, len(scenes.classes))
     lines += [*more, *flags.describe_origins(args)]
-    lines += layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector") if args.finetune else ["random initial weights"]
+    lines += (
+        layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector")
+        if args.finetune
+        else ["random initial weights"]
+    )
     to_device(detector, run.device)
     ema = averaged(detector, args.model_ema_decay) if args.model_ema else None
     groups = layer_groups(detector, args.weight_decay, args.layer_decay, "group", detector.backbone.encoder.depths)

@@ -91,9 +91,7 @@ class LabelMaps(Dataset):
             why = f"its labels {self.maps[index]}: {why_unreadable(self.maps[index])}"
         return why
 
-    def on_device(
-        self, pictures: torch.Tensor, labels: torch.Tensor, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def on_device(self, pictures: torch.Tensor, labels: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """What a loader gave -> normalised pictures (N, 3, H, W) and int64 labels (N, H, W), on `device`."""
         pictures = normalise(pictures, STATISTICS[self.statistics], device).contiguous(memory_format=torch.channels_last)
         return pictures, labels.to(device, non_blocking=True).long()
@@ -166,7 +164,9 @@ def class_colours(count: int) -> list[tuple]:
 # --- where they come from -----------------------------------------------------------------------------------------------
 
 
-def embedded_maps(split: str, size: int, transform: v2.Transform | None = None, seed: int = 0, count: int | None = None) -> LabelMaps:
+def embedded_maps(
+    split: str, size: int, transform: v2.Transform | None = None, seed: int = 0, count: int | None = None
+) -> LabelMaps:
     """The drawn pictures of detection: 1,500 to train on, 200 to evaluate, or `count`. Ground is label 0, kind k of shape k + 1."""
     number, salt = (1500, 0) if split == "train" else (200, 1)
     pictures, kinds, masks = draw_scenes(count or number, salt, size)
@@ -194,7 +194,9 @@ def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
     for kind in ("images", "annotations"):
         folder = Path(root) / kind / split
         if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist; DIR holds images/ and annotations/, each with training/, validation/")
+            raise UserError(
+                f"the folder {folder} does not exist; DIR holds images/ and annotations/, each with training/, validation/"
+            )
         paths = list_images(folder)
         found[kind] = {str(Path(path).relative_to(folder).with_suffix("")): path for path in paths}
         if not paths:
@@ -207,7 +209,9 @@ def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
         if lonely:
             one = (pictures | maps)[min(lonely)]
             other = f"{root}/{'annotations' if what == 'picture' else 'images'}/{split}"
-            raise UserError(f"{counted(len(lonely), what)} without a counterpart, {one} for one; add it to {other}, or remove {one}")
+            raise UserError(
+                f"{counted(len(lonely), what)} without a counterpart, {one} for one; add it to {other}, or remove {one}"
+            )
     names = sorted(pictures)
     return [pictures[name] for name in names], [maps[name] for name in names]
 
@@ -228,7 +232,9 @@ def find_classes(root: str, path: str | None, count: int | None, reduce_zero_lab
             count = 1 + max(pool.map(largest_label, list_pairs(root, "training")[1])) - reduce_zero_label
         where = "as the training maps have; a classes.txt would name them"
     if not 1 <= count <= IGNORED:
-        raise UserError(f"{counted(count, 'class')} in the label maps of {root}; at least 1 and at most {IGNORED} can be told apart")
+        raise UserError(
+            f"{counted(count, 'class')} in the label maps of {root}; at least 1 and at most {IGNORED} can be told apart"
+        )
     return [f"class {k}" for k in range(count)], class_colours(count), f"{counted(count, 'class')}, {where}"
 
 
@@ -312,7 +318,9 @@ def blended(picture: torch.Tensor, labels: torch.Tensor, colours: list[tuple]) -
 
 def mistakes(picture: torch.Tensor, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """uint8 (3, H, W): the picture in pale grey, what is wrong in red, what is not counted in black."""
-    shown = (160 + 0.35 * picture.float().mean(dim=0, keepdim=True)).expand(3, -1, -1).clone()  # (3, H, W) -> (1, H, W) -> (3, H, W)
+    shown = (
+        (160 + 0.35 * picture.float().mean(dim=0, keepdim=True)).expand(3, -1, -1).clone()
+    )  # (3, H, W) -> (1, H, W) -> (3, H, W)
     shown[:, (prediction != truth) & (truth != IGNORED)] = torch.tensor([[214.0], [39.0], [40.0]])
     shown[:, truth == IGNORED] = 0
     return shown.to(torch.uint8)

@@ -1,6 +1,5 @@
 """Where the flags of detect.py and segment.py come from: the command line, a recipe, weights or a checkpoint, the data set."""
 
-import argparse
 import os
 from collections.abc import Sequence
 
@@ -35,9 +34,7 @@ def settle(
         sources["the place of --resume"] = dict(output_dir=os.path.dirname(plain.resume) or ".")
         config = layouts.read_config(plain.resume)
         as_trained = () if any(hasattr(given, name) for name in ("data_set", *places)) else ("data_set", *places)
-        sources[plain.resume] = {
-            name: config[name] for name in (*network, *as_trained, *prepared) if config.get(name) is not None
-        }
+        sources[plain.resume] = {name: config[name] for name in (*network, *as_trained, *prepared) if config.get(name) is not None}
         for name in network:
             if hasattr(given, name) and getattr(given, name) != config.get(name):
                 parser.error(f"--{name} {getattr(given, name)}, but {plain.resume} has {config.get(name)}; leave --{name} out")
