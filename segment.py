@@ -98,7 +98,7 @@ def make_parser() -> flags.Parser:
 
     add = flags.add_optimisation_flags(parser, epochs=50, blr=1.6e-3, min_lr=0.0, warmup=None)
     add("--iterations", flags.count, None, "updates of the whole run, instead of --epochs")
-    add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1500, or 10%% of short runs)")
+    add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1500, or 10% of short runs)")
     add("--power", flags.not_negative, 1.0, "of the polynomial by which the learning rate falls to --min_lr")
     flags.add_transfer_flags(add)
     add("--layer_decay_type", ("single", "group"), "group", "a layer is one block, or a stage (of stage 3, three blocks)")
