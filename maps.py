@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -127,7 +128,8 @@ def write_labels(path: Path, labels: np.ndarray, colours: list[tuple], reduce_ze
     """The inverse of `read_labels`: uint8 (H, W) as a palette PNG with the classes' colours."""
     first = int(reduce_zero_label)
     image = Image.fromarray(np.where(labels == IGNORED, 0 if first else IGNORED, labels + first).astype(np.uint8), mode="P")
-    image.putpalette([value for colour in [(0, 0, 0)] * first + list(colours) for value in colour])
+    palette = ([(0, 0, 0)] * first + list(colours) + [(0, 0, 0)] * 256)[:256]  # of fewer colours Pillow would make fewer bits
+    image.putpalette([value for colour in palette for value in colour])
     image.save(path, format="PNG")
 
 
@@ -326,13 +328,11 @@ def mistakes(picture: torch.Tensor, truth: torch.Tensor, prediction: torch.Tenso
     return shown.to(torch.uint8)
 
 
-def in_square(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """uint8 (3, H, W) scaled to fill a square of `side`, white beside it: floats in [0, 1]."""
+def enlarged(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 (3, H, W) scaled so that its longer side is `side`: floats in [0, 1]."""
     factor = side / max(picture.shape[1:])
     size = [max(1, round(length * factor)) for length in picture.shape[1:]]
-    whole = torch.ones(3, side, side)
-    whole[:, : size[0], : size[1]] = v2.functional.resize(picture, size, v2.InterpolationMode.NEAREST_EXACT) / 255
-    return whole
+    return v2.functional.resize(picture, size, v2.InterpolationMode.NEAREST_EXACT) / 255
 
 
 def draw_segmentation(path: Path, maps: LabelMaps, predictions: dict[int, np.ndarray]) -> None:
@@ -343,13 +343,22 @@ def draw_segmentation(path: Path, maps: LabelMaps, predictions: dict[int, np.nda
         picture, truth, found = v2.functional.pil_to_tensor(picture), torch.from_numpy(truth), torch.from_numpy(prediction)
         rows = picture, painted(truth, maps.colours), painted(found, maps.colours), mistakes(picture, truth, found)
         for column, row in zip(columns.values(), rows):
-            column.append(in_square(row, 256))
+            column.append(enlarged(row, 256))
         seen |= set(truth.unique().tolist()) | set(found.unique().tolist())
     draw_with_legend(path, columns, seen, maps)
 
 
-def draw_with_legend(path: Path, columns: dict[str, list[torch.Tensor]], seen: set[int], maps: LabelMaps) -> None:
-    """`plot_panels` of columns of pictures (3, S, S), and the names of the labels that are `seen` in them."""
+def draw_with_legend(
+    path: Path, columns: dict[str, list[torch.Tensor]], seen: set[int], maps: LabelMaps, inches: float = 1.7
+) -> None:
+    """`plot_panels` of columns of pictures (3, h, w), white beside smaller ones, and the names of the labels `seen` in them."""
+    height, width = (max(picture.shape[axis] for picture in columns["picture"]) for axis in (1, 2))
+    whole = {
+        title: torch.stack(
+            [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1]), value=1.0) for picture in pictures]
+        )
+        for title, pictures in columns.items()
+    }
     legend = {maps.classes[k]: maps.colours[k] for k in sorted(seen - {IGNORED})}
     legend |= {"not counted": (0, 0, 0)} if IGNORED in seen else {}
-    plot_panels(path, {title: torch.stack(pictures) for title, pictures in columns.items()}, "", legend=legend)
+    plot_panels(path, whole, "", inches=inches, legend=legend)

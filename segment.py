@@ -28,9 +28,9 @@ from maps import (
     draw_segmentation,
     draw_with_legend,
     embedded_maps,
+    enlarged,
     find_classes,
     folder_maps,
-    in_square,
     scaled_size,
     write_labels,
 )
@@ -398,9 +398,9 @@ def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) ->
         labels, name = prediction.to(torch.uint8).cpu(), f"{index:05d}-{Path(paths[index]).stem}"
         write_labels(folder / f"{name}.png", labels.numpy(), colours, args.reduce_zero_label)
         picture = v2.functional.pil_to_tensor(maps.open(index)[0])
-        columns = {"picture": [in_square(picture, 480)], "labels": [in_square(blended(picture, labels, colours), 480)]}
+        columns = {"picture": [enlarged(picture, 480)], "labels": [enlarged(blended(picture, labels, colours), 480)]}
         counts = labels.flatten().bincount(minlength=len(classes))
-        draw_with_legend(folder / f"{name}-overlay.png", columns, set(counts.nonzero()[:, 0].tolist()), maps)
+        draw_with_legend(folder / f"{name}-overlay.png", columns, set(counts.nonzero()[:, 0].tolist()), maps, 4)
         largest = counts.argsort(descending=True)[:5].tolist()
         shares = ", ".join(f"{classes[k]} {counts[k] / labels.numel():.1%}" for k in largest if counts[k])
         print(one_line(f"{paths[index]}: {shares}"))

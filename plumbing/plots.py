@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def save_figure(figure, path: Path) -> None:
 
 def plot_panels(
     path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
-    legend: dict[str, tuple] | None = None,
+    legend: Mapping[str, tuple] = MappingProxyType({}),
 ) -> None:  # fmt: skip
     """A table of pictures, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
@@ -52,7 +53,11 @@ def plot_panels(
     mosaic = make_grid(images.flatten(0, 1), nrow=beside * len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
     ticks = [gap + width / 2 + k * (width + gap) for k in range(beside * len(columns))]
     lines = -(-len(images) // beside)
-    figure, axes = new_figure(1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8)
+    fitting = max(1, int(inches * len(ticks) / (0.6 + 0.1 * max(map(len, legend), default=0))))  # names in a row of the legend
+    legend_rows = -(-len(legend) // fitting)
+    figure, axes = new_figure(
+        1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8 + 0.25 * legend_rows
+    )
     axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].set_xticks(ticks, list(columns) * beside, fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
@@ -63,8 +68,8 @@ def plot_panels(
         from matplotlib.patches import Patch
 
         handles = [Patch(facecolor=[v / 255 for v in colour], edgecolor="grey", label=name) for name, colour in legend.items()]
-        fitting = max(1, int(inches * len(ticks) / (0.5 + 0.1 * max(map(len, legend)))))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(fitting, len(handles)), frameon=False, fontsize=11)
+        columns = -(-len(handles) // legend_rows)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     save_figure(figure, path)
 
 

@@ -25,7 +25,12 @@ from scenes import draw_detections
 
 DRAW = {module: module.draw for module in (pretrain, finetune, detect, segment)}
 DRAW_CONFUSION = scores.draw_confusion
-PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",), detect: ("scores.png",), segment: ("scores.png",)}
+PICTURES = {
+    pretrain: ("reconstructions.png", "loss.png"),
+    finetune: ("accuracy.png",),
+    detect: ("scores.png",),
+    segment: ("scores.png",),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
