@@ -221,11 +221,11 @@ def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
 def find_classes(root: str, path: str | None, count: int | None, reduce_zero_label: bool) -> tuple[list[str], list[tuple], str]:
     """Names and colours of the classes of a folder, and a line that says where they come from.
 
-    From the file `path`, or ROOT/classes.txt, or ROOT/objectInfo150.txt; or `count` nameless ones, by default as many as the training
-    maps have.
+    `count` nameless ones; or those of the file `path`, of ROOT/classes.txt, or of ROOT/objectInfo150.txt; or as many nameless ones as
+    the training maps have.
     """
     files = [path] if path else [file for name in ("classes.txt", "objectInfo150.txt") if (file := Path(root) / name).is_file()]
-    if files:
+    if files and count is None:
         names, colours = read_classes(files[0])
         return names, colours or class_colours(len(names)), f"{counted(len(names), 'class')} of {files[0]}"
     where = "as --nb_classes says"

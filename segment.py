@@ -56,6 +56,7 @@ DEFAULTS = {
         epochs=8, lr=2e-3,
     ),
 }  # fmt: skip
+DRAWN = 128  # pixels of the embedded pictures, as in detection
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
 LOSSES = ("loss_head", "loss_auxiliary")
 
@@ -83,7 +84,12 @@ def make_parser() -> flags.Parser:
     add = flags.add_data_flags(parser, ("embedded", "folder"), "folder in ADE20K's layout; none: embedded data", input_size=512)
     add("--val_split", str, "validation", "the folder below images/ and annotations/ that is evaluated", metavar="NAME")
     add("--classes", str, None, "class names, one a line, with colours or without (default: DIR/classes.txt)", metavar="FILE")
-    add("--nb_classes", flags.number(int, 1, 255), None, "number of classes, without names (default: as the training maps have)")
+    add(
+        "--nb_classes",
+        flags.number(int, 1, 255),
+        None,
+        "number of classes, without names (default: of --classes, else as the maps have)",
+    )
     add("--reduce_zero_label", bool, False, "in files, label 0 is not counted and 1 is the first class, as in ADE20K")
     add(
         "--test_size", flags.image_side, None, "short side of pictures at scale 1; the long one at most 4 times it (default: input)"
@@ -114,6 +120,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     places, prepared = ("data_path", "val_split"), ("input_size", "test_size", "window", "stride", "reduce_zero_label")
     args = settle(parser, argv, NETWORK, places, prepared, DEFAULTS, {"ade20k": ADE20K}, ("data_path",), "the layout of ADE20K")
+    flags.refuse_both(args, parser, "classes", "nb_classes")
     args.test_size = args.test_size or args.input_size
     patch = 8 * args.stem_stride
     for name in ("input_size", "window"):
@@ -140,7 +147,7 @@ def load_maps(args: argparse.Namespace, split: str, classes: tuple[list[str], li
     if split == "train":
         transform = augmentation(args.input_size, args.test_size, args.scale, args.most, args.photometric)
     if args.data_set == "embedded":
-        return embedded_maps(split, args.test_size, transform, args.seed, 6000 if split == "train" else None)
+        return embedded_maps(split, DRAWN, transform, args.seed, 6000 if split == "train" else None)
     folder = "training" if split == "train" else args.val_split
     found = folder_maps(args.data_path, folder, classes, transform, args.seed, args.reduce_zero_label)
     found.statistics = args.statistics
