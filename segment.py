@@ -50,7 +50,7 @@ from plumbing.settings import settle
 from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 
 DEFAULTS = {
-    "folder": dict(lr=1e-4),
+    "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
         input_size=128, stem_stride=4, channels=64, aux_channels=32, scale=(0.8, 1.25), most=1.0, photometric=False, batch_size=16,
         epochs=8, lr=2e-3,

@@ -95,7 +95,8 @@ for settings in COCO.values():
 # ConvNeXt V1's published code, whose sizes have 1e-4 and .8 or .9.
 ADE20K = by_size("""
                    tiny     base     large    huge
-lr                 1e-4     1e-4     1e-4     1e-4
+lr                 None     None     None     None
+blr                1.6e-3   1.6e-3   1.6e-3   1.6e-3
 weight_decay       0.05     0.05     0.05     0.05
 layer_decay        0.9      0.9      0.8      0.8
 drop_path          0.2      0.3      0.4      0.4

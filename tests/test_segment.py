@@ -209,6 +209,8 @@ def test_layers_have_the_published_rates(depths, last):
 
 
 def test_the_embedded_pictures_are_detections_and_their_labels_the_shapes():
+    few, more = (maps.embedded_maps("train", 32, count=count) for count in (50, 120))
+    assert (few.items == more.items[:50]).all() and (few.maps == more.maps[:50]).all()
     found = maps.embedded_maps("val", 64, count=50)
     pictures, kinds, masks = draw_scenes(50, 1, 64)
     assert (
@@ -693,10 +695,10 @@ def test_a_classifiers_or_detectors_checkpoint_is_no_segmenter(tmp_path):
 
 def test_the_recipe_is_the_published_one():
     args = segment.get_args(["--recipe", "ade20k", "--model", "convnextv2_base", "--data_path", "ade"])
-    expected = dict(lr=1e-4, iterations=160_000, warmup_updates=1500, power=1.0, layer_decay=0.9, drop_path=0.3, input_size=512)
+    expected = dict(lr=None, blr=1.6e-3, iterations=160_000, warmup_updates=1500, power=1.0, layer_decay=0.9, drop_path=0.3, input_size=512)
     expected |= dict(weight_decay=0.05, channels=512, aux_channels=256, scale=(0.5, 2.0), most=0.75, images_per_update=16)
     assert {name: getattr(args, name) for name in expected} == expected and args.reduce_zero_label and args.photometric
-    assert 8 * args.batch_size == 16 and args.layer_decay_type == "group"
+    assert 8 * args.batch_size == 16 and math.isclose(args.blr * 16 / 256, 1e-4) and args.layer_decay_type == "group"
 
 
 @pytest.mark.slow
