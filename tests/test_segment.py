@@ -695,7 +695,9 @@ def test_a_classifiers_or_detectors_checkpoint_is_no_segmenter(tmp_path):
 
 def test_the_recipe_is_the_published_one():
     args = segment.get_args(["--recipe", "ade20k", "--model", "convnextv2_base", "--data_path", "ade"])
-    expected = dict(lr=None, blr=1.6e-3, iterations=160_000, warmup_updates=1500, power=1.0, layer_decay=0.9, drop_path=0.3, input_size=512)
+    expected = dict(
+        lr=None, blr=1.6e-3, iterations=160_000, warmup_updates=1500, power=1.0, layer_decay=0.9, drop_path=0.3, input_size=512
+    )
     expected |= dict(weight_decay=0.05, channels=512, aux_channels=256, scale=(0.5, 2.0), most=0.75, images_per_update=16)
     assert {name: getattr(args, name) for name in expected} == expected and args.reduce_zero_label and args.photometric
     assert 8 * args.batch_size == 16 and math.isclose(args.blr * 16 / 256, 1e-4) and args.layer_decay_type == "group"
