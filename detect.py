@@ -31,7 +31,7 @@ from plumbing.processes import Processes, main_process_first
 from plumbing.recipes import COCO
 from plumbing.run import Run, carry_out
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import settle
+from plumbing.settings import match_classes, settle
 from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, pictures_alone
 
 DEFAULTS = {
@@ -237,13 +237,6 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
         print(*lines, sep="\n")
         write_scores(output_dir / "scores.json", scenes, scores[better], found[better])
         print(f"in {output_dir}: scores.json, detections.json and detections.png, of {better}")
-
-
-def match_classes(trained: list[str], found: list[str]) -> None:
-    """UserError unless the validation data have the classes that were trained, in their order."""
-    if trained != found:
-        before, now = (f"{', '.join(names[:5])} ({len(names)} in all)" for names in (trained, found))
-        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
 
 
 def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:

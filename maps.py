@@ -218,16 +218,20 @@ def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
     return [pictures[name] for name in names], [maps[name] for name in names]
 
 
+def class_file(root: str, path: str | None) -> str | Path | None:
+    """The file of the classes' names: `path`, or ROOT/classes.txt, or ROOT/objectInfo150.txt, if there is one."""
+    files = [path] if path else [file for name in ("classes.txt", "objectInfo150.txt") if (file := Path(root) / name).is_file()]
+    return next(iter(files), None)
+
+
 def find_classes(root: str, path: str | None, count: int | None, reduce_zero_label: bool) -> tuple[list[str], list[tuple], str]:
     """Names and colours of the classes of a folder, and a line that says where they come from.
 
-    `count` nameless ones; or those of the file `path`, of ROOT/classes.txt, or of ROOT/objectInfo150.txt; or as many nameless ones as
-    the training maps have.
+    `count` nameless ones; or those of the `class_file`; or as many nameless ones as the training maps have.
     """
-    files = [path] if path else [file for name in ("classes.txt", "objectInfo150.txt") if (file := Path(root) / name).is_file()]
-    if files and count is None:
-        names, colours = read_classes(files[0])
-        return names, colours or class_colours(len(names)), f"{counted(len(names), 'class')} of {files[0]}"
+    if count is None and (file := class_file(root, path)):
+        names, colours = read_classes(file)
+        return names, colours or class_colours(len(names)), f"{counted(len(names), 'class')} of {file}"
     where = "as --nb_classes says"
     if count is None:
         with ThreadPoolExecutor() as pool:

@@ -25,12 +25,14 @@ from maps import (
     LabelMaps,
     augmentation,
     blended,
+    class_file,
     draw_segmentation,
     draw_with_legend,
     embedded_maps,
     enlarged,
     find_classes,
     folder_maps,
+    read_classes,
     scaled_size,
     write_labels,
 )
@@ -46,7 +48,7 @@ from plumbing.recipes import ADE20K
 from plumbing.run import Run, carry_out
 from plumbing.scores import segmentation_scores
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import settle
+from plumbing.settings import match_classes, settle
 from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 
 DEFAULTS = {
@@ -117,7 +119,10 @@ def make_parser() -> flags.Parser:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; then come the recipe, the weights' own configuration, the data set, and the general defaults."""
     parser = make_parser()
-    places, prepared = ("data_path", "val_split"), ("input_size", "test_size", "window", "stride", "reduce_zero_label")
+    places, prepared = (
+        ("data_path", "val_split"),
+        ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes"),
+    )
     args = settle(parser, argv, NETWORK, places, prepared, DEFAULTS, {"ade20k": ADE20K}, ("data_path",), "the layout of ADE20K")
     flags.refuse_both(args, parser, "classes", "nb_classes")
     args.test_size = args.test_size or args.input_size
@@ -369,11 +374,10 @@ def write_scores(path: Path, maps: LabelMaps, scores: dict, shown: dict[int, np.
 def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
     """Evaluate the checkpoint of --resume on the validation pictures, its moving average too."""
     segmenters, classes, colours = load_segmenters(args.resume, args, processes.device)
-    if args.classes:
-        names, *_ = find_classes(args.data_path, args.classes, None, args.reduce_zero_label)
-        match_classes(classes, names)
+    if args.data_set == "folder" and not args.nb_classes and (file := class_file(args.data_path, args.classes)):
+        match_classes(classes, read_classes(file)[0])
     maps = load_maps(args, "val", (classes, colours))
-    match_classes(classes, maps.classes)
+    match_classes(classes, maps.classes)  # the embedded ones have their own
     found = {name: evaluate(segmenter, maps, args, processes) for name, segmenter in segmenters.items()}
     if processes.is_main:
         how = f"scales {' '.join(f'{scale:g}' for scale in args.test_scales)}{' and mirrored' * args.flip}"
@@ -383,13 +387,6 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
         winner = max(found, key=lambda name: found[name][0]["mIoU"])
         write_scores(output_dir / "scores.json", maps, *found[winner])
         print(f"in {output_dir}: scores.json and segmentation.png, of {winner}")
-
-
-def match_classes(trained: list[str], found: list[str]) -> None:
-    """UserError unless the validation data have the classes that were trained, in their order."""
-    if trained != found:
-        before, now = (f"{', '.join(names[:5])} ({len(names)} in all)" for names in (trained, found))
-        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
 
 
 def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from plumbing import flags, layouts
 from plumbing.files import file_of_run
+from plumbing.script import UserError
 
 UNFLAGGED = {"mlp_norm": None, "statistics": None, "compile": False, "images_per_update": None}  # of weights and recipes alone
 
@@ -62,3 +63,10 @@ def settle(
     args.statistics = args.statistics or args.data_set  # of a checkpoint, those that it was trained with
     flags.check_epochs(args, parser)
     return args
+
+
+def match_classes(trained: list[str], found: list[str]) -> None:
+    """UserError unless the validation data have the classes that were trained, in their order."""
+    if trained != found:
+        before, now = (f"{', '.join(names[:5])} ({len(names)} in all)" for names in (trained, found))
+        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")

@@ -626,6 +626,16 @@ def test_evaluation_and_prediction_take_the_network_from_the_checkpoint(folder, 
     assert classes == ["ground", *SHAPES]
 
 
+def test_other_classes_than_those_trained_are_refused(folder, tmp_path):
+    run(folder, tmp_path / "run", epochs=1)
+    argv = ["--eval", *words(resume=tmp_path / "run", output_dir=tmp_path / "again", device="cpu", num_workers=0)]
+    (folder / "classes.txt").write_text("\n".join(reversed(["ground", *SHAPES])))
+    with pytest.raises(UserError, match="classes are ground, disc, .*, the validation data's spiral, heart"):
+        segment.main(segment.get_args(argv))
+    (folder / "names.txt").write_text("\n".join(["ground", *SHAPES]))
+    segment.main(segment.get_args([*argv, "--classes", str(folder / "names.txt")]))
+
+
 def test_flags_of_evaluation_reach_it(folder, tmp_path):
     run(folder, tmp_path / "run", epochs=1)
     write_maps(folder, "test", 3, seed=9)
