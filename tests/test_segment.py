@@ -490,7 +490,7 @@ def test_scales_and_mirroring_are_a_plain_loop():
 
 def test_training_is_a_plain_loop(folder, tmp_path):
     """Three updates of two pictures: the two losses, AdamW, a rate that rises linearly and falls by a power."""
-    flags = dict(seed=5, epochs=1, lr=2e-3, warmup_updates=1, power=0.9, layer_decay=0.8, weight_decay=0.1, min_lr=1e-4)
+    flags = dict(seed=5, epochs=1, lr=2e-3, warmup_updates=1, power=2.0, layer_decay=0.8, weight_decay=0.1, min_lr=1e-4)
     found = run(folder, tmp_path / "run", disable_eval=True, **flags)
 
     args = segment.get_args(words(data_path=folder, **SMALL | flags))
@@ -514,7 +514,7 @@ def test_training_is_a_plain_loop(folder, tmp_path):
             for logits in net(imgs.contiguous(memory_format=torch.channels_last))
         )
         losses.append((head.item(), 0.4 * auxiliary.item()))
-        rate = 2e-3 / 2 if update == 0 else 1e-4 + (2e-3 - 1e-4) * ((3 - update) / 2) ** 0.9
+        rate = 2e-3 / 2 if update == 0 else 1e-4 + (2e-3 - 1e-4) * ((3 - update) / 2) ** 2
         names = [name for name, _ in net.named_parameters()]
         gradients = dict(zip(names, torch.autograd.grad(head + 0.4 * auxiliary, list(net.parameters()))))
         for name, parameter in net.named_parameters():
