@@ -344,8 +344,9 @@ def bench_segment(args, device) -> list[dict]:
     rows = []
     for name, batch, amp in settings(args):
         encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
-        if encoder.version != 2:
-            raise UserError(f"bench.py segment compares networks of version 2, not {name}; choose another --model")
+        if encoder.version != 2 or batch < 2:
+            which = f"networks of version 2 on batches of at least 2 images, not {name} on {batch}"
+            raise UserError(f"bench.py segment compares {which}; choose another --model or --batch_size")
         encoder.checkpoint_activations(args.checkpoint_activations)
         backbone = ConvNextV2Config(
             patch_size=args.stem_stride,
