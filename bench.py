@@ -461,7 +461,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = prepare_output_dir(args.output_dir)
     args.amp = args.amp or ["none", "bf16"][: 1 if emulates_half(processes.device) else 2]
     grid = args.input_size // (8 * args.stem_stride)
-    for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
+    for ratio in {"sweep": SWEEP, "data": (), "segment": ()}.get(args.task, (args.mask_ratio,)):
         with value_errors_are_the_users():
             random_mask(1, grid, grid, ratio)
     rows = TASKS[args.task](args, processes.device)
