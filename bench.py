@@ -6,6 +6,7 @@
     python bench.py data               # the input pipeline, images per second and worker
     python bench.py finetune           # the dense training step against timm's model
     python bench.py detect             # Mask R-CNN, training and evaluation, against torchvision's on a ResNet-50
+    python bench.py segment            # UPerNet, training and evaluation, against transformers' on the same weights
     python bench.py heap               # what keeping the heap mapped buys on a CPU
 
 Prints a table and writes CSV, and pictures where there is something to see, to --output_dir.
@@ -37,12 +38,14 @@ from model import MODELS, check_size
 from plumbing import flags
 from plumbing.devices import emulates_half
 from plumbing.files import prepare_output_dir, save_csv
+from plumbing.layouts import upernet_names
 from plumbing.loading import EpochSampler, make_loader
 from plumbing.optim import parameter_groups
 from plumbing.plots import COLOURS, new_figure, plot_curves, save_figure
 from plumbing.processes import setup_processes
 from plumbing.script import UserError, run_script, value_errors_are_the_users
 from scenes import augmentation, embedded_scenes
+from segmenter import UPerNet, segmentation_losses
 
 try:
     import timm  # only to compare with
@@ -324,8 +327,48 @@ def bench_detect(args, device) -> list[dict]:
         parts = {"our encoder": (ours.encoder.forward_stages, imgs), "our encoder and pyramid": (ours, imgs)}
         training |= {name: trainer(partial(total, *part), ours.zero_grad, amp, device) for name, part in parts.items()}
         rows += table(training, args, device, "torchvision", batch, model=name, amp=amp, task="update")
-        evaluation = {library: partial(find, each.eval(), pictures, amp, device) for library, each in detectors.items()}
+        evaluation = {
+            library: partial(find, each.eval(), [[picture] for picture in pictures], amp, device)
+            for library, each in detectors.items()
+        }
         rows += table(evaluation, args, device, "torchvision", batch, model=name, amp=amp, task="evaluation")
+    return rows
+
+
+def bench_segment(args, device) -> list[dict]:
+    """UPerNet beside transformers' on the same weights, 150 classes: an update, and an evaluation."""
+    try:
+        from transformers import ConvNextV2Config, UperNetConfig, UperNetForSemanticSegmentation  # only here: it takes seconds
+    except ImportError:
+        raise UserError("bench.py segment compares with transformers, which is not installed; pip install transformers") from None
+    rows = []
+    for name, batch, amp in settings(args):
+        encoder = MODELS[name](num_classes=0, stem_stride=args.stem_stride)
+        if encoder.version != 2 or batch < 2:
+            which = f"networks of version 2 on batches of at least 2 images, not {name} on {batch}"
+            raise UserError(f"bench.py segment compares {which}; choose another --model or --batch_size")
+        encoder.checkpoint_activations(args.checkpoint_activations)
+        backbone = ConvNextV2Config(
+            patch_size=args.stem_stride,
+            depths=encoder.depths,
+            hidden_sizes=list(encoder.dims),
+            out_features=[f"stage{i}" for i in range(1, 5)],
+        )
+        config = UperNetConfig(backbone_config=backbone, auxiliary_in_channels=encoder.dims[2], num_labels=150)
+        segmenters = {"ours": UPerNet(encoder, 150), "transformers": UperNetForSemanticSegmentation(config)}
+        segmenters["ours"].load_state_dict(upernet_names(segmenters["transformers"].state_dict()))
+        for each in segmenters.values():
+            each.to(device, memory_format=torch.channels_last)
+        imgs = torch.randn(batch, 3, args.input_size, args.input_size, device=device).contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(150, (batch, args.input_size, args.input_size), device=device)
+        losses = {
+            "ours": lambda net=segmenters["ours"], imgs=imgs, labels=labels: sum(segmentation_losses(*net(imgs), labels).values()),
+            "transformers": lambda net=segmenters["transformers"], imgs=imgs, labels=labels: net(imgs, labels=labels).loss,
+        }
+        training = {library: trainer(loss, updates(segmenters[library].train()), amp, device) for library, loss in losses.items()}
+        rows += table(training, args, device, "transformers", batch, model=name, amp=amp, task="update")
+        evaluation = {library: partial(find, each.eval(), [imgs], amp, device) for library, each in segmenters.items()}
+        rows += table(evaluation, args, device, "transformers", batch, model=name, amp=amp, task="evaluation")
     return rows
 
 
@@ -336,12 +379,12 @@ def total(network: Callable, *inputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def find(detector: nn.Module, pictures: list[torch.Tensor], amp: str, device: torch.device) -> None:
-    """Search pictures one by one, as evaluation does."""
+def find(network: nn.Module, inputs: list, amp: str, device: torch.device) -> None:
+    """Give `network` one input after the other, as evaluation does."""
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for picture in pictures:
-            detector([picture])
+        for each in inputs:
+            network(each)
 
 
 def bench_heap(args, device) -> list[dict]:
@@ -366,7 +409,7 @@ def bench_heap(args, device) -> list[dict]:
 
 
 TASKS = {"encoder": bench_encoder, "step": bench_step, "sweep": bench_sweep}
-TASKS |= {"data": bench_data, "finetune": bench_finetune, "detect": bench_detect, "heap": bench_heap}
+TASKS |= {"data": bench_data, "finetune": bench_finetune, "detect": bench_detect, "segment": bench_segment, "heap": bench_heap}
 
 
 # --- output -----------------------------------------------------------------------------------------------------------
@@ -418,7 +461,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = prepare_output_dir(args.output_dir)
     args.amp = args.amp or ["none", "bf16"][: 1 if emulates_half(processes.device) else 2]
     grid = args.input_size // (8 * args.stem_stride)
-    for ratio in {"sweep": SWEEP, "data": ()}.get(args.task, (args.mask_ratio,)):
+    for ratio in {"sweep": SWEEP, "data": (), "segment": ()}.get(args.task, (args.mask_ratio,)):
         with value_errors_are_the_users():
             random_mask(1, grid, grid, ratio)
     rows = TASKS[args.task](args, processes.device)

@@ -11,7 +11,6 @@ config.json, detections.json, scores.json, detections.png and scores.png to --ou
 
 import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from detector import MaskRCNN
 from model import MODELS
 from plumbing import coco, flags, layouts
 from plumbing.devices import autocast_dtype, to_device
-from plumbing.files import file_of_run, save_json, save_tensors
+from plumbing.files import save_json, save_tensors
 from plumbing.loading import Unreadable, count_workers, divided, make_loader
 from plumbing.optim import averaged, layer_groups, learning_rate, make_optimizer
 from plumbing.plots import draw_objects, plot_curves, write_png
@@ -32,6 +31,7 @@ from plumbing.processes import Processes, main_process_first
 from plumbing.recipes import COCO
 from plumbing.run import Run, carry_out
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
+from plumbing.settings import match_classes, settle
 from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, pictures_alone
 
 DEFAULTS = {
@@ -119,60 +119,16 @@ def make_parser() -> flags.Parser:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; then come the recipe, the weights' own configuration, the data set, and the general defaults."""
     parser = make_parser()
-    given = parser.parse_args(argv)
-    plain = flags.merge(given, parser.general)
-    only_use, sources = plain.eval or plain.predict, {}
-    flags.refuse_both(plain, parser, "eval", "predict")
-    if only_use:
-        if not plain.resume:
-            parser.error(f"--{'eval' if plain.eval else 'predict'} needs --resume FILE, a checkpoint to use")
-        given.resume = plain.resume = file_of_run(plain.resume, "checkpoint-best.pth", "newest")
-        sources["the place of --resume"] = dict(output_dir=os.path.dirname(plain.resume) or ".")
-        config = layouts.read_config(plain.resume)
-        places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
-        if not any(hasattr(given, name) for name in ("data_set", *places)):
-            places = ("data_set", *places)
-        sources[plain.resume] = {name: config[name] for name in (*NETWORK, *places, *TEST) if config.get(name) is not None}
-        for name in NETWORK:
-            if hasattr(given, name) and getattr(given, name) != config.get(name):
-                parser.error(f"--{name} {getattr(given, name)}, but {plain.resume} has {config.get(name)}; leave --{name} out")
-    elif plain.finetune:
-        given.finetune = plain.finetune = file_of_run(plain.finetune, "checkpoint-best.pth", "encoder.pth", "newest")
-        found = layouts.flags_of(plain.finetune)
-        sources[plain.finetune] = {name: found[name] for name in ("model", "stem_stride", "mlp_norm") if name in found}
-    plain = flags.merge(given, parser.general, **sources)
-    data_set = plain.data_set or ("folder" if plain.data_path or plain.train_annotations or plain.val_annotations else "embedded")
-    if data_set == "folder" and not (plain.data_path or plain.val_annotations or plain.predict):
-        parser.error("--data_set folder needs --data_path DIR, in COCO's layout")
-    if data_set == "embedded" and plain.data_path:
-        parser.error(f"--data_set embedded takes no --data_path {plain.data_path}; leave one of the two out")
-    sources[f"the data set {data_set}"] = DEFAULTS[data_set]
-    if plain.recipe:
-        size = plain.model.split("_")[1]
-        if size not in COCO:
-            parser.error(f"--recipe coco has no settings for size {size}; it has {', '.join(COCO)}")
-        sources = {f"recipe {plain.recipe}": COCO[size]} | sources
-    if hasattr(given, "blr"):
-        given.lr = None
-    args = flags.merge(
-        given, parser.general | {"mlp_norm": None, "statistics": None, "compile": False, "images_per_update": None}, **sources
-    )
-    args.data_set = data_set
-    derive(args, parser)
-    return args
-
-
-def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
-    """Defaults that follow from other values."""
-    flags.settle_amp(args, parser)
-    args.statistics = args.statistics or args.data_set  # of a checkpoint, those that it was trained with
+    places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
+    enough = ("data_path", "train_annotations", "val_annotations")
+    args = settle(parser, argv, NETWORK, places, TEST, DEFAULTS, {"coco": COCO}, enough, "COCO's layout")
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     args.score_threshold = (0.5 if args.predict else 0.05) if args.score_threshold is None else args.score_threshold
     if args.test_size[0] > args.test_size[1]:
         parser.error(f"--test_size {args.test_size[0]} {args.test_size[1]}: the long side comes second and is no shorter")
     if args.jitter[0] > args.jitter[1]:
         parser.error(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the larger factor comes second")
-    flags.check_epochs(args, parser)
+    return args
 
 
 # --- data and model ---------------------------------------------------------------------------------------------------
@@ -210,23 +166,6 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
             rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
             rpn_post_nms_top_n_test=test, box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
         )  # fmt: skip
-
-
-def load_weights(detector: MaskRCNN, path: str) -> list[str]:
-    """Take over an encoder's weights from a file of any layout, and a detector's where they fit; lines that say what was done."""
-    found = layouts.read_file(path)
-    encoder = detector.backbone.encoder
-    report = [f"{path}: {layouts.describe(found)}", *layouts.load_weights(encoder, layouts.to_native(found))]
-    heads = {name: value for name, value in found.items() if layouts.DECODER.fullmatch(name) and name in detector.state_dict()}
-    if heads:
-        own = detector.state_dict()
-        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
-        detector.load_state_dict(fitting, strict=False)
-        others = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads.keys() - fitting.keys()}))
-        report.append(
-            f"loaded {len(fitting)} of the detector's other tensors" + (f"; at their initial values: {others}" * bool(others))
-        )
-    return report
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
@@ -305,13 +244,6 @@ def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_d
         print(f"in {output_dir}: scores.json, detections.json and detections.png, of {better}")
 
 
-def match_classes(trained: list[str], found: list[str]) -> None:
-    """UserError unless the validation data have the classes that were trained, in their order."""
-    if trained != found:
-        before, now = (f"{', '.join(names[:5])} ({len(names)} in all)" for names in (trained, found))
-        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
-
-
 def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
     """Draw what is found in every picture, and write it to predictions.json."""
     detectors, classes, category_ids = load_detector(args, processes.device)
@@ -355,7 +287,11 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     torch.manual_seed(args.seed)
     detector = make_detector(args, len(scenes.classes))
     lines += [*more, *flags.describe_origins(args)]
-    lines += load_weights(detector, args.finetune) if args.finetune else ["random initial weights"]
+    lines += (
+        layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector")
+        if args.finetune
+        else ["random initial weights"]
+    )
     to_device(detector, run.device)
     ema = averaged(detector, args.model_ema_decay) if args.model_ema else None
     groups = layer_groups(detector, args.weight_decay, args.layer_decay, "group", detector.backbone.encoder.depths)

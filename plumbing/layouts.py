@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ablations.norms import MLP_NORMS, exchange_norm
 from model import MODELS, SIZES, ConvNeXt
@@ -47,8 +48,11 @@ FIELDS = {"p": "weight|bias", "i": "[0-3]", "j": r"\d+", "d": "[1-3]", "k": "[01
 OUTER = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls the ConvNeXt inside it
 
 STEM = "downsample_layers.0.0.weight"
-# What an FCMAE, and a detector of detect.py, hold besides their encoder.
-DECODER = re.compile(r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+")
+# What an FCMAE, a detector of detect.py, and a segmenter of segment.py hold besides their encoder.
+DECODER = re.compile(
+    r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+"
+    r"|(norms|ppm|lateral|fpn)\.\d\..+|(bottleneck|fuse|classifier|auxiliary)\..+"
+)
 DETECTOR = re.compile(r"(neck|fpn|rpn|roi|bbox|mask_head|decode_head|auxiliary_head|panoptic)\w*\.|backbone\.(norm0|body)\.")
 
 
@@ -125,7 +129,8 @@ def describe(state_dict: State) -> str:
     decoder = sum(_of_decoder(_unwrapped(key), layout) for key in state_dict)
     found = architecture(to_native(state_dict))
     head = counted(found["num_classes"], "class") if found["num_classes"] else "no head"
-    whose = "detector" if any(_unwrapped(key).startswith("rpn.") for key in state_dict) else "pre-training decoder"
+    owners = {"rpn": "detector", "ppm": "segmenter"}
+    whose = next((owners[part] for key in state_dict if (part := _unwrapped(key).split(".")[0]) in owners), "pre-training decoder")
     left_out = f"; {decoder} tensors of the {whose} are left out" if decoder else ""
     return f"{layout} layout, {counted(len(state_dict) - decoder, 'tensor')}, {_network(**found)}, {head}{left_out}"
 
@@ -171,6 +176,33 @@ def _few(names: list[str]) -> str:
 def _hint(keys: list[str]) -> str:
     found = any(DETECTOR.match(key) for key in keys)
     return "; they look like a detector's or segmenter's: give the classifier or encoder it was built on" if found else ""
+
+
+# transformers' UperNetForSemanticSegmentation -> the segmenter of segment.py, but for the encoder, which NAMES has.
+UPERNET = (
+    {f"decode_head.psp_modules.{i}.1": f"ppm.{i}" for i in range(4)}
+    | {f"decode_head.lateral_convs.{i}": f"lateral.{i}" for i in range(3)}
+    | {f"decode_head.fpn_convs.{i}": f"fpn.{i}" for i in range(3)}
+    | {f"backbone.hidden_states_norms.stage{i + 1}": f"norms.{i}" for i in range(4)}
+    | {"decode_head.bottleneck": "bottleneck", "decode_head.fpn_bottleneck": "fuse", "decode_head.classifier": "classifier"}
+    | {"auxiliary_head.convs.0": "auxiliary.0", "auxiliary_head.classifier": "auxiliary.1"}
+)
+
+
+def upernet_names(state_dict: State) -> State:
+    """The tensors of transformers' UPerNet under the names of `segmenter.UPerNet`; anything else as it is."""
+    if "decode_head.psp_modules.0.1.conv.weight" not in state_dict:
+        return state_dict
+    renamed = {}
+    for key, value in state_dict.items():
+        module, step, kind = re.fullmatch(r"(.+?)(\.conv|\.batch_norm)?\.(\w+)", key).groups()
+        if module in UPERNET:
+            renamed[UPERNET[module] + {".conv": ".0", ".batch_norm": ".1", None: ""}[step] + f".{kind}"] = value
+        elif inner := _rename(key, "hf", "native"):
+            renamed[f"encoder.{inner}"] = _native_shape(inner, value)
+        else:
+            renamed[key] = value
+    return renamed
 
 
 # --- native -> other layouts ------------------------------------------------------------------------------------------
@@ -332,6 +364,24 @@ def load_weights(model: ConvNeXt, native: State, exchange_mlp_norm: bool = False
     return [f"loaded {len(native)} of the model's {len(expected)} tensors", *report]
 
 
+def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:
+    """Give `net`, a detector or segmenter (`what`) on `encoder`, the weights of a file of any layout; lines that say what was done.
+
+    The encoder's must all fit. The rest is taken where the file has a tensor of that name and shape.
+    """
+    found, own = read_file(path), net.state_dict()
+    report = [f"{path}: {describe(found)}", *load_weights(encoder, to_native(found))]
+    heads = {name: value for name, value in found.items() if DECODER.fullmatch(name) and name in own}
+    if heads:
+        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
+        net.load_state_dict(fitting, strict=False)
+        others = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads.keys() - fitting.keys()}))
+        report.append(
+            f"loaded {len(fitting)} of the {what}'s other tensors" + (f"; at their initial values: {others}" * bool(others))
+        )
+    return report
+
+
 def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
     """A stem's kernel (o, i, s, s) -> (o, in_chans, s, s) with the same response to images whose channels are all equal.
 
@@ -386,7 +436,7 @@ def read_config(path: str | Path) -> dict:
 
 
 def read_file(path: str | Path, ema: bool = False) -> State:
-    """The state dict in a file, in whatever layout.
+    """The state dict in a file, in whatever layout; of transformers' UPerNet with the names of ours.
 
     Looks inside "model", "state_dict" and "module"; with `ema`, inside "model_ema" or "state_dict_ema" for the averaged
     weights. UserError for a file that cannot be read or holds no state dict.
@@ -402,7 +452,7 @@ def read_file(path: str | Path, ema: bool = False) -> State:
         content = inner[0]
     if not content or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()):
         raise UserError(f"{path} holds no state dict of tensors, alone or under 'model' or 'state_dict', but {top or 'nothing'}")
-    return content
+    return upernet_names(content)
 
 
 def write_file(path: str | Path, state_dict: State, top: str | None = None) -> None:

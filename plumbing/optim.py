@@ -95,12 +95,18 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict], lr: float) -> t
 
 
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t."""
-    ema = AveragedModel(net)
+    """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
+
+    BatchNorm's statistics are averaged too, so that they are those of averaged weights; what only counts is copied.
+    """
+    ema = AveragedModel(net, use_buffers=True)
 
     def update(averages, currents, _):
         t = int(ema.n_averaged)  # on the CPU, unlike the copy that is passed in: reading it does not wait for a GPU
-        torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + t) / (10 + t)))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, 1 - min(decay, (1 + t) / (10 + t)))
+        else:
+            torch._foreach_copy_(averages, currents)
 
     ema.multi_avg_fn = update
     return ema

@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -37,15 +38,19 @@ def save_figure(figure, path: Path) -> None:
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def plot_panels(path: Path, columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7) -> None:
+def plot_panels(path: Path, *args, **more) -> None:
     """Write `draw_panels` as a PNG."""
-    save_figure(draw_panels(columns, caption, rows, inches), path)
+    save_figure(draw_panels(*args, **more), path)
 
 
-def draw_panels(columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7):
+def draw_panels(
+    columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
+    legend: Mapping[str, tuple] = MappingProxyType({}),
+):  # fmt: skip
     """A table of pictures as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row; each is `inches` wide. Without names two stand side by side, so that the figure grows less tall.
+    legend: name -> (red, green, blue), 0 to 255.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
@@ -53,13 +58,23 @@ def draw_panels(columns: dict[str, torch.Tensor], caption: str, rows: Sequence[s
     mosaic = make_grid(images.flatten(0, 1), nrow=beside * len(columns), padding=gap, pad_value=1.0)  # (3, rows, columns)
     ticks = [gap + width / 2 + k * (width + gap) for k in range(beside * len(columns))]
     lines = -(-len(images) // beside)
-    figure, axes = new_figure(1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8)
+    fitting = max(1, int(inches * len(ticks) / (0.6 + 0.1 * max(map(len, legend), default=0))))  # names in a row of the legend
+    legend_rows = -(-len(legend) // fitting)
+    figure, axes = new_figure(
+        1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8 + 0.25 * legend_rows
+    )
     axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
     axes[0, 0].set_xticks(ticks, list(columns) * beside, fontsize=11)
     axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
     axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
     axes[0, 0].spines[:].set_visible(False)
     axes[0, 0].set_xlabel(caption, fontsize=11)
+    if legend:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(facecolor=[v / 255 for v in colour], edgecolor="grey", label=name) for name, colour in legend.items()]
+        columns = -(-len(handles) // legend_rows)
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     return figure
 
 

@@ -89,3 +89,20 @@ published_heads    True     True     True
 for settings in COCO.values():
     settings |= dict(nms="soft", proposals=(1000, 1000), steps=[27, 33], schedule="steps", augmentation="jitter", jitter=(0.1, 2.0))
     settings |= dict(input_size=1024, test_size=(800, 1333))
+
+# UPerNet on ADE20K: 160,000 iterations of 16 images, from the fine-tuned classifier. The paper gives the ranges that it searched
+# (App. A.4: learning rate 1, 2 or 3e-4, layer decay .8 or .9, drop path .1 to .4), from which Large and Huge are ours; the rest is
+# ConvNeXt V1's published code, whose sizes have 1e-4 and .8 or .9.
+ADE20K = by_size("""
+                   tiny     base     large    huge
+lr                 None     None     None     None
+blr                1.6e-3   1.6e-3   1.6e-3   1.6e-3
+weight_decay       0.05     0.05     0.05     0.05
+layer_decay        0.9      0.9      0.8      0.8
+drop_path          0.2      0.3      0.4      0.4
+input_size         512      512      512      512
+images_per_update  16       16       16       16
+""")
+for settings in ADE20K.values():
+    settings |= dict(iterations=160_000, warmup_updates=1500, power=1.0, scale=(0.5, 2.0), most=0.75, photometric=True)
+    settings |= dict(reduce_zero_label=True, channels=512, aux_channels=256, batch_size=2, layer_decay_type="group")

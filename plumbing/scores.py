@@ -1,4 +1,7 @@
-"""What a classifier gets right and what it confuses, class by class, and what it makes of single images: tables and a picture."""
+"""What a classifier gets right and what it confuses, class by class, and what it makes of single images: tables and a picture.
+
+A segmenter's scores too.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -33,6 +36,19 @@ def scores_of(results: Iterable[tuple[torch.Tensor, torch.Tensor]], processes: P
     (loss, top1, top5), outcomes = map(math.fsum, zip(*sums)), torch.cat(outcomes)
     count = len(outcomes)
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count, "images": count, "outcomes": outcomes}
+
+
+def segmentation_scores(confusion: torch.Tensor, classes: Sequence[str]) -> dict:
+    """Of counts (true, predicted) of pixels: mIoU, accuracy, mean accuracy and IoU by class, as shares, in float64.
+
+    A class that neither occurs nor is predicted has no IoU (None), one that does not occur no accuracy; means are over the others.
+    """
+    confusion = confusion.double()
+    right, true, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
+    iou, accuracy = right / (true + predicted - right), right / true  # 0 / 0 is NaN
+    by_class = {name: None if math.isnan(value) else value for name, value in zip(classes, iou.tolist())}
+    numbers = {"mIoU": iou.nanmean(), "accuracy": right.sum() / true.sum(), "mean_accuracy": accuracy.nanmean()}
+    return {name: value.item() for name, value in numbers.items()} | {"IoU_by_class": by_class}
 
 
 def better(scores: dict[str, dict]) -> str:

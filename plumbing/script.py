@@ -49,7 +49,7 @@ def run_script(main: Callable[[argparse.Namespace], None], get_args: Callable[[]
     try:
         main(get_args())
     except UserError as error:
-        exit_with(2, str(error))
+        exit_with(2, str(error).rsplit("UserError: ")[-1])  # what a loader's worker raises has its traceback in front
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one, perhaps torchrun's, ends what is left to do
         exit_with(130, "interrupted" + _last_checkpoint(error))

@@ -16,14 +16,21 @@ import stress
 import detect
 import finetune
 import pretrain
+import segment
+from maps import draw_segmentation
 from plumbing import scores
 from plumbing.files import write_atomically
 from plumbing.signals import STOP_SIGNALS
 from scenes import draw_detections
 
-DRAW = {module: module.draw for module in (pretrain, finetune, detect)}
+DRAW = {module: module.draw for module in (pretrain, finetune, detect, segment)}
 DRAW_CONFUSION = scores.draw_confusion
-PICTURES = {pretrain: ("reconstructions.png", "loss.png"), finetune: ("accuracy.png",), detect: ("scores.png",)}
+PICTURES = {
+    pretrain: ("reconstructions.png", "loss.png"),
+    finetune: ("accuracy.png",),
+    detect: ("scores.png",),
+    segment: ("scores.png",),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +52,7 @@ def sketched():
             scores, "draw_confusion", lambda path, content: write_atomically(path, lambda file: file.write_text(str(content)))
         )
         patch.setattr(detect, "draw_detections", lambda path, scenes, found: path.write_text(json.dumps(found)))
+        patch.setattr(segment, "draw_segmentation", lambda path, maps, found: path.write_text(str(found)))
         yield
 
 
@@ -55,6 +63,7 @@ def drawn(sketched, monkeypatch):
         monkeypatch.setattr(module, "draw", draw)
     monkeypatch.setattr(scores, "draw_confusion", DRAW_CONFUSION)
     monkeypatch.setattr(detect, "draw_detections", draw_detections)
+    monkeypatch.setattr(segment, "draw_segmentation", draw_segmentation)
 
 
 @pytest.fixture

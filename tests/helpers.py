@@ -73,6 +73,22 @@ def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, ch
     return data_set
 
 
+def write_maps(root: Path, split: str, count: int, seed: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Drawn pictures and their maps of labels in ADE20K's layout under `root`: uint8 (n, S, S, 3) and (n, S, S)."""
+    pictures, kinds, masks = draw_scenes(count, seed, size)
+    labels = np.zeros(masks.shape[::2] + masks.shape[3:], dtype=np.uint8)
+    for layer in range(3):
+        for kinds_of, mask, label in zip(kinds, masks, labels):
+            label[mask[layer]] = kinds_of[layer] + 1
+    for kind, arrays in (("images", pictures), ("annotations", labels)):
+        folder = root / kind / split
+        folder.mkdir(parents=True)
+        for index, array in enumerate(arrays):
+            Image.fromarray(array).save(folder / f"{index:03}.png")
+    (root / "classes.txt").write_text("\n".join(["ground", *SHAPES]))
+    return pictures, labels
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 SMALL = dict(

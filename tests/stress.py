@@ -26,11 +26,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
-from helpers import picture_folder, write_coco
+from helpers import picture_folder, write_coco, write_maps
 
 import detect
 import finetune
 import pretrain
+import segment
 from plumbing.files import load_file
 from plumbing.flags import BoolFlag, Parser, number
 from plumbing.script import run_script
@@ -39,18 +40,21 @@ TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between eq
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
 DETECT = COMMON + "--input_size 32 --fpn_dim 8 --box_dim 8 --mask_dim 8 --regions 8 --proposals 20 5 --anchor_scale 2 "
+SEGMENT = COMMON + "--input_size 32 --channels 8 --aux_channels 8 "
 COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
 STAGES = {
     "pretrain": (pretrain, COMMON + "--decoder_embed_dim 16"),
     "detect": (detect, DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3"),
+    "segment": (segment, SEGMENT + "--model_ema --drop_path 0.2"),
     "finetune": (finetune, COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25"),
 }
 
 
 def pictures_in(root: Path) -> Path:
-    """Pictures in `root` for every stage: in class folders, and with objects in COCO's layout."""
+    """Pictures in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
     for split, count in (("train", 12), ("val", 3)):
         write_coco(root, split, count, seed=count, size=32)
+        write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
     return picture_folder(root, train=12, val=6)
 
 

@@ -24,7 +24,7 @@ from data import SHAPES, STATISTICS, draw_images, draw_scenes
 from detect import MaskRCNN
 from detector import AlignedRoIAlign, AnchorGenerator, FineAnchors, soft_nms
 from model import MODELS, ConvNeXt
-from plumbing import coco
+from plumbing import coco, layouts
 from plumbing.files import find_checkpoints, load_file, save_tensors
 from plumbing.layouts import from_native, to_native
 from plumbing.log import read_log
@@ -560,14 +560,14 @@ def test_weights_come_from_encoders_classifiers_and_detectors(folder, tmp_path, 
     assert args.stem_stride == 2 and args.model.startswith("convnextv2")
     args.masks = True
     detector = detect.make_detector(args, 10)
-    lines = "\n".join(detect.load_weights(detector, args.finetune))
+    lines = "\n".join(layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector"))
     assert "left out norm.weight, norm.bias, head.weight, head.bias" in lines
     encoder = {name: value for name, value in classifier.state_dict().items() if not name.startswith(("norm.", "head."))}
     assert_equal(detector.backbone.encoder.state_dict(), encoder)
 
     save_tensors(tmp_path / "detector.pth", {"model": randomised(detector).state_dict()})
     another = detect.make_detector(args, 4)
-    lines = "\n".join(detect.load_weights(another, tmp_path / "detector.pth"))
+    lines = "\n".join(layouts.load_parts(another, another.backbone.encoder, tmp_path / "detector.pth", "detector"))
     assert "at their initial values: roi_heads.box_predictor.bbox_pred, roi_heads.box_predictor.cls_score" in lines
     kept = {name: value for name, value in detector.state_dict().items() if "predictor" not in name}
     assert_equal({name: another.state_dict()[name] for name in kept}, kept)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import pytest
 import stress
 import torch
-from helpers import picture_folder, words, write_coco
+from helpers import picture_folder, words, write_coco, write_maps
 
 import data
 import detect
 import finetune
 import model
 import pretrain
+import segment
 from model import MODELS, ConvNeXt
 from plumbing.devices import set_determinism
 from plumbing.files import save_tensors
@@ -49,7 +50,11 @@ BASE = {
         anchor_scale=4,
         val_limit=1,
     ),
-}
+    segment: dict(
+        data_path="pictures", input_size=32, test_size=32, stem_stride=1, batch_size=4, epochs=2, warmup_updates=1, lr=1e-2, num_workers=0,
+        log_every=1, save_ckpt=False, eval_freq=2, channels=8, aux_channels=8,
+    ),
+}  # fmt: skip
 CIFAR = dict(data_set="cifar10")
 MIXED = dict(mixup=0.8, cutmix=1.0)
 SAVING = dict(save_ckpt=True)
@@ -111,6 +116,12 @@ WEIGHTS[detect] = {flag: WEIGHTS[finetune][flag] for flag in (*ALIKE, *TRANSFER)
     "jitter": (1, 1.01), "color_jitter": 0.5, "warmup_updates": 3, "schedule": "cosine", "steps": (0.5, 1),
 }  # fmt: skip
 
+WEIGHTS[segment] = {flag: WEIGHTS[finetune][flag] for flag in (*ALIKE, *TRANSFER)} | {
+    "stem_stride": 2, "input_size": 40, "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "warmup_updates": 3, "power": 3.0, "iterations": 4,
+    "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)), "layer_decay_type": ("single", dict(layer_decay=0.5)),
+    "test_size": 40, "scale": (1, 1.01), "most": 0.4, "photometric": False, "nb_classes": 20, "classes": "names.txt", "reduce_zero_label": True,
+}  # fmt: skip
+
 LOG = {  # the same weights, another log
     pretrain: {"log_every": 2},
     finetune: {
@@ -118,15 +129,24 @@ LOG = {  # the same weights, another log
         "model_ema_eval": (False, dict(model_ema=True)),
     },
     detect: {"log_every": 2, "eval_freq": 1, "disable_eval": True, "model_ema_eval": (False, dict(model_ema=True))},
+    segment: {
+        "log_every": 2, "eval_freq": 1, "disable_eval": True, "model_ema_eval": (False, dict(model_ema=True)), "val_split": "training",
+        "test_scales": (0.5, 1), "flip": True, "window": 16, "stride": (4, dict(window=16)),
+    },
 }  # fmt: skip
 
 SAVES = {"save_ckpt": True, "save_ckpt_freq": (2, SAVING), "save_every_steps": (1, SAVING), "save_every_minutes": (1e-9, SAVING),
          "save_ckpt_num": (1, SAVING)}  # fmt: skip
-FILES = {pretrain: SAVES, finetune: SAVES, detect: SAVES}  # the same weights and log, other files
+FILES = {pretrain: SAVES, finetune: SAVES, detect: SAVES, segment: SAVES}  # the same weights and log, other files
 
 SPEED = {"num_workers": 1, "pin_mem": False, "checkpoint_activations": True, "deterministic": True, "timeout_minutes": 5, "device": "cpu",
          "auto_resume": False, "resume_anyway": True}  # fmt: skip
-NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED}  # the same weights, log and files, bit for bit
+NOTHING = {
+    pretrain: SPEED,
+    finetune: SPEED | {"dist_eval": False},
+    detect: SPEED,
+    segment: SPEED,
+}  # the same weights, log and files, bit for bit
 
 # What two short runs in one process cannot show, and the test that does.
 ELSEWHERE = {
@@ -170,6 +190,9 @@ def train(tmp_path_factory):
     for name, seed in (("pictures", 0), ("others", 5)):
         write_coco(root / name, "train", 12, seed, size=32)
         write_coco(root / name, "val", 2, seed + 1, size=32)
+        write_maps(root / name, "training", 12, seed, size=32)
+        write_maps(root / name, "validation", 2, seed + 1, size=32)
+    (root / "names.txt").write_text("\n".join(f"class {k}" for k in range(15)))
     small = {name: partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)) for name in MODELS}
     small["convnextv2_base"] = partial(ConvNeXt, (3, 3, 27, 3), (4, 4, 4, 4), version=2)
     torch.manual_seed(7)
@@ -230,10 +253,10 @@ def test_every_flag_does_what_its_row_says(train, script, flag, value, base, kin
         assert (without.files == given.files) == (kind != "files")
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune, detect])
+@pytest.mark.parametrize("script", [pretrain, finetune, detect, segment])
 def test_every_flag_has_a_row(script):
     none = {"images_per_update"} | (
-        {"mlp_norm", "statistics", "compile"} if script is detect else set()
+        {"mlp_norm", "statistics", "compile"} if script in (detect, segment) else set()
     )  # values of recipes and weights alone
     flags = set(vars(script.get_args(["--data_path", "pictures"]))) - none
     listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
