@@ -209,14 +209,14 @@ def augmentation(
 # --- pictures -----------------------------------------------------------------------------------------------------------
 
 
-def draw_detections(path: Path, scenes: Scenes, found: dict[int, list[dict]], count: int = 8) -> None:
-    """Ground truth beside what was found, of up to `count` pictures spread over the set."""
+def draw_detections(path: Path, scenes: Scenes, found: dict[int, list[dict]], count: int = 8, least: float = 0.3) -> None:
+    """Ground truth beside what was found with a score of at least `least`, of up to `count` pictures spread over the set."""
     indices, side = sorted(found), 512
     indices = [indices[k * len(indices) // count] for k in range(count)] if len(indices) > count else indices
     names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "found": []}
     for index in indices:
         picture, truth = scenes.open(index), scenes.annotations.of_image[scenes.data_set["images"][index]["id"]]
-        for title, rows in (("ground truth", truth), ("found", [row for row in found[index] if row["score"] >= 0.5])):
+        for title, rows in (("ground truth", truth), ("found", [row for row in found[index] if row["score"] >= least])):
             columns[title].append(draw_objects(picture, rows, names, square=side))
     columns = {title: torch.stack(pictures) / 255 for title, pictures in columns.items()}
-    plot_panels(path, columns, "found: with a score of at least 0.5", inches=3)
+    plot_panels(path, columns, f"found: with a score of at least {least:g}", inches=3)
