@@ -37,7 +37,7 @@ from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folde
 DEFAULTS = {
     "folder": dict(lr=1e-4),
     "embedded": dict(
-        input_size=128, test_size=(128, 128), augmentation="none", anchor_scale=4, fpn_dim=32, box_dim=256, mask_dim=32, regions=32,
+        input_size=128, test_size=(128, 128), augmentation="none", anchor_scale=4, fpn_dim=32, box_dim=256, mask_dim=32, regions=16,
         group_norm=True, proposals=(200, 100), batch_size=8, epochs=4, lr=1e-3, schedule="cosine",
     ),
 }  # fmt: skip

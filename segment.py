@@ -53,8 +53,8 @@ from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
-    "embedded": dict(  # small pictures and many of them: the kinds of shape are learned slowly
-        input_size=64, test_size=64, channels=64, aux_channels=32, scale=(0.9, 1.65), photometric=False, batch_size=16, epochs=6, lr=2e-3,
+    "embedded": dict(
+        input_size=128, test_size=128, channels=64, aux_channels=32, scale=(0.9, 1.1), photometric=False, batch_size=8, epochs=3, lr=1e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
