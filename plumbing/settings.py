@@ -18,7 +18,7 @@ def settle(
 
     Args:
         network: flags that a checkpoint decides, which a command line must not contradict.
-        places: flags that tell where the data lie, any of which means a folder. Without one, a checkpoint's are taken.
+        places: flags that tell where the data lie. Without --data_path and --data_set a checkpoint's are taken, but for those given.
         prepared: other flags that evaluation and prediction take from the checkpoint.
         defaults: data set -> its flags, which come after all others.
         recipes: name -> size -> flags.
@@ -34,7 +34,10 @@ def settle(
         given.resume = plain.resume = file_of_run(plain.resume, "checkpoint-best.pth", "newest")
         sources["the place of --resume"] = dict(output_dir=os.path.dirname(plain.resume) or ".")
         config = layouts.read_config(plain.resume)
-        as_trained = () if any(hasattr(given, name) for name in ("data_set", *places)) else ("data_set", *places)
+        if hasattr(given, "data_set") or hasattr(given, "data_path"):
+            as_trained = ()
+        else:  # a place given beside the checkpoint's others, such as another split of the same folder
+            as_trained = places if any(hasattr(given, name) for name in places) else ("data_set", *places)
         sources[plain.resume] = {name: config[name] for name in (*network, *as_trained, *prepared) if config.get(name) is not None}
         for name in network:
             if hasattr(given, name) and getattr(given, name) != config.get(name):

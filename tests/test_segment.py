@@ -662,6 +662,7 @@ def test_flags_of_evaluation_reach_it(folder, tmp_path):
     ):  # fmt: skip
         assert not torch.equal(found(**flags), plain), flags
     assert not torch.equal(found(window=24, stride=5), found(window=24)) and torch.equal(found(), plain)
+    assert torch.equal(found(val_split="test"), found(val_split="test", data_path=folder))  # the checkpoint's folder
 
 
 def test_the_embedded_pictures_are_segmented_and_shown(tmp_path, monkeypatch, drawn):
