@@ -19,15 +19,18 @@ from PIL import Image
 import analyze
 import bench
 import data
+import detect
 import finetune
 import pretrain
+import segment
 import weights
 from fcmae import FCMAE
 from model import ConvNeXt
 from plumbing.processes import TORCHRUN_VARIABLES
 from plumbing.script import run_script
 
-SCRIPTS = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze, "weights": weights, "bench": bench}
+SCRIPTS = {"pretrain": pretrain, "finetune": finetune, "detect": detect, "segment": segment}
+SCRIPTS |= {"analyze": analyze, "weights": weights, "bench": bench}
 SMALL = "--input_size 16 --stem_stride 1 --epochs 2 --num_workers 0"
 LONG = "x" * 300  # longer than a file name may be
 
@@ -190,6 +193,13 @@ TABLE = {
     "finetune: weights hold code": ("--finetune code.pth", "code.pth is not a readable checkpoint", "code, which is never run"),
     "finetune: weights hold old code": ("--finetune code.pkl", "code.pkl is not a readable checkpoint", "code, which is never run"),
     "finetune: weights are a list": ("--finetune list.pth", "list.pth holds a list, not a checkpoint"),
+    "detect: no annotations": ("--data_path labelled", "cannot read the annotations labelled/annotations/instances_train2017.json"),
+    "detect: evaluate a classifier": ("--eval --resume tuned.pth", "tuned.pth holds no detector", "train one with detect.py --finetune tuned.pth"),
+    "detect: evaluate a segmenter": ("--eval --resume segmenter.pth", "segmenter.pth holds no detector", "detect.py --finetune segmenter.pth"),
+    "detect: evaluate without a checkpoint": ("--eval", "--eval needs --resume FILE"),
+    "segment: no label maps": ("--data_path labelled", "labelled/images/training"),
+    "segment: evaluate a classifier": ("--eval --resume tuned.pth", "tuned.pth holds no segmenter", "segment.py --finetune tuned.pth"),
+    "segment: evaluate a detector": ("--eval --resume ours.pth", "ours.pth holds no segmenter", "segment.py --finetune ours.pth"),
     "finetune: weights of a detector": ("--finetune detector.pth", "no part of a ConvNeXt", "give the classifier or encoder it was built on"),
     "finetune: weights of no known layout": ("--finetune resnet.pth", "no layout is known for these 2 tensors (conv1.weight, fc.weight)"),
     "finetune: weights of scalars": ("--finetune scalars.pth", "stages.0.0.dwconv.weight of shape () cannot be"),
@@ -310,6 +320,8 @@ def things(tmp_path_factory) -> Path:
         "incomplete.pth": {key: value for key, value in state.items() if key != "norm.bias"},
         "scalars.pth": state | {"stages.0.0.dwconv.weight": torch.tensor(1.0)},
         "detector.pth": {f"backbone.{key}": value for key, value in encoder.state_dict().items()} | {"rpn_head.conv.weight": torch.ones(1)},
+        "ours.pth": {"model": {"rpn.head.weight": torch.ones(1)}, "classes": ["a"], "category_ids": [1], "config": {}},
+        "segmenter.pth": {"model": {"fuse.0.weight": torch.ones(1)}, "classes": ["a"], "colours": [[0, 0, 0]], "config": {}},
         "resnet.pth": {"conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
         "list.pth": [1, 2],
         "code.pth": {"model": state, "code": Code()},
