@@ -176,10 +176,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[
     for name in ("model", "model_ema"):
         if content.get(name):
             detector = make_detector(args, len(content["classes"]))
-            try:
-                detector.load_state_dict(content[name])
-            except RuntimeError as error:
-                raise UserError(f"{args.resume} does not fit the detector of its own configuration: {one_line(error)}") from None
+            layouts.load_own(detector, content[name], args.resume)
             to_device(detector, device)
             detectors[name] = detector.eval()
     return detectors, content["classes"], content["category_ids"]

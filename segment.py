@@ -176,7 +176,7 @@ def load_segmenters(path: str, args: argparse.Namespace, device: torch.device) -
     for name in ("model", "model_ema"):
         if content.get(name):
             segmenter = make_segmenter(args, len(content["classes"]))
-            segmenter.load_state_dict(content[name])
+            layouts.load_own(segmenter, content[name], path)
             to_device(segmenter, device)
             segmenters[name] = segmenter.eval()
     return segmenters, content["classes"], [tuple(colour) for colour in content["colours"]]

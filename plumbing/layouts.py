@@ -382,6 +382,21 @@ def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[
     return report
 
 
+def load_own(net: nn.Module, state_dict: State, path: str) -> None:
+    """Give a network the weights that one like it was saved with; UserError where they do not fit."""
+    own = net.state_dict()
+    wrong = [name for name in sorted(own.keys() | state_dict.keys()) if _shape(own, name) != _shape(state_dict, name)]
+    if wrong:
+        raise UserError(
+            f"{path} and the network that it describes differ in {counted(len(wrong), 'tensor')} ({_few(wrong)}); it is incomplete or altered"
+        )
+    net.load_state_dict(state_dict)
+
+
+def _shape(state_dict: State, name: str) -> tuple | None:
+    return tuple(state_dict[name].shape) if name in state_dict else None
+
+
 def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
     """A stem's kernel (o, i, s, s) -> (o, in_chans, s, s) with the same response to images whose channels are all equal.
 

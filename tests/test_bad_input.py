@@ -196,6 +196,8 @@ TABLE = {
     "detect: no annotations": ("--data_path labelled", "cannot read the annotations labelled/annotations/instances_train2017.json"),
     "detect: evaluate a classifier": ("--eval --resume tuned.pth", "tuned.pth holds no detector", "train one with detect.py --finetune tuned.pth"),
     "detect: evaluate a segmenter": ("--eval --resume segmenter.pth", "segmenter.pth holds no detector", "detect.py --finetune segmenter.pth"),
+    "detect: evaluate an altered detector": ("--eval --resume ours.pth", "ours.pth and the network that it describes differ in", "incomplete or altered"),
+    "segment: evaluate an altered segmenter": ("--eval --resume segmenter.pth", "describes differ in", "incomplete or altered"),
     "detect: evaluate without a checkpoint": ("--eval", "--eval needs --resume FILE"),
     "segment: no label maps": ("--data_path labelled", "labelled/images/training"),
     "segment: evaluate a classifier": ("--eval --resume tuned.pth", "tuned.pth holds no segmenter", "segment.py --finetune tuned.pth"),

@@ -391,7 +391,8 @@ def test_a_detector_of_mmdetection_computes_what_it_does_there(folder, tmp_path)
     masks = ours.roi_heads.mask_predictor(ours.roi_heads.mask_head(regions))
     torch.testing.assert_close(masks[:, 1:], f.conv2d(hidden, *at(head + "conv_logits")))
 
-    lines = detect.load_weights(detect.make_detector(args, 3), tmp_path / "theirs.pth")  # --finetune takes all of it
+    another = detect.make_detector(args, 3)
+    lines = layouts.load_parts(another, another.backbone.encoder, tmp_path / "theirs.pth", "detector")  # --finetune takes all of it
     assert lines[-1] == f"loaded {len(ours.state_dict()) - len(encoder)} of the detector's other tensors"
 
 
