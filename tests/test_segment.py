@@ -719,6 +719,6 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     for split in ("training", "validation"):
         write_maps(tmp_path / "ade", split, 8, 0, size=64)
     flags = dict(input_size=64, test_size=64, stem_stride=1, channels=32, aux_channels=16, batch_size=4, lr=3e-3)
-    more = dict(scale=(1, 1), most=1, photometric=False, epochs=150, eval_freq=150, log_every=50, save_ckpt_freq=150)
+    more = dict(scale=(1, 1), most=1, photometric=False, epochs=500, eval_freq=250, log_every=100, save_ckpt_freq=500)
     run(tmp_path / "ade", tmp_path / "run", **flags, **more)
     assert json.loads((tmp_path / "run/scores.json").read_text())["mIoU"] > 0.9
