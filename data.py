@@ -31,6 +31,7 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: the mean colour
 DATA_SETS = tuple(STATISTICS)
 BICUBIC = v2.InterpolationMode.BICUBIC
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}

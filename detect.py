@@ -13,11 +13,11 @@ import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ablations.norms import exchange_norm
 from data import STATISTICS, find_images
 from detector import MaskRCNN
 from model import MODELS
@@ -153,14 +153,10 @@ def load_scenes(args: argparse.Namespace, split: str) -> tuple[Scenes, list[str]
 def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
     """The network that the flags describe."""
     with value_errors_are_the_users():
-        encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
-        if args.mlp_norm not in (None, "grn"):
-            exchange_norm(encoder, args.mlp_norm)
-        encoder.checkpoint_activations(args.checkpoint_activations)
         mean, std = STATISTICS[args.statistics]
         train, test = args.proposals
         return MaskRCNN(
-            encoder, num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks,
+            layouts.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks,
             args.group_norm, args.nms, args.published_heads,
             min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
             rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
@@ -170,16 +166,11 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
     """The detectors of --resume, "model" and where there is one "model_ema", ready to evaluate; class names; category ids."""
-    content, detectors = layouts.read_content(args.resume), {}
+    content = layouts.read_content(args.resume)
     if not {"classes", "category_ids", "model"} <= content.keys() or not any(name.startswith("rpn.") for name in content["model"]):
         raise UserError(f"{args.resume} holds no detector of detect.py; train one with detect.py --finetune {args.resume}")
-    for name in ("model", "model_ema"):
-        if content.get(name):
-            detector = make_detector(args, len(content["classes"]))
-            layouts.load_own(detector, content[name], args.resume)
-            to_device(detector, device)
-            detectors[name] = detector.eval()
-    return detectors, content["classes"], content["category_ids"]
+    make = partial(make_detector, args, len(content["classes"]))
+    return layouts.load_saved(content, make, args.resume, device), content["classes"], content["category_ids"]
 
 
 # --- the three tasks --------------------------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import SCENES, SHAPES, STATISTICS, draw_scenes, list_images, normalise, open_rgb, why_unreadable
+from data import GREY, SCENES, SHAPES, STATISTICS, draw_scenes, list_images, normalise, open_rgb, why_unreadable
 from plumbing.plots import plot_panels
 from plumbing.script import UserError, counted
 from plumbing.seeds import mix_seed
 from segmenter import IGNORED
 
-GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: the mean colour
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's names of pictures with one number a pixel
 
 

@@ -14,13 +14,11 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from data import SCENES, SHAPES, STATISTICS, draw_scenes, open_rgb, why_unreadable
+from data import GREY, SCENES, SHAPES, draw_scenes, open_rgb, why_unreadable
 from plumbing.coco import Annotations, embedded_annotations, has_masks, read_annotations
 from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
-
-GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: the mean colour
 
 
 class Scenes(Dataset):

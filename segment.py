@@ -12,6 +12,7 @@ config.json, scores.json, segmentation.png and scores.png to --output_dir.
 import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from ablations.norms import exchange_norm
 from data import STATISTICS, find_images
 from maps import (
     LabelMaps,
@@ -161,25 +161,16 @@ def load_maps(args: argparse.Namespace, split: str, classes: tuple[list[str], li
 def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
     """The network that the flags describe."""
     with value_errors_are_the_users():
-        encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
-        if args.mlp_norm not in (None, "grn"):
-            exchange_norm(encoder, args.mlp_norm)
-        encoder.checkpoint_activations(args.checkpoint_activations)
-        return UPerNet(encoder, num_classes, args.channels, args.aux_channels)
+        return UPerNet(layouts.make_encoder(args), num_classes, args.channels, args.aux_channels)
 
 
 def load_segmenters(path: str, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], list, list]:
     """The segmenters of a checkpoint, "model" and where there is one "model_ema", ready to evaluate; names and colours of classes."""
-    content, segmenters = layouts.read_content(path), {}
+    content = layouts.read_content(path)
     if not {"classes", "colours", "model"} <= content.keys() or "fuse.0.weight" not in content["model"]:
         raise UserError(f"{path} holds no segmenter of segment.py; train one with segment.py --finetune {path}")
-    for name in ("model", "model_ema"):
-        if content.get(name):
-            segmenter = make_segmenter(args, len(content["classes"]))
-            layouts.load_own(segmenter, content[name], path)
-            to_device(segmenter, device)
-            segmenters[name] = segmenter.eval()
-    return segmenters, content["classes"], [tuple(colour) for colour in content["colours"]]
+    make = partial(make_segmenter, args, len(content["classes"]))
+    return layouts.load_saved(content, make, path, device), content["classes"], [tuple(colour) for colour in content["colours"]]
 
 
 # --- what a picture shows ---------------------------------------------------------------------------------------------

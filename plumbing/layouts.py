@@ -10,6 +10,7 @@ Shapes: C channels, o and i a convolution's output and input channels, K kernel 
 import argparse
 import math
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import nn
 from ablations.norms import MLP_NORMS, exchange_norm
 from model import MODELS, SIZES, ConvNeXt
 from plumbing import mmdet
+from plumbing.devices import to_device
 from plumbing.files import load_file, save_tensors, write_atomically
 from plumbing.script import UserError, counted
 
@@ -391,6 +393,26 @@ def load_own(net: nn.Module, state_dict: State, path: str) -> None:
             f"{path} and the network that it describes differ in {counted(len(wrong), 'tensor')} ({_few(wrong)}); it is incomplete or altered"
         )
     net.load_state_dict(state_dict)
+
+
+def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: torch.device) -> dict[str, nn.Module]:
+    """The networks of a checkpoint, "model" and where there is one "model_ema", ready to evaluate."""
+    networks = {}
+    for name in ("model", "model_ema"):
+        if content.get(name):
+            networks[name] = make().eval()
+            load_own(networks[name], content[name], path)
+            to_device(networks[name], device)
+    return networks
+
+
+def make_encoder(args: argparse.Namespace) -> ConvNeXt:
+    """The encoder that the flags of detect.py or segment.py describe."""
+    encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
+    if args.mlp_norm not in (None, "grn"):
+        exchange_norm(encoder, args.mlp_norm)
+    encoder.checkpoint_activations(args.checkpoint_activations)
+    return encoder
 
 
 def _shape(state_dict: State, name: str) -> tuple | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from functools import partial
 
 import pytest
 
@@ -18,6 +19,7 @@ import finetune
 import pretrain
 import segment
 from maps import draw_segmentation
+from model import MODELS, ConvNeXt
 from plumbing import scores
 from plumbing.files import write_atomically
 from plumbing.signals import STOP_SIGNALS
@@ -75,3 +77,10 @@ def at_a_terminal():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """Networks that tests can afford."""
+    for name in MODELS:
+        monkeypatch.setitem(MODELS, name, partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)))

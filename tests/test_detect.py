@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from plumbing.plots import draw_objects
 from plumbing.script import UserError
 from plumbing.seeds import mix_seed
 
+pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(
     input_size=48, stem_stride=2, fpn_dim=8, box_dim=16, mask_dim=8, regions=8, proposals=(20, 10), anchor_scale=4, batch_size=2, epochs=2,
     num_workers=0, log_every=1, device="cpu", lr=1e-3, jitter=(0.7, 1.4),
@@ -41,13 +41,6 @@ SMALL = dict(
 
 def small_network(**kwargs) -> ConvNeXt:
     return ConvNeXt(**TINY, **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def small_models(monkeypatch):
-    """Networks that tests can afford."""
-    for name in MODELS:
-        monkeypatch.setitem(MODELS, name, partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)))
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from plumbing.seeds import mix_seed
 from segment import UPerNet
 from segmenter import BatchNorm, segmentation_losses
 
+pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(
     input_size=32, test_size=40, stem_stride=2, channels=8, aux_channels=8, batch_size=2, epochs=2, num_workers=0, log_every=1,
     device="cpu", lr=1e-3,
@@ -47,13 +48,6 @@ def trained(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         if "running" in name:
             value.copy_(torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)) + 0.5)
     return network.eval()
-
-
-@pytest.fixture(autouse=True)
-def small_models(monkeypatch):
-    """Networks that tests can afford."""
-    for name in MODELS:
-        monkeypatch.setitem(MODELS, name, partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)))
 
 
 @pytest.fixture
