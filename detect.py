@@ -20,7 +20,6 @@ import torch
 
 from data import STATISTICS, find_images
 from detector import MaskRCNN
-from model import MODELS
 from plumbing import coco, flags, layouts
 from plumbing.devices import autocast_dtype, to_device
 from plumbing.files import save_json, save_tensors
@@ -31,7 +30,7 @@ from plumbing.processes import Processes, main_process_first
 from plumbing.recipes import COCO
 from plumbing.run import Run, carry_out
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import match_classes, settle
+from plumbing.settings import add_evaluation_flags, add_task_flags, match_classes, settle
 from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, pictures_alone
 
 DEFAULTS = {
@@ -54,26 +53,12 @@ TEST = ("input_size", "test_size", "nms", "proposals")  # how a detector was eva
 def make_parser() -> flags.Parser:
     """All flags."""
     parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
-    add = parser.adder(parser.add_argument_group("task"))
-    add("--eval", bool, False, "only evaluate the checkpoint of --resume")
-    add("--predict", str, None, "only search these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
-    add("--recipe", ("coco",), None, "the published settings for the model's size; other flags override them")
-
-    add = parser.adder(parser.add_argument_group("model"))
-    add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
-    add(
-        "--finetune",
-        str,
-        None,
-        "weights of an encoder, classifier or detector, of any layout that weights.py reads",
-        metavar="FILE",
-    )
-    add("--stem_stride", flags.STRIDES, 4, "stride of the stem; anchors follow it")
-    add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
+    files = "an encoder, classifier or detector, of any layout that weights.py reads"
+    add = add_task_flags(parser, "search", "coco", files)
     add("--fpn_dim", flags.number(int, 1, 8192), 256, "channels of the feature pyramid")
     add("--box_dim", flags.number(int, 1, 8192), 1024, "width of the box head")
     add("--mask_dim", flags.number(int, 1, 8192), 256, "channels of the mask head")
-    add("--anchor_scale", flags.positive, 8.0, "side of the anchors, in strides of their level")
+    add("--anchor_scale", flags.positive, 8.0, "side of the anchors, in strides of their level, which follow the stem's")
     add("--masks", bool, None, "predict masks; without, a Faster R-CNN (default: where the training objects have masks)")
     add("--group_norm", bool, False, "GroupNorm in pyramid and mask head: random weights learn much sooner with it")
     add("--regions", flags.count, 512, "regions an image that the heads learn from, a quarter of them objects")
@@ -109,9 +94,7 @@ def make_parser() -> flags.Parser:
     add("--schedule", ("steps", "cosine"), "steps", "a tenth of the rate from each of --steps on, or half a cosine to --min_lr")
     add("--steps", flags.not_negative, None, "epochs after which the rate falls (default: 3/4 and 11/12 of --epochs)", nargs="+")
     flags.add_transfer_flags(add)
-    add = parser.adder(parser.add_argument_group("evaluation while training"))
-    add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
-    add("--disable_eval", bool, False, "do not evaluate while training")
+    add_evaluation_flags(parser)
     flags.add_run_flags(parser, "runs/detect", compile=False)
     return parser
 

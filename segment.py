@@ -36,7 +36,7 @@ from maps import (
     scaled_size,
     write_labels,
 )
-from model import MODELS, check_size
+from model import check_size
 from plumbing import flags, layouts
 from plumbing.devices import autocast_dtype, to_device
 from plumbing.files import save_json, save_tensors
@@ -48,7 +48,7 @@ from plumbing.recipes import ADE20K
 from plumbing.run import Run, carry_out
 from plumbing.scores import segmentation_scores
 from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import match_classes, settle
+from plumbing.settings import add_evaluation_flags, add_task_flags, match_classes, settle
 from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 
 DEFAULTS = {
@@ -68,17 +68,8 @@ LOSSES = ("loss_head", "loss_auxiliary")
 def make_parser() -> flags.Parser:
     """All flags."""
     parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
-    add = parser.adder(parser.add_argument_group("task"))
-    add("--eval", bool, False, "only evaluate the checkpoint of --resume")
-    add("--predict", str, None, "only label these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
-    add("--recipe", ("ade20k",), None, "the published settings for the model's size; other flags override them")
-
-    add = parser.adder(parser.add_argument_group("model"))
-    add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
-    kinds = "an encoder, classifier, detector or segmenter, of any layout that weights.py reads, transformers' UPerNet too"
-    add("--finetune", str, None, f"weights of {kinds}", metavar="FILE")
-    add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
-    add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
+    files = "an encoder, classifier, detector or segmenter, of any layout that weights.py reads, transformers' UPerNet too"
+    add = add_task_flags(parser, "label", "ade20k", files)
     add("--channels", flags.number(int, 1, 8192), 512, "width of the head")
     add("--aux_channels", flags.number(int, 1, 8192), 256, "width of the auxiliary head")
 
@@ -109,9 +100,7 @@ def make_parser() -> flags.Parser:
     add("--power", flags.not_negative, 1.0, "of the polynomial by which the learning rate falls to --min_lr")
     flags.add_transfer_flags(add)
     add("--layer_decay_type", ("single", "group"), "group", "a layer is one block, or a stage (of stage 3, three blocks)")
-    add = parser.adder(parser.add_argument_group("evaluation while training"))
-    add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
-    add("--disable_eval", bool, False, "do not evaluate while training")
+    add_evaluation_flags(parser)
     flags.add_run_flags(parser, "runs/segment", compile=False)
     return parser
 

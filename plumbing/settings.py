@@ -1,13 +1,38 @@
 """Where the flags of detect.py and segment.py come from: the command line, a recipe, weights or a checkpoint, the data set."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from model import MODELS
 from plumbing import flags, layouts
 from plumbing.files import file_of_run
 from plumbing.script import UserError
 
 UNFLAGGED = {"mlp_norm": None, "statistics": None, "compile": False, "images_per_update": None}  # of weights and recipes alone
+
+
+def add_task_flags(parser: flags.Parser, does: str, recipe: str, files: str) -> Callable:
+    """The flags that choose task and encoder; a function that adds more to the group of the model.
+
+    does: what prediction does with pictures; recipe: its name; files: what --finetune reads.
+    """
+    add = parser.adder(parser.add_argument_group("task"))
+    add("--eval", bool, False, "only evaluate the checkpoint of --resume")
+    add("--predict", str, None, f"only {does} these files or folders with the checkpoint of --resume", nargs="+", metavar="IMAGE")
+    add("--recipe", (recipe,), None, "the published settings for the model's size; other flags override them")
+    add = parser.adder(parser.add_argument_group("model"))
+    add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
+    add("--finetune", str, None, f"weights of {files}", metavar="FILE")
+    add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
+    add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
+    return add
+
+
+def add_evaluation_flags(parser: flags.Parser) -> None:
+    """When to evaluate while training."""
+    add = parser.adder(parser.add_argument_group("evaluation while training"))
+    add("--eval_freq", flags.count, 1, "epochs between evaluations; the last epoch always has one")
+    add("--disable_eval", bool, False, "do not evaluate while training")
 
 
 def settle(
