@@ -123,6 +123,34 @@ def knn_accuracy(bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.T
     return right / len(queries)
 
 
+def ridge_accuracy(
+    known: torch.Tensor, known_labels: torch.Tensor, found: torch.Tensor, labels: torch.Tensor, strength: float = 0.01
+) -> float:
+    """Share of `found` (N, D) whose class (N,) a linear layer gets right that is fitted to `known` (M, D), with labels (M,).
+
+    Ridge regression on one-hot classes in closed form, `strength` x M on the diagonal of the features' products, each feature of
+    variance one: nothing is tuned, and nothing random.
+    """
+    std, mean = torch.std_mean(known.double(), dim=0, correction=0)
+    known, found = ((part.double() - mean) / torch.where(std == 0, 1, std) for part in (known, found))
+    targets = nn.functional.one_hot(known_labels).double()  # (M, K)
+    products = known.T @ known + strength * len(known) * torch.eye(known.shape[1], dtype=torch.float64)  # (D, D)
+    weight = torch.linalg.solve(products, known.T @ (targets - targets.mean(dim=0)))  # (D, K)
+    return ((found @ weight + targets.mean(dim=0)).argmax(dim=1) == labels).double().mean().item()
+
+
+def effective_rank(features: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) -> (N,): how many dimensions the channels of each image fill, from 1 to the smaller of H x W and C.
+
+    The exponential of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli 2007).
+    """
+    maps = _flat(features).double()  # (N, H, W, C) -> (N, L, C)
+    short = maps if maps.shape[1] < maps.shape[2] else maps.mT  # its square has the fewer eigenvalues
+    values = torch.linalg.eigvalsh(short @ short.mT).clamp(min=0).sqrt()  # (N, min(L, C))
+    shares = values / values.sum(dim=1, keepdim=True)
+    return torch.special.entr(shares).sum(dim=1).exp().to(features.dtype)
+
+
 def pca(features: torch.Tensor, components: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Principal components: (N, D) -> scores (N, components) and each component's share of the variance (components,).
 
@@ -300,11 +328,13 @@ def choose_images(args: argparse.Namespace, usual: int, split: str = "val") -> t
     else:
         if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
             split = "train"
-        images, source = load_images(args.data_set, args.data_path, split, transform), f"{args.data_set} ({split})"
+        drawn = max(args.num_images or 0, data.DRAWN[data.SPLITS.index(split)])
+        images = load_images(args.data_set, args.data_path, split, transform, count=drawn)
+        source = f"{args.data_set} ({split})"
     count = args.num_images or (len(images) if args.images else min(usual, len(images)))
     if count > len(images):
         raise UserError(f"--num_images {count}, but {source} has {counted(len(images), 'image')}; ask for at most that many")
-    if args.command in ("selectivity", "embed") and images.labels is None:
+    if args.command in ("selectivity", "embed", "probe") and images.labels is None:
         raise UserError(f"{args.command} needs labels, and {args.data_path} has none; arrange it as DIR/val/<class>/<image>")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(mix_seed("images", args.seed)))
     print(f"{count} of {counted(len(images), 'image')} of {source} at {args.input_size} px, on {args.device}")
@@ -353,36 +383,41 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 
 def collapse(args: argparse.Namespace) -> None:
-    """Feature cosine distance, dead and saturated channels of the 4C-wide features against depth (paper Sec. 4, Fig. 4)."""
+    """Feature cosine distance, dead and saturated channels, effective rank of the 4C-wide features against depth (paper Sec. 4, Fig. 4)."""
     subjects = open_subjects(args)
     images, indices = choose_images(args, usual=1000)
 
     def measure(features):
         shares = [100 * kind(features).float().mean(dim=1) for kind in (dead_channels, saturated_channels)]
-        return torch.stack([cosine_distance(features), *shares], dim=1)  # (N, 3)
+        return torch.stack([cosine_distance(features), *shares, effective_rank(features)], dim=1)  # (N, 4)
 
-    figure, axes = new_figure(1, 3, 13, 4.8)
+    figure, axes = new_figure(1, 4, 17, 4.8)
     table = []
     for subject in subjects:
         kinds = {"act": "after GELU", "grn": "after GRN"} if subject.model.version == 2 else {"act": "after GELU"}
         found, _ = study(args, subject, images, indices, list(kinds), measure)
         for kind, tensor in kinds.items():
             names = layer_names(subject.model, kind)
-            values, x = np.stack([found[name].numpy() for name in names]), normalised_index(len(names))  # (layers, N, 3)
-            mean, std = np.nanmean(values, axis=1), np.nanstd(values, axis=1)  # (layers, 3)
+            values, x = np.stack([found[name].numpy() for name in names]), normalised_index(len(names))  # (layers, N, 4)
+            mean, std = np.nanmean(values, axis=1), np.nanstd(values, axis=1)  # (layers, 4)
             dashed = "--" if kind == "act" and len(kinds) == 2 else "-"
             for k, axis in enumerate(axes[0]):
                 plot(axis, x, mean[:, k], f"{subject.label}, {tensor}", subject.colour, dashed)
                 low, high = mean[:, k] - std[:, k], mean[:, k] + std[:, k]
                 axis.fill_between(x, low.clip(min=0), high, color=subject.colour, alpha=0.12, linewidth=0)
             table += [[subject.label, name, tensor, x[i], *mean[i], *std[i]] for i, name in enumerate(names)]
-    titles = ("feature cosine distance", "dead channels", "saturated channels")
-    scales = ("0: all channels alike, 0.5: orthogonal", "% (norm below 1% of the mean)", "% (std below 10% of the mean)")
+    titles = ("feature cosine distance", "dead channels", "saturated channels", "effective rank")
+    scales = (
+        "0: all channels alike, 0.5: orthogonal",
+        "% (norm below 1% of the mean)",
+        "% (std below 10% of the mean)",
+        "dimensions",
+    )
     for axis, title, scale in zip(axes[0], titles, scales):
         tidy(axis, DEPTH_LABEL, scale, title)
         axis.set_ylim(bottom=min(axis.get_ylim()[0], 0.4) if axis is axes[0, 0] else 0)
     finish(args, figure, f"mean and standard deviation over {counted(len(indices), 'image')}")
-    quantities = ("cosine_distance", "dead_percent", "saturated_percent")
+    quantities = ("cosine_distance", "dead_percent", "saturated_percent", "effective_rank")
     names = [f"{quantity}_{kind}" for kind in ("mean", "std") for quantity in quantities]
     write_table(args, ["checkpoint", "layer", "tensor", "normalised_index", *names], table)
 
@@ -535,12 +570,7 @@ def panel_of(key: str, config: dict) -> str | None:
 def embed(args: argparse.Namespace) -> None:
     """Frozen features without training: k-nearest-neighbour accuracy, and a map of the first two principal components."""
     subjects = open_subjects(args)
-    if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
-        raise UserError(f"embed seeks DIR/val's neighbours in DIR/train, and {args.data_path} has no val; arrange the folder so")
-    images, indices = choose_images(args, usual=1000)
-    bank = choose_images(argparse.Namespace(**vars(args) | {"num_images": None}), usual=args.bank_images, split="train")
-    if bank[0].classes != images.classes:
-        raise UserError(f"the class folders in {args.data_path}/train and {args.data_path}/val differ; make them the same")
+    bank, (images, indices) = choose_both(args)
     figure, axes = new_figure(1, len(subjects), 4.8 * len(subjects), 5.6)
     table = []
     for subject, axis in zip(subjects, axes[0]):
@@ -558,6 +588,47 @@ def embed(args: argparse.Namespace) -> None:
     chance = 100 / len(images.classes)
     finish(args, figure, f"class by {args.neighbours} nearest of {len(bank[1])} training images; chance {chance:.1f}%")
     write_table(args, ["checkpoint", "knn_accuracy", "image", "class", "pc1", "pc2"], table)
+
+
+def choose_both(args: argparse.Namespace) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
+    """Training and validation images, of the same classes."""
+    if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
+        raise UserError(f"{args.command} compares DIR/val with DIR/train, and {args.data_path} has no val; arrange the folder so")
+    queries = choose_images(args, usual=1000)
+    bank = choose_images(argparse.Namespace(**vars(args) | {"num_images": None}), usual=args.bank_images, split="train")
+    if bank[0].classes != queries[0].classes:
+        raise UserError(f"the class folders in {args.data_path}/train and {args.data_path}/val differ; make them the same")
+    return bank, queries
+
+
+def probe(args: argparse.Namespace) -> None:
+    """Linear probe of frozen features, without training: ridge regression in closed form on each stage, and on the last two."""
+    subjects = open_subjects(args)
+    bank, queries = choose_both(args)
+    figure, axes = new_figure(1, 1, 7, 4.8)
+    axis, table, width = axes[0, 0], [], 0.8 / len(subjects)
+    names = ["stage 1", "stage 2", "stage 3", "stage 4", "stages 3, 4"]
+    for k, subject in enumerate(subjects):
+        ends = [f"stages.{i}.{depth - 1}" for i, depth in enumerate(subject.model.depths)]
+        (known, known_labels), (found, labels) = (study(args, subject, *part, ends, mean_and_deviation) for part in (bank, queries))
+        parts = [[end] for end in ends] + [ends[2:]]
+        joined = [[torch.cat([features[end] for end in part], dim=1) for features in (known, found)] for part in parts]
+        values = [100 * ridge_accuracy(x, known_labels, x_val, labels) for x, x_val in joined]
+        axis.bar([i + width * (k + 0.5) - 0.4 for i in range(5)], values, width, color=subject.colour, label=subject.label)
+        print(f"{subject.label}: " + ", ".join(f"{name} {value:.1f}%" for name, value in zip(names, values)))
+        table += [[subject.label, name, value] for name, value in zip(names, values)]
+    chance = 100 / len(queries[0].classes)
+    axis.axhline(chance, color="grey", linestyle=":")
+    tidy(axis, "mean and deviation over space of the output of", "classes right (%)")
+    axis.set_xticks(range(5), names)
+    finish(args, figure, f"ridge regression on {len(bank[1])} training images; dotted: chance, {chance:.1f}%")
+    write_table(args, ["checkpoint", "features", "accuracy"], table)
+
+
+def mean_and_deviation(features: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) -> (N, 2 C): over space."""
+    std, mean = torch.std_mean(_flat(features), dim=1, correction=0)
+    return torch.cat([mean, std], dim=1)
 
 
 # --- figures, tables, command line ------------------------------------------------------------------------------------
@@ -601,7 +672,7 @@ def write_table(args: argparse.Namespace, header: list[str], rows: list[list]) -
 
 
 COMMANDS = {"reconstruct": reconstruct, "collapse": collapse, "activations": activations}
-COMMANDS |= {"selectivity": class_selectivity, "grn": grn, "curves": curves, "embed": embed}
+COMMANDS |= {"selectivity": class_selectivity, "grn": grn, "curves": curves, "embed": embed, "probe": probe}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -655,7 +726,8 @@ def add_flags(parser: flags.Parser, command: str) -> None:
         add("--layer", str, None, "such as stages.2.0.grn (default: the third stage's last)", metavar="NAME")
     if command == "embed":
         add("--neighbours", flags.count, 10, "neighbours that vote")
-        add("--bank_images", flags.count, 4000, "training images among which they are sought, at most")
+    if command in ("embed", "probe"):
+        add("--bank_images", flags.count, 4000, "training images to compare with, at most")
 
 
 def ratios(text: str) -> list[float]:

@@ -45,7 +45,9 @@ VALIDATION = ("val", "validation", "valid")
 
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
-SCENES = {"train": (6000, 0), "val": (200, 1)}  # how many are drawn for detection and segmentation, and their seed
+SPLITS = ("train", "val")  # their places in what follows, and their seeds
+DRAWN = (4000, 1000)  # how many are drawn
+SCENES = (6000, 200)  # for detection and segmentation
 _CHUNK = 50  # pictures drawn at once; a multiple of the number of textures keeps the classes balanced
 
 
@@ -458,16 +460,16 @@ def split_folder(directory: str | Path, split: str) -> Path | None:
     return found and root / found
 
 
-def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0) -> Images:
-    """The "train" or "val" images of a data set; UserError when there are none, or none of a few can be read.
+def load_images(data_set: str, data_path: str | None, split: str, transform, seed: int = 0, count: int | None = None) -> Images:
+    """The "train" or "val" images of a data set, `count` if they are drawn; UserError when there are none, or none of a few can be read.
 
     A folder with neither DIR/train nor DIR/val (`split_folder`) is taken whole, for both splits. Labels are the first folder below
     the split's, and None when an image lies in no such folder.
     """
     statistics = STATISTICS[data_set]
     if data_set == "embedded":
-        count, salt = (4000, 0) if split == "train" else (1000, 1)
-        return Images(*draw_images(count, salt), TEXTURES, transform, statistics, seed)
+        salt = SPLITS.index(split)
+        return Images(*draw_images(count or DRAWN[salt], salt), TEXTURES, transform, statistics, seed)
     if data_set != "folder":
         kind, root = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data_set], data_path or "data"
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data import STATISTICS, find_images
+from data import SCENES, SPLITS, STATISTICS, find_images
 from detector import MaskRCNN
 from plumbing import coco, flags, layouts
 from plumbing.devices import autocast_dtype, to_device
@@ -67,7 +67,7 @@ def make_parser() -> flags.Parser:
     add("--published_heads", bool, False, "RoIAlign, anchors and first weights as of the published detector, not torchvision's")
 
     place = "folder in COCO's layout; none: embedded data"
-    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=1024)
+    add = flags.add_data_flags(parser, ("embedded", "folder"), place, SCENES, input_size=1024)
     add(
         "--test_size",
         flags.image_side,
@@ -123,7 +123,8 @@ def load_scenes(args: argparse.Namespace, split: str) -> tuple[Scenes, list[str]
     if split == "train":
         transform = augmentation(args.augmentation, args.input_size, args.test_size, args.jitter, args.color_jitter)
     if args.data_set == "embedded":
-        return embedded_scenes(split, args.input_size, transform, args.seed), []
+        count = args.embedded_images[SPLITS.index(split)]
+        return embedded_scenes(split, args.input_size, transform, args.seed, count), []
     annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
     if not args.data_path and not (annotations and images):
         raise UserError(f"no --data_path; give it, or both --{split}_annotations FILE and --{split}_images DIR")

@@ -73,7 +73,7 @@ def make_parser() -> flags.Parser:
     add("--head_init_scale", flags.positive, None, "factor on a new head's weights (default: 0.001 with --finetune, else 1)")
 
     place = "folder with train/ and val/, or where CIFAR lies; none: embedded data"
-    add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place)
+    add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place, data.DRAWN)
     flags.add_hold_data(add)
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")
@@ -176,7 +176,7 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     args.aa = None if args.aa in (None, "none") else args.aa
     if args.warmup_epochs is None:
         args.warmup_epochs = min(20.0, 0.05 * args.epochs)
-    flags.check_epochs(args, parser)
+    flags.check_run(args, parser)
     if args.head_init_scale is None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
     flags.settle_amp(args, parser)
@@ -194,7 +194,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
     """Training images (None with --eval, but for --holdout) and validation images (None with --disable_eval), of the same classes."""
     train = val = None
     if not args.eval or args.holdout:
-        train = load_images(args.data_set, args.data_path, "train", None, args.seed)
+        train = load_images(args.data_set, args.data_path, "train", None, args.seed, args.embedded_images[0])
         if args.data_set == "folder" and not data.split_folder(args.data_path, "train"):
             whole = f"{args.data_path} has no train/<class>/ folders"
             if not (args.holdout or args.eval_data_path or args.disable_eval):
@@ -209,7 +209,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
         val.transform = data.evaluation_transform(args.input_size, args.crop_pct)
     elif args.eval or not args.disable_eval:
         source = ("folder", args.eval_data_path) if args.eval_data_path else (args.data_set, args.data_path)
-        val = load_images(*source, "val", data.evaluation_transform(args.input_size, args.crop_pct))
+        val = load_images(*source, "val", data.evaluation_transform(args.input_size, args.crop_pct), count=args.embedded_images[1])
         data.check_labels(val)
     if train and val:
         check_classes(train.classes, val.classes)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import GREY, SCENES, SHAPES, STATISTICS, draw_scenes, list_images, normalise, open_rgb, why_unreadable
+from data import GREY, SCENES, SHAPES, SPLITS, STATISTICS, draw_scenes, list_images, normalise, open_rgb, why_unreadable
 from plumbing.plots import plot_panels
 from plumbing.script import UserError, counted
 from plumbing.seeds import mix_seed
@@ -169,8 +169,8 @@ def embedded_maps(
     split: str, size: int, transform: v2.Transform | None = None, seed: int = 0, count: int | None = None
 ) -> LabelMaps:
     """The drawn pictures of detection: 6,000 to train on, 200 to evaluate, or `count`. Ground is label 0, kind k of shape k + 1."""
-    number, salt = SCENES[split]
-    pictures, kinds, masks = draw_scenes(count or number, salt, size)
+    salt = SPLITS.index(split)
+    pictures, kinds, masks = draw_scenes(count or SCENES[salt], salt, size)
     labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1).astype(np.uint8)  # masks (n, 3, S, S) are disjoint -> (n, S, S)
     colours = [(232, 232, 232), *class_colours(len(SHAPES))]
     return LabelMaps(pictures, labels, ["ground", *SHAPES], colours, "embedded", transform, seed)

@@ -17,6 +17,7 @@ from ablations.decoders import DECODERS
 from ablations.norms import MLP_NORMS, exchange_norm
 from data import (
     DATA_SETS,
+    DRAWN,
     center_transform,
     choose_data_set,
     denormalise,
@@ -59,7 +60,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder_depth", flags.number(int, 0, 100), 1, "blocks of the decoder; of a U-Net, on each of its grids")
     add("--decoder_embed_dim", flags.number(int, 1, 8192), 512, "width of the decoder")
     add("--backend", flags.one_of("backend", BACKENDS), "sparse", f"how the encoder runs: {', '.join(BACKENDS)}")
-    flags.add_hold_data(flags.add_data_flags(parser, DATA_SETS, "folder of images, or where CIFAR lies; none: the embedded data"))
+    place = "folder of images, or where CIFAR lies; none: the embedded data"
+    flags.add_hold_data(flags.add_data_flags(parser, DATA_SETS, place, DRAWN))
     flags.add_optimisation_flags(parser, epochs=800, blr=1.5e-4, min_lr=0.0, warmup="40, or 5% of short runs")
     flags.add_run_flags(parser, "runs/pretrain")
 
@@ -69,7 +71,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.data_set = data_set
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40.0, 0.05 * args.epochs)
-    flags.check_epochs(args, parser)
+    flags.check_run(args, parser)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
     if args.input_size == 8 * args.stem_stride:
@@ -87,7 +89,9 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
     """Train the autoencoder, writing its encoder and pictures with the checkpoints of epochs."""
     with main_process_first():
-        images = load_images(args.data_set, args.data_path, "train", pretrain_transform(args.input_size), args.seed)
+        images = load_images(
+            args.data_set, args.data_path, "train", pretrain_transform(args.input_size), args.seed, args.embedded_images[0]
+        )
     images = hold_on_device(images, args, processes.device)
     run = Run(args, images, processes, output_dir)
 

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from data import GREY, SCENES, SHAPES, draw_scenes, open_rgb, why_unreadable
+from data import GREY, SCENES, SHAPES, SPLITS, draw_scenes, open_rgb, why_unreadable
 from plumbing.coco import Annotations, embedded_annotations, has_masks, read_annotations
 from plumbing.plots import draw_objects, plot_panels
 from plumbing.script import UserError
@@ -128,9 +128,9 @@ class Scenes(Dataset):
 
 
 def embedded_scenes(split: str, size: int, transform: v2.Transform, seed: int = 0, count: int | None = None) -> Scenes:
-    """The drawn pictures: 6,000 to train on, 200 to evaluate; three shapes each, of ten kinds, later ones hiding earlier ones."""
-    number, salt = SCENES[split]
-    pictures, kinds, masks = draw_scenes(count or number, salt, size)
+    """The drawn pictures: 6,000 to train on, 200 to evaluate, or `count`; three shapes each, of ten kinds, later ones hiding earlier ones."""
+    salt = SPLITS.index(split)
+    pictures, kinds, masks = draw_scenes(count or SCENES[salt], salt, size)
     data_set = embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
     return Scenes(pictures, data_set, transform, True, seed)
 

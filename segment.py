@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from data import STATISTICS, find_images
+from data import SCENES, SPLITS, STATISTICS, find_images
 from maps import (
     LabelMaps,
     augmentation,
@@ -73,7 +73,8 @@ def make_parser() -> flags.Parser:
     add("--channels", flags.number(int, 1, 8192), 512, "width of the head")
     add("--aux_channels", flags.number(int, 1, 8192), 256, "width of the auxiliary head")
 
-    add = flags.add_data_flags(parser, ("embedded", "folder"), "folder in ADE20K's layout; none: embedded data", input_size=512)
+    place = "folder in ADE20K's layout; none: embedded data"
+    add = flags.add_data_flags(parser, ("embedded", "folder"), place, SCENES, input_size=512)
     add("--val_split", str, "validation", "the folder below images/ and annotations/ that is evaluated", metavar="NAME")
     add("--classes", str, None, "class names, one a line, with colours or without (default: DIR/classes.txt)", metavar="FILE")
     add(
@@ -140,7 +141,8 @@ def load_maps(args: argparse.Namespace, split: str, classes: tuple[list[str], li
     if split == "train":
         transform = augmentation(args.input_size, args.test_size, args.scale, args.most, args.photometric)
     if args.data_set == "embedded":
-        return embedded_maps(split, DRAWN, transform, args.seed)
+        count = args.embedded_images[SPLITS.index(split)]
+        return embedded_maps(split, DRAWN, transform, args.seed, count)
     folder = "training" if split == "train" else args.val_split
     found = folder_maps(args.data_path, folder, classes, transform, args.seed, args.reduce_zero_label)
     found.statistics = args.statistics

@@ -176,11 +176,17 @@ STRIDES = (4, 2, 1)
 DEVICES = "cuda, cpu or mps (default: cuda if there is one, else cpu)"
 
 
-def add_data_flags(parser: Parser, data_sets: Iterable[str], data_path: str, input_size: int = 224) -> Callable:
-    """What to train on; `data_path` is the help of --data_path. Returns the function that adds to the group."""
+def add_data_flags(
+    parser: Parser, data_sets: Iterable[str], data_path: str, drawn: tuple[int, int], input_size: int = 224
+) -> Callable:
+    """What to train on; `data_path` is the help of --data_path, `drawn` how many embedded images there are.
+
+    Returns the function that adds to the group.
+    """
     add = parser.adder(parser.add_argument_group("data"))
     add("--data_path", str, None, data_path, metavar="DIR")
     add("--data_set", one_of("data set", data_sets), None, ", ".join(data_sets))
+    add("--embedded_images", count, drawn, "embedded data: how many to draw, to train and to validate", nargs=2, metavar="N")
     add("--input_size", image_side, input_size, "pixels per side of the network's input")
     add("--num_workers", worker_count, None, "loading processes per training process (default: up to 8 for folders, else 0)")
     add("--pin_mem", bool, True, "pinned host memory, for faster transfer to a GPU")
@@ -270,8 +276,10 @@ def settle_amp(args: argparse.Namespace, parser: Parser) -> None:
         args.amp = None if args.use_amp and torch.cuda.is_available() else "bf16" if args.use_amp else "none"
 
 
-def check_epochs(args: argparse.Namespace, parser: Parser) -> None:
-    """A parser error for warm-up or a start beyond the last epoch."""
+def check_run(args: argparse.Namespace, parser: Parser) -> None:
+    """A parser error for warm-up or a start beyond the last epoch, and for what only embedded data have."""
+    if args.origins["embedded_images"] == "the command line" and args.data_set != "embedded":
+        parser.error(f"--embedded_images is of the embedded data, and these are {args.data_set}; leave it out")
     if getattr(args, "warmup_epochs", 0) > args.epochs:
         parser.error(f"--warmup_epochs {args.warmup_epochs:g} is more than --epochs {args.epochs}; lower it, or raise --epochs")
     if args.start_epoch and args.start_epoch >= args.epochs:

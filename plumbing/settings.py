@@ -89,7 +89,7 @@ def settle(
     args.data_set = data_set
     flags.settle_amp(args, parser)
     args.statistics = args.statistics or args.data_set  # of a checkpoint, those that it was trained with
-    flags.check_epochs(args, parser)
+    flags.check_run(args, parser)
     return args
 
 

@@ -111,6 +111,32 @@ def test_knn_finds_every_query_that_is_in_the_bank():
     assert analyze.knn_accuracy(bank, labels, 3 * bank, labels, k=1) == 1
 
 
+def test_the_ridge_probe_is_the_least_squares_fit_of_rows_and_penalties():
+    known, labels = torch.randn(40, 6), torch.arange(40) % 3
+    found, truth = torch.randn(50, 6) + 0.5, torch.arange(50) % 3
+    known[:, 4] = 7  # a constant feature says nothing
+    mean, std = known.double().mean(dim=0), known.double().std(dim=0, correction=0)
+    x, y = ((part.double() - mean)[:, [0, 1, 2, 3, 5]] / std[[0, 1, 2, 3, 5]] for part in (known, found))
+    targets = torch.nn.functional.one_hot(labels).double()
+    penalties = (0.3 * 40) ** 0.5 * torch.eye(5, dtype=torch.float64)
+    fit = torch.linalg.lstsq(torch.cat([x, penalties]), torch.cat([targets - targets.mean(dim=0), torch.zeros(5, 3)])).solution
+    right = ((y @ fit + targets.mean(dim=0)).argmax(dim=1) == truth).double().mean().item()
+    assert analyze.ridge_accuracy(known, labels, found, truth, strength=0.3) == pytest.approx(right)
+    assert analyze.ridge_accuracy(10 * torch.eye(3).repeat(5, 1), torch.arange(15) % 3, torch.eye(3), torch.arange(3)) == 1
+
+
+def test_effective_rank_counts_equal_orthogonal_channels_and_weighs_unequal_ones():
+    maps = torch.linalg.qr(torch.randn(16, 16))[0].T.reshape(1, 4, 4, 16).double()  # orthonormal channels
+    assert analyze.effective_rank(maps).item() == pytest.approx(16, rel=1e-6)
+    assert analyze.effective_rank(maps[..., :5]).item() == pytest.approx(5, rel=1e-6)
+    wide = torch.cat([maps[..., :3]] * 20, dim=-1)  # more channels than sites, of three directions
+    assert analyze.effective_rank(wide).item() == pytest.approx(3, rel=1e-3)
+    shares = torch.tensor([8.0, 1, 1], dtype=torch.float64) / 10
+    weighed = (maps[..., :3] * torch.tensor([8.0, 1, 1])).repeat(2, 1, 1, 1)
+    expected = (-(shares * shares.log()).sum()).exp().item()
+    assert analyze.effective_rank(weighed).tolist() == pytest.approx([expected, expected], rel=1e-5)
+
+
 def test_pca_equals_the_svd_up_to_sign():
     features = torch.randn(50, 6, dtype=torch.float64) * torch.tensor([5, 4, 3, 2, 1, 1]) + 7
     points, share = analyze.pca(features, components=3)
@@ -248,7 +274,7 @@ def test_collapse_tabulates_the_mean_and_spread_over_images(runs, tmp_path):
     assert float(rows[6]["cosine_distance_std"]) == pytest.approx(distance.std(correction=0).item(), rel=1e-3)
 
 
-def test_activations_selectivity_grn_and_embed_run_on_every_kind_of_checkpoint(runs, tmp_path):
+def test_activations_selectivity_grn_embed_and_probe_run_on_every_kind_of_checkpoint(runs, tmp_path):
     both = ("--checkpoint", runs / "v2", runs / "v1/encoder.pth", "--label", "V2", "V1")
     assert len(run("activations", tmp_path, *both, "--num_images", 2)) == 2 * 2 * 4 * 32
     assert len(run("activations", tmp_path, *both, "--layer", "stages.3.0", "--images", runs / "flat/0.png")) == 2 * 64
@@ -256,6 +282,7 @@ def test_activations_selectivity_grn_and_embed_run_on_every_kind_of_checkpoint(r
     rows = run("grn", tmp_path, "--checkpoint", runs / "v2", runs / "tuned")
     assert len(rows) == 2 * 5 * 5 and all(float(row["percentile_5"]) <= float(row["percentile_95"]) for row in rows)
     rows = run("embed", tmp_path, "--checkpoint", runs / "tuned", "--neighbours", 1)
+    assert len(run("probe", tmp_path, *both, "--untrained")) == 3 * 5
     assert len(rows) == 24 and {row["knn_accuracy"] for row in rows} == {"100"}  # val and train are the same pictures
 
 

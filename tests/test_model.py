@@ -38,11 +38,11 @@ def test_parameter_counts_equal_the_published_ones(name):
         assert sum(p.numel() for p in MODELS[name]().parameters()) == PARAMETERS[name]
 
 
-def test_the_registry_holds_eight_v2_and_seven_v1_sizes():
+def test_the_registry_holds_the_papers_sizes_and_one_of_our_own():
     assert sorted(MODELS) == [
         "convnext_atto", "convnext_base", "convnext_femto", "convnext_large", "convnext_nano", "convnext_pico", "convnext_tiny",
-        "convnextv2_atto", "convnextv2_base", "convnextv2_femto", "convnextv2_huge", "convnextv2_large", "convnextv2_nano",
-        "convnextv2_pico", "convnextv2_tiny",
+        "convnext_yocto", "convnextv2_atto", "convnextv2_base", "convnextv2_femto", "convnextv2_huge", "convnextv2_large", "convnextv2_nano",
+        "convnextv2_pico", "convnextv2_tiny", "convnextv2_yocto",
     ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_grn_does_not_overflow_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    "name", [f"{v}_{s}" for v in ("convnextv2", "convnext") for s in ("atto", "femto", "pico", "nano", "tiny")]
+    "name", [f"{v}_{s}" for v in ("convnextv2", "convnext") for s in ("yocto", "atto", "femto", "pico", "nano", "tiny")]
 )
 def test_logits_equal_timms_with_the_same_weights(name):
     ours = randomised(MODELS[name](num_classes=10)).eval()

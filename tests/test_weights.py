@@ -80,7 +80,7 @@ def test_every_size_round_trips_through_every_layout(name):
     assert found == dict(depths=depths, dims=dims, version=version, num_classes=1000, in_chans=3, stem_stride=4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if "yocto" not in name])
 def test_written_names_and_shapes_are_those_of_timms_own_models(name):
     with torch.device("meta"):
         state, theirs = MODELS[name]().state_dict(), timm.create_model(name).state_dict()
