@@ -12,25 +12,28 @@ import pytest
 import torch
 from PIL import Image
 
+import analyze
 import data
 import finetune
 import pretrain
 import reproduce
 from data import TEXTURES, Images, draw_images
+from plumbing import jobs as plumbing_jobs
+from plumbing.jobs import Job, run_all, unique
 from plumbing.log import duration, read_log
 from plumbing.script import UserError
-from reproduce import BUDGETS, CLAIMS, Expectation, Job, Plan, contrast, judge, unique
+from reproduce import BUDGETS, CLAIMS, Claim, Difference, Expectation, Plan
 
 # Fourteen drawn pictures of two classes; the numbers mean nothing.
 BUDGETS["toy"] = dict(
     about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
-    seeds=1, size="atto", images=10, val_images=4, classes=2, measure_images=4,
+    seeds=1, size="yocto", images=10, val_images=4, classes=2,
     common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
-    pretrain=dict(epochs=1, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
-    finetune=dict(epochs=1, aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
-    recipes={"plain": dict(blr=0.1), "slow": dict(blr=0.05), "mixed": dict(blr=0.1, mixup=0.8)},
-    labels={2: 2},
-    mask_ratios=(0.3, 0.6), decoder_depths=(1, 2), decoder_widths=(16, 32),
+    pretrain=dict(epochs=2, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
+    finetune=dict(aa="none", reprob=0.0, input_size=16, warmup_epochs=0),
+    start={"FCMAE": dict(blr=0.1, layer_decay=0.8), "supervised": dict(blr=0.2)},
+    labels={2: 2, 5: 1}, usual=5, longer=2, snapshots=2, measure_images=4, probe_images=(10, 4),
+    mask_ratios=(0.3, 0.6, 0.8), decoder_depths=(1, 2), decoder_widths=(16, 32),
     speed=dict(pretrain=40, finetune=40, analyze=40),
 )  # fmt: skip
 
@@ -75,43 +78,47 @@ def test_every_claim_gets_a_table_and_a_verdict(toy):
     for name, claim in CLAIMS.items():
         assert claim.title in readme
         rows = table(toy / "results" / f"claim_{name}.csv")
-        assert {row["cell"] for row in rows} == set(claim.jobs(Plan(BUDGETS["toy"], toy, {}), 0))
-        assert all(math.isfinite(float(row["mean"])) for row in rows)
-    assert readme.count("not distinguishable at this scale |") == len(CLAIMS)  # one seed shows no difference
+        cells = claim.cells(Plan(BUDGETS["toy"], toy), 0)
+        assert {(row["cell"], row["reading"]) for row in rows} == {(cell, name) for cell, jobs in cells.items() for name in jobs}
+        assert all(math.isfinite(float(row["value"])) for row in rows)
+        assert min(Image.open(toy / "results" / f"claim_{name}.png").size) > 150
+    assert readme.count("not yet decided |") == len(CLAIMS)  # one seed shows no difference
+    rows = table(toy / "results" / "course.csv")
+    assert {(row["network"], row["measure"]) for row in rows} == {
+        (version, name) for version in ("V1", "V2") for name in reproduce.COURSES if (version, name) != ("V1", "GRN's gamma")
+    }
+    assert {row["epoch"] for row in rows} == {"1", "2"} and Image.open(toy / "results" / "course.png").width > 400
 
 
 @pytest.mark.slow
 def test_a_number_comes_with_its_command_commit_hardware_versions_and_time(toy):
     for row in table(toy / "results" / "claim_2.csv"):
         assert row["commit"] and "core" in row["hardware"] + "cores" and f"torch {torch.__version__}" in row["versions"]
-        assert float(row["finetune_minutes"]) > 0 and ("FCMAE" not in row["cell"] or float(row["pretrain_minutes"]) > 0)
         commands = row["command"].split(" && ")
-        assert len(commands) == (2 if "FCMAE" in row["cell"] else 1)
+        assert len(commands) == (1 if "supervised" in row["cell"] else 2) and float(row["minutes"]) > 0
+        if row["reading"] == "probe":
+            continue
         last = finetune.get_args(shlex.split(commands[-1])[2:])
         logged = [record["val_top1"] for record in read_log(Path(last.output_dir)) if "val_top1" in record]
-        assert float(row["mean"]) == pytest.approx(logged[-1], rel=1e-5) and row["n"] == "1"
+        assert float(row["value"]) == pytest.approx(logged[-1], rel=1e-5) and row["seed"] == "0"
 
 
 @pytest.mark.slow
 def test_jobs_shared_between_claims_run_once(toy):
-    jobs = [job for claim in CLAIMS.values() for job in claim.jobs(Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), 0).values()]
+    jobs = reproduce.jobs_of(CLAIMS, Plan(BUDGETS["toy"], toy / "runs" / "toy"), 1)
     ran = {path.parent.name for path in (toy / "runs" / "toy").glob("*/job.json")}
-    assert ran == {job.name for job in unique(jobs)}
-    baseline = [job for job in jobs if job.name == "finetune-V2-recipe_plain-seed0"]
-    assert len(baseline) >= 8  # claims 1, 2, 4, 5, 6, 7, 8 and labels
-    assert "finetune-V2-recipe_plain-seed0" in ran
-
-
-@pytest.mark.slow
-def test_figures_are_drawn_for_claims_2_3_8_and_labels(toy):
-    assert {path.name for path in (toy / "results").glob("*.png")} == {f"claim_{name}.png" for name in ("2", "3", "8", "labels")}
-    for path in (toy / "results").glob("*.png"):
-        assert min(Image.open(path).size) > 400
+    assert ran == {job.name for job in jobs} and len(ran) == len(jobs)
+    shared = [name for name, claim in CLAIMS.items() if any(
+        job.name == "finetune-V2-labels_5-seed0" for jobs in claim.cells(Plan(BUDGETS["toy"], toy), 0).values() for job in jobs.values()
+    )]  # fmt: skip
+    assert shared == ["1", "2", "4", "5", "6", "7", "8", "labels"]
+    kept = {path.parent.name for path in (toy / "runs" / "toy").glob("pretrain-*/checkpoint-*.pth")}
+    assert kept == {"pretrain-V1-seed0", "pretrain-V2-seed0"}  # whose course is looked at
 
 
 @pytest.mark.slow
 def test_what_has_finished_is_not_run_again(toy, monkeypatch, capsys):
-    monkeypatch.setattr(reproduce, "run_here", None)
+    monkeypatch.setattr(plumbing_jobs, "run_here", None)
     run(toy)
     capsys.readouterr()
     run(toy, "--dry_run")
@@ -121,7 +128,7 @@ def test_what_has_finished_is_not_run_again(toy, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_job_that_was_run_with_other_flags_is_not_taken_for_this_one(toy, tmp_path, monkeypatch):
-    monkeypatch.setitem(BUDGETS["toy"], "pretrain", BUDGETS["toy"]["pretrain"] | {"epochs": 2})
+    monkeypatch.setitem(BUDGETS["toy"], "pretrain", BUDGETS["toy"]["pretrain"] | {"epochs": 1})
     with pytest.raises(UserError, match="6 jobs.*other flags.*delete them"):
         run(toy, "--claim", "1", "--results", str(tmp_path))
     assert "| 1 |" not in (tmp_path / "README.md").read_text()  # nor is it reported, nor what was fine-tuned from it
@@ -129,37 +136,42 @@ def test_a_job_that_was_run_with_other_flags_is_not_taken_for_this_one(toy, tmp_
 
 @pytest.mark.slow
 def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
-    plan = Plan(BUDGETS["toy"], toy / "runs" / "toy", {})
-    monkeypatch.setattr(Job, "finished", property(lambda job: job in unique(CLAIMS["2"].jobs(plan, 0).values())))
+    plan = Plan(BUDGETS["toy"], toy / "runs" / "toy")
+    done = unique(job for jobs in CLAIMS["6"].cells(plan, 0).values() for job in jobs.values())
+    monkeypatch.setattr(Job, "finished", property(lambda job: job in done))
     reproduce.write_results("toy", plan, 1, toy / "partial")
     text = (toy / "partial" / "README.md").read_text()
     missing = next(line for line in text.splitlines() if line.startswith("Not run: "))
-    assert {name for name in CLAIMS if CLAIMS[name].title in missing} == {"1", "3", "4", "6", "7", "8", "9"}
-    assert not (toy / "partial" / "claim_1.csv").exists()  # one of its three cells has finished, and compares with nothing
-    assert "| 5 | What stands in GRN's place | not distinguishable at this scale, so far |" in text
+    assert {name for name in CLAIMS if CLAIMS[name].title in missing} == CLAIMS.keys() - {
+        "5",
+        "6",
+    }  # one cell compares with nothing
+    assert not (toy / "partial" / "claim_1.csv").exists()
+    reproduce.write_results("toy", plan, 2, toy / "partial")
+    assert "| 6 | GRN is needed in both stages | not yet decided, so far |" in (toy / "partial" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, monkeypatch):
     shutil.copytree(toy / "results", tmp_path / "results")
-    nothing_ran = Plan(BUDGETS["toy"], tmp_path / "toy", {})
+    nothing_ran = Plan(BUDGETS["toy"], tmp_path / "toy")
     reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
     for path in (toy / "results").iterdir():
         assert (tmp_path / "results" / path.name).read_bytes() == path.read_bytes() or path.suffix == ".png"
-    monkeypatch.setitem(BUDGETS["toy"], "finetune", BUDGETS["toy"]["finetune"] | {"epochs": 2})
+    monkeypatch.setitem(BUDGETS["toy"], "finetune", BUDGETS["toy"]["finetune"] | {"reprob": 0.1})
     reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
-    assert "| 2 |" not in (tmp_path / "results" / "README.md").read_text()
+    assert "| 6 |" not in (tmp_path / "results" / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_table_with_more_runs_behind_it_is_kept_whole(toy, tmp_path):
-    plan, path = Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), tmp_path / "claim_2.csv"
-    own = reproduce.table_of(CLAIMS["2"], reproduce.gather(CLAIMS["2"], plan, 1))
-    for runs, kept in ((3, [3, 3]), (1, [1, 1, 1, 1])):  # two cells of an earlier table, against four of one seed
-        reproduce.save_csv(path, [row | {"n": runs} for row in own[:2]])
-        assert [row["n"] for row in reproduce.fuller_table(own, path, CLAIMS["2"], plan)] == kept
-    reproduce.save_csv(path, [row | {"n": 9, "command": row["command"].replace("--epochs 1", "--epochs 2")} for row in own])
-    assert reproduce.fuller_table(own, path, CLAIMS["2"], plan) is own
+def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path):
+    plan, claim, path = Plan(BUDGETS["toy"], toy / "runs" / "toy"), CLAIMS["6"], tmp_path / "claim_6.csv"
+    own = reproduce.rows_from(claim, plan, 1)
+    commands = {cell: job.command for cell, jobs in claim.cells(plan, 1).items() for job in jobs.values()}
+    other = [row | {"seed": 1, "value": "7", "command": commands[row["cell"]].replace(str(toy), "elsewhere")} for row in own]
+    reproduce.save_csv(path, [row | {"value": "9"} for row in own] + other[:2] + [other[2] | {"command": "python other.py"}])
+    found = reproduce.with_earlier(own, path, claim, plan)
+    assert found[:3] == own and [(row["seed"], row["value"]) for row in found[3:]] == [(1, "7"), (1, "7")]
 
 
 def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -198,58 +210,37 @@ def test_jobs_run_side_by_side_and_a_failure_stops_only_what_needs_it(tmp_path, 
 
     good, bad = job("good", ("--help",)), job("bad", ("--nonsense",))
     with pytest.raises(UserError, match=r"2 jobs failed \(bad, after\)"):
-        reproduce.run_all([good, bad, job("after", ("--help",), bad)], 2)
+        run_all([good, bad, job("after", ("--help",), bad)], 2)
     assert good.finished and not bad.finished and "usage" in Path(good.file).read_text()
     assert not (tmp_path / "after").exists()
-
-
-@pytest.mark.slow
-def test_tuning_takes_the_best_held_out_recipe_of_each_arm_and_runs_use_it(toy, capsys):
-    run(toy, "--tune")
-    rows = table(toy / "results" / "tuning.csv")
-    try:
-        arms = {row["arm"] for row in rows}
-        assert arms == {"V1 FCMAE", "V2 FCMAE", "V1 supervised", "V2 supervised"}
-        for arm in arms:
-            tried = [row for row in rows if row["arm"] == arm]
-            assert {row["recipe"] for row in tried} == set(BUDGETS["toy"]["recipes"])  # the same effort for each
-            (chosen,) = [row for row in tried if row["chosen"] == "1"]
-            assert float(chosen["held_out_top1"]) == max(float(row["held_out_top1"]) for row in tried)
-            assert all("--holdout 0.2" in row["command"] for row in tried)
-        best = {row["arm"]: row["recipe"] for row in rows if row["chosen"] == "1"}
-        capsys.readouterr()
-        run(toy, "--dry_run", "--claim", "2")
-        listed = capsys.readouterr().out
-        assert f"finetune-V1-recipe_{best['V1 FCMAE']}-" in listed and f"scratch-V2-recipe_{best['V2 supervised']}-" in listed
-    finally:
-        (toy / "results" / "tuning.csv").unlink()
 
 
 # --- the protocol, without running anything
 
 
 def plans():
-    return [pytest.param(Plan(budget, Path("runs"), {}), id=name) for name, budget in BUDGETS.items()]
+    return [pytest.param(Plan(budget, Path("runs")), id=name) for name, budget in BUDGETS.items()]
 
 
 def flags_of(job: Job) -> dict[str, str]:
-    return dict(zip(job.argv[::2], job.argv[1::2]))
+    found = {}
+    for word in job.argv[job.script == "analyze" :]:
+        found |= {(name := word): []} if word.startswith("--") else {name: [*found[name], word]}
+    return {name: " ".join(values) for name, values in found.items()}
 
 
 @pytest.mark.parametrize("plan", plans())
 def test_every_job_is_a_command_that_its_script_takes(plan):
-    scripts = {"pretrain": pretrain, "finetune": finetune}
-    for claim in CLAIMS.values():
-        for job in unique(claim.jobs(plan, 0).values()):
-            if job.script != "analyze" and "--finetune" not in job.argv:  # which reads its file
-                args = scripts[job.script].get_args(list(job.argv))
-                assert args.output_dir == str(job.directory) and args.model == flags_of(job)["--model"]
+    scripts = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze}
+    for job in reproduce.jobs_of(CLAIMS, plan, 1):
+        if "--finetune" not in job.argv:  # which reads its file
+            args = scripts[job.script].get_args(list(job.argv))
+            assert args.output_dir == str(job.directory) and getattr(args, "model", None) == flags_of(job).get("--model")
 
 
 @pytest.mark.parametrize("plan", plans())
 def test_no_two_jobs_have_one_directory(plan):
-    jobs = unique(job for claim in CLAIMS.values() for seed in (0, 1) for job in claim.jobs(plan, seed).values())
-    jobs = unique([*jobs, *reproduce.tuning_jobs(plan).values()])
+    jobs = reproduce.jobs_of(CLAIMS, plan, 2)
     assert len({job.directory for job in jobs}) == len(jobs)
 
 
@@ -260,38 +251,47 @@ def test_cells_differ_in_what_they_are_named_for_and_in_nothing_else(plan):
         ours, theirs = flags_of(base), flags_of(plan.pretrain(0, **{name: value}))
         assert {key for key in theirs if theirs[key] != ours.get(key)} == {f"--{name}", "--output_dir"}
         assert plan.pretrain(0, **{name: reproduce.BASELINE[name]}) == base
-    cells = CLAIMS["2"].jobs(plan, 0)
+    cells = CLAIMS["2"].cells(plan, 0)
     for version in ("V1", "V2"):
-        pair = [flags_of(cells[f"{version} {kind}"]) for kind in ("supervised", "FCMAE")]
+        pair = [flags_of(cells[f"{version} {kind}"]["fine-tuning"]) for kind in ("supervised", "FCMAE")]
         differing = {key for key in pair[0].keys() | pair[1].keys() if pair[0].get(key) != pair[1].get(key)}
-        assert differing == {"--scratch", "--finetune", "--output_dir"}
+        starts = {f"--{key}" for start in plan.budget["start"].values() for key in start}  # chosen for each by pilots
+        assert differing == {"--scratch", "--finetune", "--output_dir"} | starts
 
 
 @pytest.mark.parametrize("plan", plans())
-def test_with_few_labels_both_arms_take_the_same_steps_on_the_same_images(plan):
-    cells = CLAIMS["labels"].jobs(plan, 1)
-    assert len(cells) == 2 * (len(plan.budget["labels"]) + 1)
-    for cell, job in cells.items():
-        if cell.startswith("FCMAE"):
-            pair = [flags_of(job), flags_of(cells[cell.replace("FCMAE", "supervised")])]
-            for key in ("--epochs", "--labels_per_class", "--seed", "--batch_size"):
-                assert pair[0].get(key) == pair[1].get(key)
-    steps = []
-    for job in cells.values():
-        flags = flags_of(job)
-        per_class = int(flags.get("--labels_per_class", plan.budget["images"] // plan.budget["classes"]))
-        images, batch = per_class * plan.budget["classes"], int(flags["--batch_size"])
-        steps.append(int(flags["--epochs"]) * max(1, images // batch))
-    assert max(steps) <= 1.02 * min(steps)
+def test_everything_that_a_seed_draws_is_shared_by_the_cells_that_are_compared(plan):
+    for claim in CLAIMS.values():
+        for jobs in claim.cells(plan, 3).values():
+            trained = [part for job in jobs.values() for part in unique([job]) if part.script != "analyze"]
+            assert {flags_of(job)["--seed"] for job in trained} == {"3"}
+
+
+@pytest.mark.parametrize("plan", plans())
+def test_with_few_labels_both_arms_take_the_same_steps_on_the_same_images_and_more_with_more_labels(plan):
+    cells, steps = CLAIMS["labels"].cells(plan, 1), []
+    assert len(cells) == 2 * len(plan.budget["labels"]) + 1
+    for labels, epochs in plan.budget["labels"].items():
+        pair = [flags_of(cells[f"{name}, {labels} per class"]["fine-tuning"]) for name in ("FCMAE", "supervised")]
+        for key in ("--epochs", "--labels_per_class", "--seed", "--batch_size"):
+            assert pair[0].get(key) == pair[1].get(key)
+        steps.append(epochs * labels)
+    assert steps == sorted(steps) and plan.budget["usual"] in plan.budget["labels"]
+
+
+def test_the_longer_supervised_training_takes_as_long_as_both_stages():
+    budget = BUDGETS["laptop"]
+    tuned = budget["labels"][budget["usual"]] * budget["usual"] * budget["classes"] / budget["speed"]["finetune"]
+    both = budget["pretrain"]["epochs"] * budget["images"] / budget["speed"]["pretrain"] + tuned
+    assert abs(budget["longer"] - both / tuned) < 1
 
 
 def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
-    plan = Plan(BUDGETS["laptop"], tmp_path / "laptop", {})
+    plan = Plan(BUDGETS["laptop"], tmp_path / "laptop")
     reproduce.main(reproduce.get_args(["--claim", "6", "--seeds", "2", "--dry_run", "--output_dir", str(tmp_path), "--jobs", "2"]))
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir()) and "10 jobs (4 of pretrain.py, 6 of finetune.py)" in out
-    jobs = unique(job for seed in (0, 1) for job in CLAIMS["6"].jobs(plan, seed).values())
-    seconds = sum(job.work / BUDGETS["laptop"]["speed"][job.script] for job in jobs)
+    seconds = sum(job.work / BUDGETS["laptop"]["speed"][job.script] for job in reproduce.jobs_of(["6"], plan, 2))
     assert f"about {duration(seconds)} on one core" in out and f"{duration(seconds / 2)} with --jobs 2" in out
 
 
@@ -312,41 +312,73 @@ def test_the_table_of_t_is_students():
         assert torch.trapezoid(density, x) == pytest.approx(0.475, abs=1e-3)
 
 
-def test_a_margin_is_t_times_the_pooled_standard_error():
-    estimate, margin = contrast({"a": [1.0, 2.0, 3.0], "b": [4.0, 6.0, 8.0]}, {"a": 1, "b": -1})
-    assert estimate == -4 and margin == pytest.approx(2.78 * math.sqrt((1 + 4) / 2 * (1 / 3 + 1 / 3)))
-    assert contrast({"a": [1.0], "b": [2.0]}, {"a": 1, "b": -1}) == (-1, math.inf)
+def difference(*values: float, tie: bool = False, reading: str = "probe") -> Difference:
+    return Difference(Expectation("a above b", {"a": 1, "b": -1}, tie), reading, values)
+
+
+def test_a_margin_is_t_times_the_standard_error_of_the_pairs():
+    found = difference(1.0, 2.0, 6.0)
+    assert found.mean == 3 and found.margin == pytest.approx(4.30 * math.sqrt(7 / 3), rel=1e-2)
+    assert difference(1.0).margin == math.inf and difference(1.0).outcome == "open"
 
 
 def test_equal_cells_are_told_apart_in_one_of_twenty_draws():
-    draws = torch.randn(4000, 4, 3, generator=torch.Generator().manual_seed(0)).double().tolist()
-    weights = {"a": 1, "b": -1, "c": -1, "d": 1}
-    found = [contrast(dict(zip("abcd", draw)), weights) for draw in draws]
-    assert sum(abs(estimate) > margin for estimate, margin in found) / 4000 == pytest.approx(0.05, abs=0.012)
+    draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)).double().tolist()
+    assert sum(difference(*draw).outcome != "open" for draw in draws) / 4000 == pytest.approx(0.05, abs=0.012)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "tie", "verdict"),
+    ("values", "tie", "outcome"),
     [
-        ([9.0, 9.1, 9.2], [5.0, 5.1, 5.2], False, "reproduced"),
-        ([5.0, 5.1, 5.2], [9.0, 9.1, 9.2], False, "not reproduced"),
-        ([5.0, 5.1, 5.2], [5.1, 5.2, 5.3], False, "not distinguishable at this scale"),
-        ([5.0, 5.1, 5.2], [5.1, 5.2, 5.3], True, "reproduced"),
-        ([5.0, 5.1, 5.2], [9.0, 9.1, 9.2], True, "not reproduced"),
-        ([9.0], [5.0], False, "not distinguishable at this scale"),
-        ([5.0], [5.0], True, "not distinguishable at this scale"),
-        ([9.0, 9.1, 9.2], [], False, "not distinguishable at this scale"),
+        ([4.0, 4.1, 4.2], False, "holds"),
+        ([-4.0, -4.1, -4.2], False, "fails"),
+        ([4.0, -4.1, 0.2], False, "open"),
+        ([0.1, -0.1, 0.2], True, "holds"),
+        ([1.1, 3.1, 1.9], True, "open"),  # some 2 points, at the bound
+        ([0.1, 0.2, 3.9], True, "open"),
+        ([-6.0, -6.1, -6.2], True, "fails"),
+        ([4.0], False, "open"),
     ],
 )
-def test_verdicts_follow_the_rule(a, b, tie, verdict):
-    assert judge([Expectation("a above b", {"a": 1, "b": -1}, tie)], {"a": a, "b": b})[0] == verdict
+def test_an_outcome_follows_from_the_interval(values, tie, outcome):
+    assert difference(*values, tie=tie).outcome == outcome
 
 
-def test_one_contradiction_outweighs_what_holds():
-    values = {"a": [9.0, 9.1], "b": [5.0, 5.1], "c": [1.0, 1.1]}
-    expectations = [Expectation("a above b", {"a": 1, "b": -1}), Expectation("c above b", {"c": 1, "b": -1})]
-    verdict, lines = judge(expectations, values)
-    assert verdict == "not reproduced" and ": yes" in lines[0] and ": no" in lines[1]
+@pytest.mark.parametrize(
+    ("readings", "verdict"),
+    [
+        ({"probe": "holds", "fine-tuning": "open"}, "it holds here"),
+        ({"probe": "holds", "fine-tuning": "holds"}, "it holds here"),
+        ({"probe": "holds", "fine-tuning": "fails"}, "not yet decided"),
+        ({"probe": "fails", "fine-tuning": "open"}, "it fails here"),
+        ({"probe": "open"}, "not yet decided"),
+        ({"probe": "holds open"}, "not yet decided"),
+        ({"probe": "holds open fails", "fine-tuning": "open"}, "it fails here"),
+    ],
+)
+def test_verdicts_follow_the_rule(readings, verdict):
+    values = {"holds": (4.0, 4.1, 4.2), "fails": (-4.0, -4.1, -4.2), "open": (4.0, -4.1, 0.2)}
+    found = [difference(*values[each], reading=name) for name, each in readings.items() for each in each.split()]
+    assert reproduce.judge(found) == verdict
+
+
+def test_seeds_that_have_both_cells_are_compared_in_pairs():
+    claim = Claim("", None, lambda cells: [Expectation("a above b", {"a": 1, "b": -1})], {})
+    values = {"a": {"probe": {0: 50.0, 1: 70.0, 2: 60.0}}, "b": {"probe": {0: 49.0, 2: 58.0}, "fine-tuning": {0: 1.0}}}
+    (found,) = reproduce.differences(claim, values)
+    assert found.reading == "probe" and found.values == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("mean", "tie"), [(0.5, False), (-1.0, False), (1.0, True), (3.0, True)])
+def test_as_many_seeds_as_are_said_to_decide_it_do_so_and_one_fewer_does_not(mean, tie):
+    def with_seeds(n):  # of the same mean and spread
+        draws = torch.randn(n, generator=torch.Generator().manual_seed(0)).double()
+        return difference(*((draws - draws.mean()) / draws.std() * 2 + mean).tolist(), tie=tie)
+
+    few = with_seeds(5)
+    assert few.outcome == "open" and few.seeds_to_decide > 6
+    assert with_seeds(few.seeds_to_decide).outcome != "open" and with_seeds(few.seeds_to_decide - 1).outcome == "open"
+    assert difference(1.0).seeds_to_decide == math.inf
 
 
 # --- finetune.py --holdout
@@ -369,8 +401,8 @@ def test_tuning_never_opens_the_validation_images(toy, tmp_path, monkeypatch):
     opened = []
     load = finetune.load_images
     monkeypatch.setattr(finetune, "load_images", lambda *args: opened.append(args[2]) or load(*args))
-    words = flags_of(CLAIMS["2"].jobs(Plan(BUDGETS["toy"], toy / "runs" / "toy", {}), 0)["V2 supervised"])
-    words |= {"--output_dir": str(tmp_path), "--holdout": "0.2"}
+    words = flags_of(CLAIMS["2"].cells(Plan(BUDGETS["toy"], toy / "runs" / "toy"), 0)["V2 supervised"]["fine-tuning"])
+    words |= {"--output_dir": str(tmp_path), "--holdout": "0.2", "--labels_per_class": "4"}
     for seed in ("0", "1"):
         args = finetune.get_args([word for pair in (words | {"--seed": seed}).items() for word in pair])
         held = finetune.load_labelled(args)[1]
