@@ -7,6 +7,7 @@ Shapes: N images, C channels, n boxes.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -65,15 +66,18 @@ class MaskRCNN(detection.MaskRCNN):
         norm_layer = eight_groups if group_norm else None
         strides = [encoder.stem_stride * 2**level for level in range(5)]
         anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, MultiScaleRoIAlign)
-        levels, sampling = ["0", "1", "2", "3"], 0 if published_heads else 2
+        # The level that a region is read from follows the anchors: for those of 8 strides it has 14 to 28 cells a side, as published.
+        # torchvision takes two samples a bin and side there, as many for each cell as one for anchors of 4; sampling is what pooling costs.
+        sampling = 0 if published_heads else max(1, round(anchor_scale / 4))
+        pool = partial(pool, ["0", "1", "2", "3"], sampling_ratio=sampling, canonical_scale=28 * anchor_scale)
         box_features = 7 * 7 * fpn_dim
         super().__init__(
             Pyramid(encoder, fpn_dim, norm_layer),
             rpn_anchor_generator=anchors(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5),
-            box_roi_pool=pool(levels, 7, sampling),
+            box_roi_pool=pool(7),
             box_head=detection.faster_rcnn.TwoMLPHead(box_features, box_dim),
             box_predictor=detection.faster_rcnn.FastRCNNPredictor(box_dim, num_classes + 1),
-            mask_roi_pool=pool(levels, 14, sampling),
+            mask_roi_pool=pool(14),
             mask_head=detection.mask_rcnn.MaskRCNNHeads(fpn_dim, (mask_dim,) * 4, 1, norm_layer),
             mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(mask_dim, mask_dim, num_classes + 1),
             size_divisible=encoder.patch_size, _skip_resize=True, **settings,
@@ -162,8 +166,8 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         image = torch.cat([torch.full_like(each[:, :1], k) for k, each in enumerate(boxes)])
         rois = torch.cat([image, torch.cat(boxes)], dim=1)  # (sum of n_k, 5)
         side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
-        # A box of up to 28 cells is read from the finest map, one of up to twice as many from the next.
-        levels = (side * scales[0] / 14 + 1e-6).log2().floor().clamp(0, len(maps) - 1)
+        # With a canonical scale of 224, a box of up to 28 cells is read from the finest map, one of up to twice as many from the next.
+        levels = (side * scales[0] * 16 / self.canonical_scale + 1e-6).log2().floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
         for level, (each, scale) in enumerate(zip(maps, scales)):
             chosen = (levels == level).nonzero()[:, 0]

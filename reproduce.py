@@ -230,9 +230,10 @@ def deep_selectivity(rows: list[dict]) -> float:
     return mean_of("class_selectivity_index")([row for row in rows if row["layer"] in deep])
 
 
-def gamma(rows: list[dict]) -> float:
-    """Median of GRN's gamma over channels, mean over blocks."""
-    return mean_of("percentile_50")([row for row in rows if row["quantity"] == "gamma"])
+def gamma_spread(rows: list[dict]) -> float:
+    """From the 5th to the 95th percentile of GRN's gamma over channels, mean over blocks."""
+    its = [row for row in rows if row["quantity"] == "gamma"]
+    return mean_of("percentile_95")(its) - mean_of("percentile_5")(its)
 
 
 READINGS = {
@@ -247,7 +248,7 @@ COURSES = {
     "dead channels, %": ("collapse", mean_of("dead_percent_mean")),
     "effective rank": ("collapse", mean_of("effective_rank_mean")),
     "class selectivity index": ("selectivity", deep_selectivity),
-    "GRN's gamma": ("grn", gamma),
+    "spread of GRN's gamma": ("grn", gamma_spread),
 }
 
 
@@ -647,8 +648,10 @@ def course_rows(plan: Plan, seeds: int) -> list[dict]:
 def draw_course(rows: list[dict], path: Path) -> None:
     """A panel a measure: every seed as a line, epochs of pre-training along x."""
     names = [name for name in COURSES if any(row["measure"] == name for row in rows)]
-    figure, axes = new_figure(1, len(names), 3.6 * len(names), 3.6)
-    for axis, name in zip(axes[0], names):
+    figure, axes = new_figure(-(-len(names) // 3), 3, 11, 3.4 * -(-len(names) // 3))
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names):
         for k, version in enumerate(("V1", "V2")):
             for seed in sorted({row["seed"] for row in rows}):
                 its = [row for row in rows if (row["network"], row["seed"], row["measure"]) == (version, seed, name)]

@@ -54,7 +54,8 @@ from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
-        input_size=128, test_size=128, channels=64, aux_channels=32, scale=(0.9, 1.1), photometric=False, batch_size=8, epochs=3, lr=1e-3,
+        model="convnextv2_yocto", input_size=128, test_size=128, channels=32, aux_channels=16, scale=(0.9, 1.1), photometric=False,
+        batch_size=8, epochs=5, lr=1e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
