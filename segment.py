@@ -55,7 +55,7 @@ DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
         model="convnextv2_yocto", input_size=128, test_size=128, channels=32, aux_channels=16, scale=(0.9, 1.1), photometric=False,
-        batch_size=8, epochs=5, lr=1e-3,
+        batch_size=8, epochs=4, lr=1e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
