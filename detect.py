@@ -37,7 +37,7 @@ DEFAULTS = {
     "folder": dict(lr=1e-4),
     "embedded": dict(
         model="convnextv2_yocto", input_size=128, test_size=(128, 128), augmentation="none", anchor_scale=4, fpn_dim=32, box_dim=256,
-        mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=3, lr=1e-3, schedule="cosine",
+        mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5, eval_freq=5, lr=1e-3, schedule="cosine",
     ),
 }  # fmt: skip
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
@@ -67,7 +67,7 @@ def make_parser() -> flags.Parser:
     add("--published_heads", bool, False, "RoIAlign, anchors and first weights as of the published detector, not torchvision's")
 
     place = "folder in COCO's layout; none: embedded data"
-    add = flags.add_data_flags(parser, ("embedded", "folder"), place, SCENES, input_size=1024)
+    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=1024, drawn=SCENES)
     add(
         "--test_size",
         flags.image_side,

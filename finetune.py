@@ -73,7 +73,7 @@ def make_parser() -> flags.Parser:
     add("--head_init_scale", flags.positive, None, "factor on a new head's weights (default: 0.001 with --finetune, else 1)")
 
     place = "folder with train/ and val/, or where CIFAR lies; none: embedded data"
-    add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place, data.DRAWN)
+    add = flags.add_data_flags(parser, (*data.DATA_SETS, *SYNONYMS), place, drawn=data.DRAWN)
     flags.add_hold_data(add)
     add("--eval_data_path", str, None, "validation images, one folder per class (default: DIR/val)", metavar="DIR")
     add("--holdout", flags.most_share, None, "evaluate on this share of the training images, left out of training: for tuning")

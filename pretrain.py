@@ -61,7 +61,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder_embed_dim", flags.number(int, 1, 8192), 512, "width of the decoder")
     add("--backend", flags.one_of("backend", BACKENDS), "sparse", f"how the encoder runs: {', '.join(BACKENDS)}")
     place = "folder of images, or where CIFAR lies; none: the embedded data"
-    flags.add_hold_data(flags.add_data_flags(parser, DATA_SETS, place, DRAWN))
+    flags.add_hold_data(flags.add_data_flags(parser, DATA_SETS, place, drawn=DRAWN))
     flags.add_optimisation_flags(parser, epochs=800, blr=1.5e-4, min_lr=0.0, warmup="40, or 5% of short runs")
     flags.add_run_flags(parser, "runs/pretrain")
 

@@ -55,7 +55,7 @@ DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
         model="convnextv2_yocto", input_size=128, test_size=128, channels=32, aux_channels=16, scale=(0.9, 1.1), photometric=False,
-        batch_size=8, epochs=4, lr=1e-3,
+        batch_size=8, epochs=5, lr=1e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
@@ -75,7 +75,7 @@ def make_parser() -> flags.Parser:
     add("--aux_channels", flags.number(int, 1, 8192), 256, "width of the auxiliary head")
 
     place = "folder in ADE20K's layout; none: embedded data"
-    add = flags.add_data_flags(parser, ("embedded", "folder"), place, SCENES, input_size=512)
+    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=512, drawn=SCENES)
     add("--val_split", str, "validation", "the folder below images/ and annotations/ that is evaluated", metavar="NAME")
     add("--classes", str, None, "class names, one a line, with colours or without (default: DIR/classes.txt)", metavar="FILE")
     add(

@@ -177,7 +177,7 @@ DEVICES = "cuda, cpu or mps (default: cuda if there is one, else cpu)"
 
 
 def add_data_flags(
-    parser: Parser, data_sets: Iterable[str], data_path: str, drawn: tuple[int, int], input_size: int = 224
+    parser: Parser, data_sets: Iterable[str], data_path: str, input_size: int = 224, drawn: tuple[int, int] = (4000, 1000)
 ) -> Callable:
     """What to train on; `data_path` is the help of --data_path, `drawn` how many embedded images there are.
 

@@ -153,6 +153,8 @@ TABLE = {
     "pretrain: two learning rates": ("--lr 1e-3 --blr 1e-3", "--blr: not allowed with argument --lr"),
     "pretrain: rising learning rate": ("--lr 1e-3 --min_lr 1e-2", "--min_lr 0.01 is more than the learning rate 0.001", "lower --min_lr"),
     "pretrain: folder and embedded": ("--data_set embedded --data_path pictures", "embedded takes no --data_path pictures; leave one"),
+    "pretrain: folder and drawn images": ("--data_path pictures --embedded_images 5 5", "--embedded_images is of the embedded data", "leave it"),
+    "detect: folder and drawn images": ("--data_path coco --embedded_images 5 5", "--embedded_images is of the embedded data", "leave it"),
     "pretrain: no CIFAR there": ("--data_set cifar10 --data_path pictures", "cifar10 is not in pictures", "give its folder as --data_path"),
     "finetune: evaluate without weights": ("--eval", "--eval needs --resume FILE"),
     "finetune: predict without weights": ("--predict picture.png", "--predict needs --resume FILE"),

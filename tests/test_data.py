@@ -1,6 +1,7 @@
 """Claims about data.py."""
 
 import argparse
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,10 @@ from helpers import ALONE, save_noise
 from PIL import Image
 
 import data
+import detect
+import finetune
+import pretrain
+import segment
 from data import STATISTICS, TEXTURES, Images, center_transform, draw_images, load_images, pretrain_transform, training_transform
 from plumbing.loading import EpochSampler, Unreadable, make_loader
 from plumbing.script import UserError
@@ -36,6 +41,19 @@ def test_embedded_splits_share_no_picture():
     assert (len(train), len(val)) == (4000, 1000) and train.classes == TEXTURES
     seen = {image.tobytes() for image in train.items}
     assert len(seen) == 4000 and not any(image.tobytes() in seen for image in val.items)
+
+
+def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatch):
+    asked = ["--embedded_images", "70", "55", "--output_dir", str(tmp_path)]
+    assert [len(images) for images in finetune.load_labelled(finetune.get_args([*asked, "--scratch"]))] == [70, 55]
+    for load, args in ((detect.load_scenes, detect.get_args(asked)), (segment.load_maps, segment.get_args(asked))):
+        found = [load(args, split, None) if load == segment.load_maps else load(args, split)[0] for split in data.SPLITS]
+        assert [len(images) for images in found] == [70, 55]
+    counts = []
+    monkeypatch.setattr(pretrain, "Run", lambda args, images, *more: counts.append(len(images)) or sys.exit())
+    with pytest.raises(SystemExit):
+        pretrain.main(pretrain.get_args(asked))
+    assert counts == [70]
 
 
 def test_a_shape_is_larger_than_its_clutter_and_differs_from_its_ground(monkeypatch):

@@ -150,6 +150,7 @@ NOTHING = {
 
 # What two short runs in one process cannot show, and the test that does.
 ELSEWHERE = {
+    "embedded_images": "test_as_many_embedded_images_are_drawn_as_are_asked_for",
     "output_dir": "test_every_flag_does_what_its_row_says",  # each run writes to its own
     "resume": "test_a_named_checkpoint_is_continued_in_another_directory",
     "auto_resume": "test_a_new_run_never_mixes_with_an_old_one",

@@ -117,7 +117,7 @@ def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(
         pretrain,
         "load_images",
-        lambda _, __, split, transform, seed=0: Images(pictures, None, None, transform, STATISTICS["embedded"], seed),
+        lambda _, __, split, transform, seed=0, count=None: Images(pictures, None, None, transform, STATISTICS["embedded"], seed),
     )
     loaded = run("any", tmp_path / "loaded")
     held, again = (run("any", tmp_path / f"held{workers}", hold_data=True, num_workers=workers) for workers in (0, 1))
