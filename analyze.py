@@ -144,11 +144,11 @@ def effective_rank(features: torch.Tensor) -> torch.Tensor:
 
     The exponential of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli 2007).
     """
-    maps = _flat(features).cpu().double()  # (N, H, W, C) -> (N, L, C); not every device has float64
+    maps = _flat(features)  # (N, H, W, C) -> (N, L, C)
     short = maps if maps.shape[1] < maps.shape[2] else maps.mT  # its square has the fewer eigenvalues
     values = torch.linalg.eigvalsh(short @ short.mT).clamp(min=0).sqrt()  # (N, min(L, C))
     shares = values / values.sum(dim=1, keepdim=True)
-    return torch.special.entr(shares).sum(dim=1).exp().to(features)
+    return torch.special.entr(shares).sum(dim=1).exp()
 
 
 def pca(features: torch.Tensor, components: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
