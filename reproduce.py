@@ -61,7 +61,7 @@ BUDGETS = {
     ),
 }  # fmt: skip
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
-COST = {"masked": 3.5, "leaky": 2.4}  # of an image, relative to the sparse encoder
+COST = {"leaky": 2.4}  # of an image, relative to the sparse encoder
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -72,6 +72,9 @@ class Plan:
 
     def __init__(self, budget: dict, root: Path):
         self.budget, self.root = budget, root
+        self.step = max(
+            1, budget["pretrain"]["epochs"] // budget["snapshots"]
+        )  # epochs from one encoder that is looked at to the next
 
     def pretrain(self, seed: int, version: str = "V2", **changes) -> Job:
         """Pre-training, with what differs from `BASELINE`."""
@@ -81,8 +84,7 @@ class Plan:
         flags = budget["common"] | budget["pretrain"] | changes
         visible = (1 - changes.get("mask_ratio", 0.6)) / 0.4
         work = flags["epochs"] * budget["images"] * COST.get(changes.get("backend"), 1.0) * visible
-        keep = max(1, flags["epochs"] // budget["snapshots"])
-        flags |= dict(save_ckpt_freq=keep, save_ckpt_num=2 * budget["snapshots"])
+        flags |= dict(save_ckpt_freq=self.step, save_ckpt_num=2 * budget["snapshots"])
         return self._job(
             "pretrain", ["pretrain", version, *_words(changes)], seed, "encoder.pth", flags, version, (), work, not changes
         )
@@ -116,8 +118,7 @@ class Plan:
         """A command of analyze.py on encoders along pre-training, under the numbers of their epochs."""
         start = self.pretrain(seed, version)
         epochs = self.budget["pretrain"]["epochs"]
-        step = max(1, epochs // self.budget["snapshots"])
-        places = sorted({*range(step, epochs + 1, step), epochs})
+        places = sorted({*range(self.step, epochs + 1, self.step), epochs})
         files = " ".join(shlex.quote(str(start.directory / f"checkpoint-{place}.pth")) for place in places)
         flags = dict(checkpoint=files, label=" ".join(map(str, places)), num_images=self.budget["measure_images"])
         return self._look(f"{command}-{version}-seed{seed}", command, flags, (start,), len(places) * self.budget["measure_images"])
@@ -170,10 +171,9 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Reading:
-    """A number that is read off a finished job: what it is, in which unit, and how."""
+    """A number that is read off a finished job: what it is, and how."""
 
-    quantity: str
-    unit: str
+    quantity: str  # with a % where it is an accuracy
     value: Callable[[Job], float]
 
 
@@ -237,10 +237,10 @@ def gamma_spread(rows: list[dict]) -> float:
 
 
 READINGS = {
-    "fine-tuning": Reading("top-1 after fine-tuning, %", "points", top1),
-    "probe": Reading("top-1 of the probe, %", "points", probed),
-    "collapse": Reading("feature cosine distance, mean over layers", "distance", last(mean_of("cosine_distance_mean"))),
-    "selectivity": Reading("class selectivity index, mean over the last third of the blocks", "index", last(deep_selectivity)),
+    "fine-tuning": Reading("top-1 after fine-tuning, %", top1),
+    "probe": Reading("top-1 of the probe, %", probed),
+    "collapse": Reading("feature cosine distance, mean over layers", last(mean_of("cosine_distance_mean"))),
+    "selectivity": Reading("class selectivity index, mean over the last third of the blocks", last(deep_selectivity)),
 }
 # Along pre-training: what is measured, by which command of analyze.py.
 COURSES = {
@@ -495,13 +495,13 @@ def differences(claim: Claim, values: dict[str, dict[str, dict[int, float]]]) ->
     return found
 
 
-def judge(found: list[Difference]) -> str:
-    """Three words: each reading holds if all of its expectations do and fails if one does; one that decides is enough, unless another
-    decides otherwise."""
+def judge(found: list[Difference], expected: int) -> str:
+    """Three words: a reading holds if all `expected` expectations of the claim do by it, and fails if one does; one reading that decides
+    is enough, unless another decides otherwise."""
     outcomes = set()
     for reading in {difference.reading for difference in found}:
-        its = {difference.outcome for difference in found if difference.reading == reading}
-        outcomes.add("fails" if "fails" in its else "holds" if its == {"holds"} else "open")
+        its = [difference.outcome for difference in found if difference.reading == reading]
+        outcomes.add("fails" if "fails" in its else "holds" if its == ["holds"] * expected else "open")
     decided = outcomes - {"open"}
     return {"holds": "it holds here", "fails": "it fails here"}[decided.pop()] if len(decided) == 1 else "not yet decided"
 
@@ -588,7 +588,7 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
     """A line for every difference. hours: of a seed."""
     lines = []
     for each in found:
-        paper, digits = paper_difference(claim, each.expectation), 1 if READINGS[each.reading].unit == "points" else 4
+        paper, digits = paper_difference(claim, each.expectation), 1 if "%" in READINGS[each.reading].quantity else 4
         low, high = (f"{bound:+.{digits}f}" for bound in (each.mean - each.margin, each.mean + each.margin))
         interval = f"95%: {low} to {high}" if each.margin < math.inf else "one seed shows no spread"
         beside = "" if paper is None else f", the paper's {paper:+.1f}"
@@ -596,7 +596,8 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
         line += each.outcome
         if each.outcome == "open" and each.seeds_to_decide < math.inf:
             n = each.seeds_to_decide
-            line += f"; if spread and mean stay, {n:,} seeds would decide it, {n * hours:,.0f} hours on one core"
+            line += f"; if spread and mean stay, {n:,} seeds would decide it"
+            line += f", {n * hours:,.1f} hours on one core" if hours else ""
         lines.append(f"* {line}")
     return lines
 
@@ -624,7 +625,7 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=11)
     axis.invert_yaxis()
     units = list(
-        dict.fromkeys(READINGS[name].quantity if READINGS[name].unit != "points" else "points of accuracy" for name in readings)
+        dict.fromkeys("points of accuracy" if "%" in READINGS[name].quantity else READINGS[name].quantity for name in readings)
     )
     axis.set_xlabel(f"difference, {units[0]}", fontsize=11)
     axis.grid(axis="x", alpha=0.3)
@@ -680,9 +681,10 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             continue
         comparisons += len(found)
         save_csv(path, rows)
-        hours = sum(float(row["minutes"]) for row in rows) / 60 / len({row["seed"] for row in rows})
-        verdict = judge(found)
-        incomplete = min(len(each.values) for each in found) < seeds
+        jobs = unique(job for seed in range(seeds) for part in claim.cells(plan, seed).values() for job in part.values())
+        hours = sum(job.record.get("seconds", 0) for job in jobs) / 3600 / len({row["seed"] for row in rows})
+        verdict = judge(found, len(claim.expect(list(cells))))
+        incomplete = any(len(values[cell].get(reading, ())) < seeds for cell, part in cells.items() for reading in part)
         summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
         draw(claim, found, results / f"claim_{name}.png")
         flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
@@ -707,10 +709,9 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     head += ["The paper's own numbers are of ConvNeXt-Base on ImageNet-1K, and stand beside ours for their direction.", ""]
     head += ["| | claim | verdict |", "|---|---|---|", *summary, ""]
     head += [f"Not run: {'; '.join(missing)}." if missing else "All claims were run.", ""]
-    head += [
-        f"{counted(comparisons, 'comparison')}; by chance alone about {comparisons / 20:.1f} of as many true ties would seem decided.",
-        "",
-    ]
+    if comparisons:
+        chance = f"by chance alone about {comparisons / 20:.1f} of as many true ties would seem decided"
+        head += [f"{counted(comparisons, 'comparison')}; {chance}.", ""]
     text = "\n".join([*head, "## Protocol", "", protocol.rstrip(), *sections]) + "\n"
     write_atomically(results / "README.md", lambda file: file.write_text(text))
     print(f"wrote {results / 'README.md'}, with {len(summary)} of {len(CLAIMS)} claims")
