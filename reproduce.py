@@ -25,8 +25,8 @@ from plumbing.log import read_log
 from plumbing.plots import COLOURS, new_figure, save_figure
 from plumbing.script import counted, run_script
 
-# All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts; `start` holds those of fine-tuning that depend on
-# where it starts; the others:
+# All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts, fine-tuning's alike for pre-trained and random
+# weights; the others:
 #   labels: images per class: epochs of fine-tuning; `usual`: how many of them claims take that are not about their number;
 #   longer: times the epochs of supervised training that takes as long as pre-training and fine-tuning;
 #   snapshots: encoders that are looked at along pre-training; measure_images: on how many pictures;
@@ -38,21 +38,20 @@ BUDGETS = {
         seeds=5, size="yocto", images=4000, val_images=4000, classes=10,
         common=dict(data_set="embedded", embedded_images="4000 4000", input_size=32, stem_stride=1, batch_size=64, hold_data=True),
         pretrain=dict(epochs=30, lr=2e-3, decoder_embed_dim=128),
-        finetune=dict(weight_decay=0.05, head_init_scale=1),
-        start={"FCMAE": dict(lr=1e-3, layer_decay=0.8), "supervised": dict(lr=2e-3)},
-        labels={5: 300, 20: 150, 100: 40, 400: 20}, usual=100, longer=3,
+        finetune=dict(lr=2e-3, layer_decay=1, weight_decay=0.05, head_init_scale=1),
+        labels={5: 300, 20: 120, 100: 30, 400: 15}, usual=100, longer=3,
         snapshots=6, measure_images=500, probe_images=(4000, 4000),
         mask_ratios=(0.1, 0.35, 0.6, 0.85),  # the ends of the range that the paper tries, and two between
         decoder_depths=(1, 2, 4), decoder_widths=(64, 128, 256),
-        speed=dict(pretrain=350, finetune=250, analyze=250),
+        speed=dict(pretrain=340, finetune=175, analyze=250),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
         seeds=5, size="atto", images=50_000, val_images=10_000, classes=10,
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=100, blr=2e-3, decoder_embed_dim=256),
-        finetune=dict(aa="none", reprob=0.0, head_init_scale=1),  # crops and flips alone, so that the data are held on the GPU
-        start={"FCMAE": dict(blr=1e-3, layer_decay=0.8), "supervised": dict(blr=2e-3)},
+        # crops and flips alone, so that the data are held on the GPU
+        finetune=dict(blr=2e-3, layer_decay=1, aa="none", reprob=0.0, head_init_scale=1),
         labels={20: 300, 100: 100, 500: 40, 2000: 30}, usual=500, longer=6,
         snapshots=8, measure_images=1000, probe_images=(20_000, 10_000),
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
@@ -96,14 +95,15 @@ class Plan:
         """
         budget, scratch = self.budget, isinstance(start, str)
         version, labels = start if scratch else start.name.split("-")[1], labels or budget["usual"]
-        flags = budget["common"] | budget["finetune"] | budget["start"]["supervised" if scratch else "FCMAE"] | changes
-        flags |= dict(labels_per_class=labels, epochs=budget["labels"][labels] * longer)
+        epochs = budget["labels"][labels] * longer
+        flags = budget["common"] | budget["finetune"] | changes
+        flags |= dict(labels_per_class=labels, epochs=epochs, warmup_epochs=epochs / 10)
         flags |= dict(scratch=True) if scratch else dict(finetune=start.file)
-        flags |= dict(eval_freq=flags["epochs"], save_ckpt_freq=max(1, flags["epochs"] // 10), save_ckpt_num=1)
+        flags |= dict(eval_freq=epochs, save_ckpt_freq=max(1, epochs // 10), save_ckpt_num=1)
         name = ["scratch", version] if scratch else ["finetune", *start.name.split("-")[1:-1]]
         name += _words({f"then_{key}": value for key, value in changes.items()} | dict(labels=labels))
         name += _words(dict(longer=longer if longer > 1 else None))
-        work = flags["epochs"] * labels * budget["classes"] + budget["val_images"] / 3
+        work = epochs * labels * budget["classes"] + budget["val_images"] / 3
         return self._job("finetune", name, seed, "checkpoint-best.pth", flags, version, () if scratch else (start,), work)
 
     def probe(self, start: Job, untrained: bool = False) -> Job:
