@@ -59,6 +59,15 @@ BUDGETS = {
         speed=dict(pretrain=10_000, finetune=10_000, analyze=10_000),
     ),
 }  # fmt: skip
+# The laptop's on photographs, which --data_path names: a check that drawn pictures do not mislead. As many are seen in pre-training.
+BUDGETS["photographs"] = BUDGETS["laptop"] | dict(
+    about="the 50,000 + 10,000 photographs of CIFAR-10 as JPEG files; all else as at the laptop budget",
+    images=50_000, val_images=10_000,
+    common=dict(data_path=None, input_size=32, stem_stride=1, batch_size=64, hold_data=True, num_workers=0),
+    pretrain=BUDGETS["laptop"]["pretrain"] | dict(epochs=3),
+    finetune=BUDGETS["laptop"]["finetune"] | dict(aa="none", reprob=0),
+    snapshots=3,
+)  # fmt: skip
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
 COST = {"leaky": 2.4}  # of an image, relative to the sparse encoder
 
@@ -135,8 +144,6 @@ class Plan:
 
     def _job(self, script, name, seed, output, flags, version, needs=(), work=0.0, keep=False) -> Job:
         directory = self.root / "-".join([*name, f"seed{seed}"])
-        if "data_path" in flags:
-            flags = flags | dict(data_path=self.root / flags["data_path"])
         model = f"convnext{'v2' if version == 'V2' else ''}_{self.budget['size']}"
         flags = dict(model=model) | flags | dict(seed=seed, output_dir=directory)
         return Job(directory.name, script, directory, tuple(_flags(flags)), output, needs, work, keep)
@@ -687,7 +694,7 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         incomplete = any(len(values[cell].get(reading, ())) < seeds for cell, part in cells.items() for reading in part)
         summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
         draw(claim, found, results / f"claim_{name}.png")
-        flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
+        flag = "" if budget_name == "laptop" else f" --budget {budget_name}" + " --data_path DIR" * ("data_path" in budget["common"])
         sections += ["", f"## {'Claim ' if name != 'labels' else ''}{name}. {claim.title}", ""]
         sections += [f"**{verdict.capitalize()}{', so far' if incomplete else ''}.** {claim.note}", ""]
         sections += [
@@ -727,6 +734,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     titles = "; ".join(f"{name}: {claim.title}" for name, claim in CLAIMS.items())
     budgets = "; ".join(f"{name}: {budget['about']}" for name, budget in BUDGETS.items())
     add("--budget", one_of("budget", BUDGETS), "laptop", budgets)
+    add("--data_path", str, None, "for --budget photographs: small ones, in DIR/train/<class>/ and DIR/val/<class>/", metavar="DIR")
     add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
     add("--seeds", count, None, "runs of every cell (default: the budget's)")
     add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
@@ -734,6 +742,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", str, "runs/reproduce", "where the jobs run, in a folder per budget", metavar="DIR")
     add("--results", str, None, "tables and figures (default: results, or results/<budget> for another than laptop)", metavar="DIR")
     args = merge(parser.parse_args(argv), parser.general)
+    if ("data_path" in BUDGETS[args.budget]["common"]) != (args.data_path is not None):
+        words = "takes no --data_path" if args.data_path else "needs --data_path DIR, photographs in class folders"
+        parser.error(f"--budget {args.budget} {words}")
     args.seeds = args.seeds or BUDGETS[args.budget]["seeds"]
     args.results = args.results or ("results" if args.budget == "laptop" else f"results/{args.budget}")
     return args
@@ -751,6 +762,8 @@ def jobs_of(claims: Iterable[str], plan: Plan, seeds: int) -> list[Job]:
 def main(args: argparse.Namespace) -> None:
     """Run what `args` (from `get_args`) ask for, and write the results."""
     budget, root, results = BUDGETS[args.budget], Path(args.output_dir) / args.budget, Path(args.results)
+    if args.data_path:
+        budget = budget | dict(common=budget["common"] | dict(data_path=args.data_path))
     plan = Plan(budget, root)
     jobs = jobs_of(args.claim, plan, args.seeds)
     if args.dry_run:

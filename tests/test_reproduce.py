@@ -28,7 +28,7 @@ from reproduce import BUDGETS, CLAIMS, Claim, Difference, Expectation, Plan
 BUDGETS["toy"] = dict(
     about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
     seeds=1, size="yocto", images=10, val_images=4, classes=2,
-    common=dict(data_path="toy-data", input_size=32, stem_stride=1, batch_size=4, num_workers=0),
+    common=dict(data_path=None, input_size=32, stem_stride=1, batch_size=4, num_workers=0),
     pretrain=dict(epochs=2, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
     finetune=dict(aa="none", reprob=0.0, input_size=16, blr=0.1),
     labels={2: 2, 5: 1}, usual=5, longer=2, snapshots=2, measure_images=4, probe_images=(10, 4),
@@ -48,9 +48,8 @@ def draw_toy_data(root: Path) -> None:
 
 
 def run(folder: Path, *words: str) -> None:
-    reproduce.main(
-        reproduce.get_args(["--budget", "toy", "--output_dir", str(folder / "runs"), "--results", str(folder / "results"), *words])
-    )
+    places = ["--data_path", str(folder / "pictures"), "--output_dir", str(folder / "runs"), "--results", str(folder / "results")]
+    reproduce.main(reproduce.get_args(["--budget", "toy", *places, *words]))
 
 
 def table(path: Path) -> list[dict]:
@@ -62,7 +61,8 @@ def table(path: Path) -> list[dict]:
 def toy(tmp_path_factory) -> Path:
     """Everything, once: the runs and the results."""
     folder = tmp_path_factory.mktemp("toy")
-    draw_toy_data(folder / "runs/toy/toy-data")
+    draw_toy_data(folder / "pictures")
+    BUDGETS["toy"]["common"]["data_path"] = str(folder / "pictures")
     run(folder)
     return folder
 
@@ -175,7 +175,7 @@ def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path
 
 def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):
     ran = Counter()
-    draw_toy_data(tmp_path / "runs/toy/toy-data")
+    draw_toy_data(tmp_path / "pictures")
 
     def counting(script, fail_at):
         original = script.main
@@ -293,7 +293,10 @@ def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
     assert f"about {duration(seconds)} on one core" in out and f"{duration(seconds / 2)} with --jobs 2" in out
 
 
-@pytest.mark.parametrize("words", [["--claim", "12"], ["--budget", "lapto"], ["--seeds", "0"]])
+WRONG = [["--claim", "12"], ["--budget", "lapto"], ["--seeds", "0"], ["--budget", "photographs"], ["--data_path", "photos"]]
+
+
+@pytest.mark.parametrize("words", WRONG)
 def test_mistakes_are_one_line(words, capsys):
     with pytest.raises(SystemExit) as stop:
         reproduce.get_args(words)
