@@ -2,6 +2,7 @@
 
     python reproduce.py --claim 1 2 --dry_run     # which jobs, and how long they take
     python reproduce.py --jobs 2                  # two single-threaded jobs side by side
+    python reproduce.py --claim 1 --budget photographs --data_path CIFAR10
 
 Jobs are runs of pretrain.py, finetune.py and analyze.py, shared between claims. The same command continues where it was
 stopped. Tables, figures and a README with verdicts are written to --results from all jobs that have finished; rows that are
@@ -694,7 +695,8 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
         incomplete = any(len(values[cell].get(reading, ())) < seeds for cell, part in cells.items() for reading in part)
         summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
         draw(claim, found, results / f"claim_{name}.png")
-        flag = "" if budget_name == "laptop" else f" --budget {budget_name}" + " --data_path DIR" * ("data_path" in budget["common"])
+        flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
+        flag += " --data_path DIR" if "data_path" in budget["common"] else ""
         sections += ["", f"## {'Claim ' if name != 'labels' else ''}{name}. {claim.title}", ""]
         sections += [f"**{verdict.capitalize()}{', so far' if incomplete else ''}.** {claim.note}", ""]
         sections += [
