@@ -40,11 +40,11 @@ BUDGETS = {
         common=dict(data_set="embedded", embedded_images="4000 4000", input_size=32, stem_stride=1, batch_size=64, hold_data=True),
         pretrain=dict(epochs=30, lr=2e-3, decoder_embed_dim=128),
         finetune=dict(lr=2e-3, layer_decay=1, weight_decay=0.05, head_init_scale=1),
-        labels={5: 300, 20: 120, 100: 30, 400: 15}, usual=100, longer=3,
+        labels={5: 400, 20: 160, 100: 40, 400: 12}, usual=100, longer=2.5,
         snapshots=6, measure_images=500, probe_images=(4000, 4000),
-        mask_ratios=(0.1, 0.35, 0.6, 0.85),  # the ends of the range that the paper tries, and two between
+        mask_ratios=(0.1, 0.6, 0.85),  # near the ends of the range that the paper tries, and its best
         decoder_depths=(1, 2, 4), decoder_widths=(64, 128, 256),
-        speed=dict(pretrain=340, finetune=175, analyze=250),
+        speed=dict(pretrain=330, finetune=185, analyze=210),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
@@ -98,14 +98,14 @@ class Plan:
             "pretrain", ["pretrain", version, *_words(changes)], seed, "encoder.pth", flags, version, (), work, not changes
         )
 
-    def finetune(self, seed: int, start: Job | str, labels: int | None = None, longer: int = 1, **changes) -> Job:
+    def finetune(self, seed: int, start: Job | str, labels: int | None = None, longer: float = 1, **changes) -> Job:
         """Fine-tuning of a pre-training job's encoder, or from random weights: `start` is then "V1" or "V2".
 
         labels: images per class; longer: times the usual epochs.
         """
         budget, scratch = self.budget, isinstance(start, str)
         version, labels = start if scratch else start.name.split("-")[1], labels or budget["usual"]
-        epochs = budget["labels"][labels] * longer
+        epochs = round(budget["labels"][labels] * longer)
         flags = budget["common"] | budget["finetune"] | changes
         flags |= dict(labels_per_class=labels, epochs=epochs, warmup_epochs=epochs / 10)
         flags |= dict(scratch=True) if scratch else dict(finetune=start.file)
