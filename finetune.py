@@ -42,7 +42,10 @@ TIMM_AA = "rand-m9-mstd0.5-inc1"
 DEFAULTS = {
     "folder": dict(aa=TIMM_AA, reprob=0.25),
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
-    "embedded": dict(input_size=48, stem_stride=1, batch_size=32, epochs=3, blr=8e-3, crop_pct=1.0, min_crop=0.35),
+    # In so few updates a head that starts near zero, or lower layers at lower rates, hardly learn.
+    "embedded": dict(
+        input_size=48, stem_stride=1, batch_size=32, epochs=3, blr=8e-3, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0
+    ),
 }
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 SYNONYMS = {"image_folder": "folder", "IMNET": "folder", "CIFAR": "cifar100"}  # the authors' names of data sets
@@ -139,8 +142,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
             found = sources[file].get(name, "a size of its own")
             if name in ("model", "stem_stride") and value != found:
                 parser.error(f"--{name} {value}, but {file} has {found}; leave --{name} out")
-    if data_set == "embedded" and getattr(given, "finetune", None):  # at the full rate, lower layers lose what they have learned
-        sources["the short run from pre-trained weights"] = dict(layer_decay=0.7)
     sources[f"the data set {data_set}"] = DEFAULTS[data_set]
     if plain.recipe:
         size = flags.merge(given, parser.general, **sources).model.split("_")[1]

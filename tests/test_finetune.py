@@ -390,7 +390,8 @@ def test_half_precision_trains_as_float32_does(shapes, tmp_path, opt):
 def test_scratch_leaves_encoders_of_earlier_runs_alone(encoder, monkeypatch):
     monkeypatch.setattr(finetune, "OURS", str(encoder))
     args, scratch = finetune.get_args([]), finetune.get_args(["--scratch"])
-    assert (args.finetune, args.layer_decay) == (str(encoder), 0.7) and (scratch.finetune, scratch.layer_decay) == (None, 1.0)
+    assert (args.finetune, scratch.finetune) == (str(encoder), None)
+    assert (args.layer_decay, args.head_init_scale) == (scratch.layer_decay, scratch.head_init_scale) == (1.0, 1.0)
     assert finetune.get_args(["--data_path", "x"]).finetune is None  # only the embedded data go on from the embedded data
 
 
