@@ -631,7 +631,7 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
     if papers:
         axis.scatter(*zip(*papers), marker="D", facecolor="none", edgecolor="black", s=45, label="the paper's", zorder=3)
     axis.set_yticks(range(len(names)), names, fontsize=11)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     units = list(
         dict.fromkeys("points of accuracy" if "%" in READINGS[name].quantity else READINGS[name].quantity for name in readings)
     )

@@ -54,8 +54,8 @@ from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
-        model="convnextv2_yocto", input_size=128, test_size=128, channels=32, aux_channels=16, scale=(0.9, 1.1), photometric=False,
-        batch_size=8, epochs=5, lr=1e-3,
+        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=32, aux_channels=16, scale=(0.9, 1.1),
+        photometric=False, batch_size=8, epochs=6, lr=1e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
