@@ -681,7 +681,7 @@ def test_the_embedded_pictures_are_segmented_and_shown(tmp_path, monkeypatch, dr
         (["--scale", "2", "1"], "the larger factor comes second"),
         (["--window", "64", "--stride", "65"], "--stride 65 leaves gaps between windows of --window 64"),
         (["--stride", "65"], "--stride 65 is of sliding windows; give --window too"),
-        (["--window", "16"], "image size 16 x 16 is below the patch size 32"),
+        (["--window", "8"], "image size 8 x 8 is below the patch size 16"),
         (["--data_path", "nowhere", "--nb_classes", "3"], "the folder nowhere/images/training does not exist"),
         (["--data_path", "nowhere", "--classes", "nowhere.txt"], "cannot read the classes nowhere.txt"),
     ],
