@@ -254,6 +254,19 @@ def largest_label(path: str) -> int:
     return max(labels[labels != IGNORED].tolist(), default=-1)
 
 
+def class_weights(maps: LabelMaps, balance: float, most: int = 500) -> torch.Tensor:
+    """For the loss, each class's share of the pixels to the power of `-balance`: float32 (K,), whose mean over the pixels is one.
+
+    Shares are those in up to `most` pictures, spread over the set; a class that is hardly met there is taken for one of .01%.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = [each[1] for each in pool.map(maps.open, range(0, len(maps), -(-len(maps) // most))) if each]
+    counts = sum(np.bincount(labels.flatten(), minlength=IGNORED + 1)[: len(maps.classes)] for labels in found)
+    shares = torch.as_tensor(counts / max(np.sum(counts), 1)).clamp(min=1e-4)
+    weights = shares**-balance
+    return (weights / (weights * shares).sum()).float()
+
+
 # --- transforms -----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from maps import (
     augmentation,
     blended,
     class_file,
+    class_weights,
     draw_segmentation,
     draw_with_legend,
     embedded_maps,
@@ -54,8 +55,8 @@ from segmenter import IGNORED, UPerNet, resize, segmentation_losses
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
-        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=32, aux_channels=16, scale=(0.9, 1.1),
-        photometric=False, batch_size=8, epochs=6, lr=1e-3,
+        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16, scale=(0.9, 1.1),
+        photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
     ),
 }  # fmt: skip
 DRAWN = 128  # pixels of the embedded pictures, as in detection
@@ -101,6 +102,7 @@ def make_parser() -> flags.Parser:
     add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1500, or 10% of short runs)")
     add("--power", flags.not_negative, 1.0, "of the polynomial by which the learning rate falls to --min_lr")
     flags.add_transfer_flags(add)
+    add("--class_balance", flags.share, 0.0, "weights of classes in the loss: their share of the pixels to the power of minus this")
     add("--layer_decay_type", ("single", "group"), "group", "a layer is one block, or a stage (of stage 3, three blocks)")
     add_evaluation_flags(parser)
     flags.add_run_flags(parser, "runs/segment", compile=False)
@@ -271,6 +273,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     else:
         lines.append("random initial weights")
     to_device(segmenter, run.device)
+    weights = class_weights(maps, args.class_balance).to(run.device) if args.class_balance else None
     ema = averaged(segmenter, args.model_ema_decay) if args.model_ema else None
     groups = layer_groups(segmenter, args.weight_decay, args.layer_decay, args.layer_decay_type, segmenter.encoder.depths)
     optimizer = make_optimizer(args, groups, run.peak_lr)
@@ -288,7 +291,7 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
     for epoch in run.epochs():
         for batch in run.batches(epoch):
             with run.autocast():
-                losses = segmentation_losses(*network(batch.images), batch.targets)
+                losses = segmentation_losses(*network(batch.images), batch.targets, weights)
             if run.backward(losses):
                 run.update()
 

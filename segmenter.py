@@ -105,14 +105,17 @@ class BatchNorm(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def segmentation_losses(logits: torch.Tensor, auxiliary: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def segmentation_losses(
+    logits: torch.Tensor, auxiliary: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The two losses that add up to the objective, from logits (N, K, H, W) and labels (N, H, W) in 0 .. K - 1 or 255.
 
-    Each is the mean of the cross-entropy over the pixels that are counted, and zero where there are none; the auxiliary one weighs 0.4.
+    Each is the mean over the pixels that are counted, zero where there are none, of the cross-entropy times the weight (K,) of the
+    pixel's class; the auxiliary one weighs 0.4.
     """
     counted = (labels != IGNORED).sum().clamp(min=1)
 
     def loss(logits):
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum") / counted
+        return F.cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum") / counted
 
     return {"loss_head": loss(logits), "loss_auxiliary": 0.4 * loss(auxiliary)}

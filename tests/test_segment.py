@@ -147,6 +147,22 @@ def test_pixels_that_are_not_counted_change_nothing():
     assert all(value == 0 for value in nothing.values())
 
 
+def test_weights_of_classes_are_powers_of_their_shares_and_multiply_the_loss_of_their_pixels():
+    labels = np.zeros((2, 4, 5), dtype=np.uint8)  # of 40 pixels 32 are of class 0, 2 of class 1, none of class 2, 6 not counted
+    labels[1, 0, :2], labels[1, 1], labels[1, 2, 0] = 1, 255, 255
+    data = maps.LabelMaps(np.zeros((2, 4, 5, 3), dtype=np.uint8), labels, ["a", "b", "c"], maps.class_colours(3), "embedded")
+    weights, shares = maps.class_weights(data, 0.5), torch.tensor([32 / 34, 2 / 34, 1e-4])
+    torch.testing.assert_close(weights / weights[0], (shares[0] / shares).sqrt())
+    assert weights[torch.from_numpy(labels[labels != 255]).long()].mean().item() == pytest.approx(1, abs=0.01)
+    torch.testing.assert_close(maps.class_weights(data, 0.0), torch.ones(3), atol=1e-3, rtol=0)
+
+    logits, labels = torch.randn(2, 3, 4, 5), torch.from_numpy(labels).long()
+    found = segmentation_losses(logits, logits, labels, weights)["loss_head"]
+    rows, places = logits.log_softmax(dim=1), (labels != 255).nonzero().tolist()
+    expected = -sum(weights[labels[n, y, x]] * rows[n, labels[n, y, x], y, x] for n, y, x in places) / len(places)
+    torch.testing.assert_close(found, expected)
+
+
 def test_batch_norm_of_two_processes_is_that_of_one_with_both_batches(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x, weights = torch.randn(4, 3, 2, 5, generator=generator) * 3 + 100, torch.randn(4, 3, 2, 5, generator=generator)
@@ -560,7 +576,7 @@ def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(folder, tm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment, "UPerNet", partial(UPerNet, dropout=0.0))
-        patch.setattr(segment, "segmentation_losses", lambda head, aux, labels: segmentation_losses(head, aux, labels % 11))
+        patch.setattr(segment, "segmentation_losses", lambda head, aux, labels, _: segmentation_losses(head, aux, labels % 11))
         main("one", 4)
         stress.wait(stress.fork(lambda: main("two", 2), tmp_path, 2))
     one, two = (load_file(find_checkpoints(tmp_path / name)[-1]) for name in ("one", "two"))
