@@ -162,6 +162,8 @@ def run_all(jobs: list[Job], side_by_side: int, result: Callable[[Job], str] = l
                     run_here(job, threads)
                     close(job)
                 except (UserError, SystemExit) as error:
+                    if getattr(error, "code", None) in (130, 143):  # stopped by a signal, after saving
+                        raise KeyboardInterrupt from None
                     close(job, str(error))
             time.sleep(0.2 if started else 0)
             for job, (running, process) in list(started.items()):

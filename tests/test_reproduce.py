@@ -284,6 +284,20 @@ def test_the_longer_supervised_training_takes_as_long_as_both_stages():
     assert abs(budget["longer"] - both / tuned) < 1
 
 
+@pytest.mark.parametrize("status", [130, 143])
+def test_a_signal_ends_all_jobs_not_the_one_that_runs(status, tmp_path, monkeypatch):
+    tried = []
+
+    def stopped(job, threads):  # as a run ends that has saved what it had when the signal came
+        tried.append(job.name)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(plumbing_jobs, "run_here", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Job(name, "pretrain", tmp_path / name, (), "encoder.pth") for name in ("first", "second")], 1)
+    assert tried == ["first"]
+
+
 def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
     plan = Plan(BUDGETS["laptop"], tmp_path / "laptop")
     reproduce.main(reproduce.get_args(["--claim", "6", "--seeds", "2", "--dry_run", "--output_dir", str(tmp_path), "--jobs", "2"]))
