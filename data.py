@@ -47,7 +47,7 @@ TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "r
 SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
 SPLITS = ("train", "val")  # their places in what follows, and their seeds
 DRAWN = (4000, 1000)  # how many are drawn
-SCENES = (5500, 200)  # for detection and segmentation
+SCENES = (5000, 200)  # for detection and segmentation
 _CHUNK = 50  # pictures drawn at once; a multiple of the number of textures keeps the classes balanced
 
 

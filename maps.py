@@ -168,7 +168,7 @@ def class_colours(count: int) -> list[tuple]:
 def embedded_maps(
     split: str, size: int, transform: v2.Transform | None = None, seed: int = 0, count: int | None = None
 ) -> LabelMaps:
-    """The drawn pictures of detection: 5,500 to train on, 200 to evaluate, or `count`. Ground is label 0, kind k of shape k + 1."""
+    """The drawn pictures of detection: 5,000 to train on, 200 to evaluate, or `count`. Ground is label 0, kind k of shape k + 1."""
     salt = SPLITS.index(split)
     pictures, kinds, masks = draw_scenes(count or SCENES[salt], salt, size)
     labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1).astype(np.uint8)  # masks (n, 3, S, S) are disjoint -> (n, S, S)

@@ -128,7 +128,7 @@ class Scenes(Dataset):
 
 
 def embedded_scenes(split: str, size: int, transform: v2.Transform, seed: int = 0, count: int | None = None) -> Scenes:
-    """The drawn pictures: 5,500 to train on, 200 to evaluate, or `count`; three shapes each, of ten kinds, later ones hiding earlier ones."""
+    """The drawn pictures: 5,000 to train on, 200 to evaluate, or `count`; three shapes each, of ten kinds, later ones hiding earlier ones."""
     salt = SPLITS.index(split)
     pictures, kinds, masks = draw_scenes(count or SCENES[salt], salt, size)
     data_set = embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
