@@ -59,7 +59,6 @@ DEFAULTS = {
         photometric=False, class_balance=0.5, batch_size=8, epochs=9, lr=4e-3,
     ),
 }  # fmt: skip
-DRAWN = 128  # pixels of the embedded pictures, as in detection
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
 LOSSES = ("loss_head", "loss_auxiliary")
 
@@ -145,7 +144,7 @@ def load_maps(args: argparse.Namespace, split: str, classes: tuple[list[str], li
         transform = augmentation(args.input_size, args.test_size, args.scale, args.most, args.photometric)
     if args.data_set == "embedded":
         count = args.embedded_images[SPLITS.index(split)]
-        return embedded_maps(split, DRAWN, transform, args.seed, count)
+        return embedded_maps(split, args.input_size, transform, args.seed, count)
     folder = "training" if split == "train" else args.val_split
     found = folder_maps(args.data_path, folder, classes, transform, args.seed, args.reduce_zero_label)
     found.statistics = args.statistics
