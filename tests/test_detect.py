@@ -625,7 +625,7 @@ def test_flags_of_evaluation_reach_it(folder, tmp_path):
 def test_the_embedded_pictures_are_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "draw_scenes", lambda count, seed, size: draw_scenes(count // 100, seed, size))
     run(None, tmp_path / "run", epochs=1, data_set="embedded")
-    assert json.loads((tmp_path / "run/config.json").read_text())["images"] == 55
+    assert json.loads((tmp_path / "run/config.json").read_text())["images"] == scenes.SCENES[0] // 100
     for more in ([], ["--data_path", "coco"]):  # other pictures are normalised as the training's were
         args = detect.get_args(["--eval", "--resume", str(tmp_path / "run"), *more])
         assert detect.make_detector(args, 10).transform.image_mean == STATISTICS["embedded"][0]
