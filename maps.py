@@ -261,8 +261,10 @@ def class_weights(maps: LabelMaps, balance: float, most: int = 500) -> torch.Ten
     """
     with ThreadPoolExecutor() as pool:
         found = [each[1] for each in pool.map(maps.open, range(0, len(maps), -(-len(maps) // most))) if each]
-    counts = sum(np.bincount(labels.flatten(), minlength=IGNORED + 1)[: len(maps.classes)] for labels in found)
-    shares = torch.as_tensor(counts / max(np.sum(counts), 1)).clamp(min=1e-4)
+    counts = np.zeros(len(maps.classes))
+    for labels in found:
+        counts += np.bincount(labels.flatten(), minlength=IGNORED + 1)[: len(counts)]
+    shares = torch.from_numpy(counts / max(counts.sum(), 1)).clamp(min=1e-4)
     weights = shares**-balance
     return (weights / (weights * shares).sum()).float()
 

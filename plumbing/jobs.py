@@ -19,6 +19,7 @@ import torch
 from plumbing.files import find_checkpoints, prepare_output_dir, save_json, versions
 from plumbing.log import duration
 from plumbing.script import UserError, counted
+from plumbing.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
 
@@ -162,7 +163,7 @@ def run_all(jobs: list[Job], side_by_side: int, result: Callable[[Job], str] = l
                     run_here(job, threads)
                     close(job)
                 except (UserError, SystemExit) as error:
-                    if getattr(error, "code", None) in (130, 143):  # stopped by a signal, after saving
+                    if getattr(error, "code", None) in [128 + number for number in STOP_SIGNALS]:  # it has saved what it had
                         raise KeyboardInterrupt from None
                     close(job, str(error))
             time.sleep(0.2 if started else 0)

@@ -117,8 +117,8 @@ WEIGHTS[detect] = {flag: WEIGHTS[finetune][flag] for flag in (*ALIKE, *TRANSFER)
 }  # fmt: skip
 
 WEIGHTS[segment] = {flag: WEIGHTS[finetune][flag] for flag in (*ALIKE, *TRANSFER)} | {
-    "stem_stride": 2, "input_size": 40, "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "warmup_updates": 3, "power": 3.0, "iterations": 4, "class_balance": 0.5,
-    "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)), "layer_decay_type": ("single", dict(layer_decay=0.5)),
+    "stem_stride": 2, "input_size": 40, "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "warmup_updates": 3, "power": 3.0, "iterations": 4,
+    "class_balance": 0.5, "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)), "layer_decay_type": ("single", dict(layer_decay=0.5)),
     "test_size": 40, "scale": (1, 1.01), "most": 0.4, "photometric": False, "nb_classes": 20, "classes": "names.txt", "reduce_zero_label": True,
 }  # fmt: skip
 

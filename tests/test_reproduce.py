@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -284,13 +285,13 @@ def test_the_longer_supervised_training_takes_as_long_as_both_stages():
     assert abs(budget["longer"] - both / tuned) < 1
 
 
-@pytest.mark.parametrize("status", [130, 143])
-def test_a_signal_ends_all_jobs_not_the_one_that_runs(status, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_all_jobs_not_the_one_that_runs(number, tmp_path, monkeypatch):
     tried = []
 
     def stopped(job, threads):  # as a run ends that has saved what it had when the signal came
         tried.append(job.name)
-        raise SystemExit(status)
+        raise SystemExit(128 + number)
 
     monkeypatch.setattr(plumbing_jobs, "run_here", stopped)
     with pytest.raises(KeyboardInterrupt):
