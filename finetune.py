@@ -70,6 +70,7 @@ def make_parser() -> flags.Parser:
     add("--finetune", str, None, "weights to start from, of any layout that weights.py reads, or a run's folder", metavar="PATH")
     add("--scratch", bool, False, f"start from random weights even if {OURS} exists")
     add("--stem_stride", flags.STRIDES, 4, "stride of the stem")
+    flags.add_layer_scale(add)
     add("--nb_classes", flags.class_count, None, "number of classes (default: as many as the data have)")
     add("--mlp_norm", flags.one_of("norm", MLP_NORMS), None, "in GRN's place: grn adds it, none drops it (default: as the weights)")
     add("--drop_path", flags.share, 0.0, "stochastic depth rate of the last block")
@@ -178,6 +179,7 @@ def derive(args: argparse.Namespace, parser: flags.Parser) -> None:
     if args.warmup_epochs is None:
         args.warmup_epochs = min(20.0, 0.05 * args.epochs)
     flags.check_run(args, parser)
+    flags.check_layer_scale(args, parser)
     if args.head_init_scale is None:
         args.head_init_scale = 0.001 if args.finetune else 1.0
     flags.settle_amp(args, parser)
@@ -222,6 +224,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
 def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvNeXt, list[str]]:
     """The network to train, with the weights of --finetune; and lines that say what was found there and what was left out."""
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
+    start |= dict(layer_scale_init_value=args.layer_scale_init_value)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
     report = ["random initial weights"]
     net.checkpoint_activations(args.checkpoint_activations)

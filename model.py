@@ -58,7 +58,7 @@ class GRN(nn.Module):
 class Block(nn.Module):
     """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5)."""
 
-    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2):
+    def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2, layer_scale_init_value: float = 1e-6):
         super().__init__()
         self.dwconv = fast.DepthwiseConv(dim)  # nn.Conv2d, 7x7, padding 3, a group for each channel
         self.norm = LayerNorm(dim)
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.grn = GRN(4 * dim) if version == 2 else nn.Identity()
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-6)) if version == 1 else None
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if version == 1 else None
         self.drop_path = StochasticDepth(drop_path, mode="row")
         self.checkpoint_activations = False
 
@@ -105,6 +105,7 @@ class ConvNeXt(nn.Module):
             `patch_size = 8 * stem_stride` pixels on a side.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the head's initial weight and bias.
+        layer_scale_init_value: version 1's LayerScale starts here. From 1e-6 it takes thousands of updates to grow.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class ConvNeXt(nn.Module):
         stem_stride: int = 4,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
+        layer_scale_init_value: float = 1e-6,
     ):
         super().__init__()
         if stem_stride not in (4, 2, 1):
@@ -141,7 +143,8 @@ class ConvNeXt(nn.Module):
             )
         rates = iter(drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, next(rates), version) for _ in range(depth))) for depth, dim in zip(depths, dims)
+            nn.Sequential(*(Block(dim, next(rates), version, layer_scale_init_value) for _ in range(depth)))
+            for depth, dim in zip(depths, dims)
         )
         self.norm = LayerNorm(dims[-1]) if num_classes else nn.Identity()
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()

@@ -53,6 +53,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.adder(parser.add_argument_group("model"))
     add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
     add("--stem_stride", flags.STRIDES, 4, "stride of the stem; a patch is 8 x this wide")
+    flags.add_layer_scale(add)
     add("--mask_ratio", flags.proper_share, 0.6, "share of the patches to hide")
     add("--norm_pix_loss", bool, True, "predict pixels normalised per patch")
     add("--mlp_norm", flags.one_of("norm", MLP_NORMS), None, f"in GRN's place: {', '.join(MLP_NORMS)}")
@@ -72,6 +73,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40.0, 0.05 * args.epochs)
     flags.check_run(args, parser)
+    flags.check_layer_scale(args, parser)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
     if args.input_size == 8 * args.stem_stride:
@@ -129,7 +131,8 @@ def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> N
 def make_autoencoder(args: argparse.Namespace) -> FCMAE:
     """The network that the flags describe; UserError where they contradict each other."""
     with value_errors_are_the_users():
-        encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride)
+        start = dict(layer_scale_init_value=args.layer_scale_init_value)
+        encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, **start)
         encoder.checkpoint_activations(args.checkpoint_activations)
         if args.mlp_norm:
             exchange_norm(encoder, args.mlp_norm)

@@ -268,6 +268,21 @@ def refuse_both(args: argparse.Namespace, parser: Parser, *pair: str) -> None:
         parser.error(f"{one} contradicts {other}; leave one of the two out")
 
 
+def add_layer_scale(add: Callable) -> None:
+    """Where ConvNeXt V1's LayerScale starts."""
+    add("--layer_scale_init_value", positive, 1e-6, "first value of LayerScale, which only V1 has; 1 suits short runs")
+
+
+def check_layer_scale(args: Settings, parser: Parser) -> None:
+    """A parser error if --layer_scale_init_value is given where it does nothing."""
+    if args.origins["layer_scale_init_value"] == "the command line":
+        given = f"--layer_scale_init_value {args.layer_scale_init_value:g}"
+        if args.model.startswith("convnextv2_"):
+            parser.error(f"{given} is for ConvNeXt V1, and {args.model} has no LayerScale; leave it out, or use --model convnext_*")
+        if getattr(args, "finetune", None):
+            parser.error(f"{given} does nothing to the weights of --finetune {args.finetune}, which hold LayerScale; leave it out")
+
+
 def settle_amp(args: argparse.Namespace, parser: Parser) -> None:
     """Put the authors' --use_amp into `args.amp`; a parser error where both are given and differ."""
     if args.use_amp is not None and args.amp is not None and args.use_amp != (args.amp != "none"):

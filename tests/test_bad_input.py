@@ -169,6 +169,10 @@ TABLE = {
     "finetune: probe by a recipe": ("--linear_probe --recipe in1k", "--linear_probe contradicts --recipe in1k; leave one of the two out"),
     "pretrain: batch statistics counted twice": ("--mlp_norm bn --checkpoint_activations", "--mlp_norm bn counts every image twice", "leave one"),
     "finetune: batch statistics counted twice": ("--mlp_norm bn --checkpoint_activations", "--mlp_norm bn counts every image twice", "leave one"),
+    "pretrain: LayerScale of V2": ("--layer_scale_init_value 1", "convnextv2_atto has no LayerScale; leave it out, or use --model convnext_*"),
+    "finetune: LayerScale of V2": ("--layer_scale_init_value 1", "convnextv2_atto has no LayerScale; leave it out, or use --model convnext_*"),
+    "finetune: LayerScale of given weights": (
+        "--model convnext_atto --finetune v1.pth --layer_scale_init_value 1", "does nothing to the weights of --finetune v1.pth"),
     "finetune: recipe unknown": ("--recipe in2k", "--recipe: invalid choice: 'in2k' (choose from"),
     "finetune: mixed precision or not": ("--amp none --use_amp true", "--amp none contradicts --use_amp true; leave one"),
     "finetune: two learning rates": ("--blr 1e-3 --lr 1e-3", "--lr: not allowed with argument --blr"),

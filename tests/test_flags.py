@@ -63,6 +63,7 @@ SAVING = dict(save_ckpt=True)
 
 TRAINING = {  # other weights, in both scripts
     "model": "convnext_atto", "stem_stride": (2, dict(input_size=32)), "mlp_norm": "none",
+    "layer_scale_init_value": (1.0, dict(model="convnext_atto")),
     "data_path": "others", "data_set": "cifar10", "input_size": 24, "hold_data": (True, CIFAR),
     "batch_size": 6, "update_freq": 2, "epochs": 3, "warmup_epochs": 0.5, "blr": (1.0, dict(lr=None)), "lr": 1e-3, "min_lr": 5e-3,
     "weight_decay": 0.5, "clip_grad": 1e-3, "amp": "bf16", "seed": 1, "start_epoch": 1,

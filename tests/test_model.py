@@ -224,6 +224,7 @@ def test_state_dict_keys_are_the_authors():
 def test_initial_values():
     net = ConvNeXt(**TINY, version=1, drop_path_rate=0.4, head_init_scale=0.5)
     assert net.stages[2][1].gamma.unique().tolist() == [pytest.approx(1e-6)]
+    assert ConvNeXt(**TINY, version=1, layer_scale_init_value=0.5).stages[2][1].gamma.unique().tolist() == [0.5]
     assert net.stages[3][0].pwconv1.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert net.head.weight.std().item() == pytest.approx(0.01, rel=0.1) and not net.head.bias.any()
     assert [block.drop_path.p for stage in net.stages for block in stage] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
