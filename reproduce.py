@@ -15,19 +15,21 @@ import csv
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from plumbing.files import prepare_output_dir, save_csv, write_atomically
-from plumbing.flags import Parser, count, merge, one_of
-from plumbing.jobs import Job, run_all, show, unique
+from plumbing.flags import Parser, count, merge, one_of, seed_number
+from plumbing.jobs import Job, run_all, seconds_of, show, unique
 from plumbing.log import read_log
 from plumbing.plots import COLOURS, new_figure, save_figure
 from plumbing.script import counted, run_script
 
 # All that a budget fixes. `common`, `pretrain`, `finetune` are flags of the scripts, fine-tuning's alike for pre-trained and random
 # weights; the others:
+#   seeds: those of the runs;   v1: flags of networks that start as ConvNeXt V1;
 #   labels: images per class: epochs of fine-tuning; `usual`: how many of them claims take that are not about their number;
 #   longer: times the epochs of supervised training that takes as long as pre-training and fine-tuning;
 #   snapshots: encoders that are looked at along pre-training; measure_images: on how many pictures;
@@ -36,23 +38,25 @@ from plumbing.script import counted, run_script
 BUDGETS = {
     "laptop": dict(
         about="embedded pictures at 32 pixels, ConvNeXt Yocto (ours, a fifth of Atto), two cores without a GPU",
-        seeds=5, size="yocto", images=4000, val_images=4000, classes=10,
-        common=dict(data_set="embedded", embedded_images="4000 4000", input_size=32, stem_stride=1, batch_size=64, hold_data=True),
-        pretrain=dict(epochs=30, lr=2e-3, decoder_embed_dim=128),
-        finetune=dict(lr=2e-3, layer_decay=1, weight_decay=0.05, head_init_scale=1),
-        labels={5: 400, 20: 160, 100: 40, 400: 12}, usual=100, longer=2.5,
-        snapshots=6, measure_images=500, probe_images=(4000, 4000),
+        seeds=(10, 11, 12, 13, 14), size="yocto", images=4000, val_images=4000, classes=10,
+        common=dict(data_set="embedded", embedded_images="4000 4000", input_size=32, stem_stride=1, hold_data=True),
+        pretrain=dict(epochs=20, lr=2e-3, batch_size=64, decoder_embed_dim=128),
+        finetune=dict(lr=2e-3, batch_size=16, clip_grad=1, layer_decay=1, weight_decay=0.05, head_init_scale=1),
+        v1=dict(layer_scale_init_value=1),
+        labels={5: 360, 20: 120, 100: 40}, usual=20, longer=2.8,
+        snapshots=5, measure_images=500, probe_images=(4000, 4000),
         mask_ratios=(0.1, 0.6, 0.85),  # near the ends of the range that the paper tries, and its best
         decoder_depths=(1, 2, 4), decoder_widths=(64, 128, 256),
-        speed=dict(pretrain=330, finetune=185, analyze=210),
+        speed=dict(pretrain=280, finetune=150, analyze=210),
     ),
     "gpu": dict(
         about="CIFAR-10 at 32 x 32, ConvNeXt Atto, one GPU; these settings have not been run",
-        seeds=5, size="atto", images=50_000, val_images=10_000, classes=10,
+        seeds=(10, 11, 12, 13, 14), size="atto", images=50_000, val_images=10_000, classes=10,
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=100, blr=2e-3, decoder_embed_dim=256),
         # crops and flips alone, so that the data are held on the GPU
-        finetune=dict(blr=2e-3, layer_decay=1, aa="none", reprob=0.0, head_init_scale=1),
+        finetune=dict(blr=2e-3, clip_grad=1, layer_decay=1, aa="none", reprob=0.0, head_init_scale=1),
+        v1=dict(layer_scale_init_value=1),
         labels={20: 300, 100: 100, 500: 40, 2000: 30}, usual=500, longer=6,
         snapshots=8, measure_images=1000, probe_images=(20_000, 10_000),
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
@@ -60,14 +64,14 @@ BUDGETS = {
         speed=dict(pretrain=10_000, finetune=10_000, analyze=10_000),
     ),
 }  # fmt: skip
-# The laptop's on photographs, which --data_path names: a check that drawn pictures do not mislead. As many are seen in pre-training.
+# The laptop's on photographs, which --data_path names: a check that drawn pictures do not mislead. About as many are seen in pre-training.
 BUDGETS["photographs"] = BUDGETS["laptop"] | dict(
     about="the 50,000 + 10,000 photographs of CIFAR-10 as JPEG files; all else as at the laptop budget",
     images=50_000, val_images=10_000,
-    common=dict(data_path=None, input_size=32, stem_stride=1, batch_size=64, hold_data=True, num_workers=0),
-    pretrain=BUDGETS["laptop"]["pretrain"] | dict(epochs=3),
+    common=dict(data_path=None, input_size=32, stem_stride=1, num_workers=0),
+    pretrain=BUDGETS["laptop"]["pretrain"] | dict(epochs=2),
     finetune=BUDGETS["laptop"]["finetune"] | dict(aa="none", reprob=0),
-    snapshots=3,
+    snapshots=2,
 )  # fmt: skip
 BASELINE = dict(mask_ratio=0.6, decoder="convnext", decoder_depth=1, backend="sparse", mlp_norm="grn")
 COST = {"leaky": 2.4}  # of an image, relative to the sparse encoder
@@ -90,7 +94,7 @@ class Plan:
         budget = self.budget
         base = BASELINE | dict(decoder_embed_dim=budget["pretrain"]["decoder_embed_dim"])
         changes = {name: value for name, value in changes.items() if value != base[name]}
-        flags = budget["common"] | budget["pretrain"] | changes
+        flags = budget["common"] | budget["pretrain"] | self._start(version) | changes
         visible = (1 - changes.get("mask_ratio", 0.6)) / 0.4
         work = flags["epochs"] * budget["images"] * COST.get(changes.get("backend"), 1.0) * visible
         flags |= dict(save_ckpt_freq=self.step, save_ckpt_num=2 * budget["snapshots"])
@@ -108,7 +112,7 @@ class Plan:
         epochs = round(budget["labels"][labels] * longer)
         flags = budget["common"] | budget["finetune"] | changes
         flags |= dict(labels_per_class=labels, epochs=epochs, warmup_epochs=epochs / 10)
-        flags |= dict(scratch=True) if scratch else dict(finetune=start.file)
+        flags |= dict(scratch=True) | self._start(version) if scratch else dict(finetune=start.file)
         flags |= dict(eval_freq=epochs, save_ckpt_freq=max(1, epochs // 10), save_ckpt_num=1)
         name = ["scratch", version] if scratch else ["finetune", *start.name.split("-")[1:-1]]
         name += _words({f"then_{key}": value for key, value in changes.items()} | dict(labels=labels))
@@ -137,6 +141,9 @@ class Plan:
         """A command of analyze.py on one network."""
         flags = dict(checkpoint=start.file, label=name.replace(" ", "-"), num_images=self.budget["measure_images"])
         return self._look(f"{command}-{name.replace(' ', '-')}-seed{seed}", command, flags, (start,), self.budget["measure_images"])
+
+    def _start(self, version) -> dict:
+        return self.budget["v1"] if version == "V1" else {}
 
     def _look(self, name, command, flags, needs, work) -> Job:
         directory = self.root / name
@@ -452,8 +459,7 @@ CLAIMS = {
 # Student's t, 97.5%, by degrees of freedom from 1 to 10; more take the last, which is a little too strict.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TIE = 2.0  # points of accuracy: cells whose difference is certainly smaller are about equal
-HERE = Path(__file__).parent / "results"
-TEXTS = HERE / "protocol.md", HERE / "conclusions.md"  # written by hand, and put into the README
+PROTOCOL = Path(__file__).parent / "results" / "protocol.md"  # by hand, as is conclusions.md beside results; put into the README
 
 
 @dataclass(frozen=True)
@@ -514,10 +520,10 @@ def judge(found: list[Difference], expected: int) -> str:
     return {"holds": "it holds here", "fails": "it fails here"}[decided.pop()] if len(decided) == 1 else "not yet decided"
 
 
-def rows_from(claim: Claim, plan: Plan, seeds: int) -> list[dict]:
+def rows_from(claim: Claim, plan: Plan, seeds: Iterable[int]) -> list[dict]:
     """A row for every finished job: the number, and everything that belongs to it."""
     rows = []
-    for seed in range(seeds):
+    for seed in seeds:
         for cell, jobs in claim.cells(plan, seed).items():
             for reading, job in jobs.items():
                 if job.finished:
@@ -531,24 +537,21 @@ def rows_from(claim: Claim, plan: Plan, seeds: int) -> list[dict]:
     return rows
 
 
-def with_earlier(rows: list[dict], path: Path, claim: Claim, plan: Plan) -> list[dict]:
-    """Our rows, and those at `path` of other seeds whose settings are those of now, as of runs on another machine."""
+def with_earlier(rows: list[dict], path: Path, place: tuple[str, ...], job_of: Callable[[dict], Job | None]) -> list[dict]:
+    """Our rows, and those at `path` that were run elsewhere by the settings of now.
+
+    place: the columns by which two rows are of the same thing; job_of: what would give a row now.
+    """
     if not path.exists():
         return rows
     with open(path, newline="") as file:
         earlier = [row | {"seed": int(row["seed"])} for row in csv.DictReader(file)]
-    known, cells = {_place(row) for row in rows}, {}
+    known = {tuple(str(row[name]) for name in place) for row in rows}
     for row in earlier:
-        if row["seed"] not in cells:
-            cells[row["seed"]] = claim.cells(plan, row["seed"])
-        job = cells[row["seed"]].get(row["cell"], {}).get(row["reading"])
-        if job and _place(row) not in known and _settings(row["command"]) == _settings(job.command):
-            rows = [*rows, row]
+        if tuple(str(row[name]) for name in place) not in known:
+            job = job_of(row)
+            rows = [*rows, row] if job and _settings(row.get("command", "")) == _settings(job.command) else rows
     return sorted(rows, key=lambda row: row["seed"])
-
-
-def _place(row: dict) -> tuple:
-    return row["cell"], row["reading"], row["seed"]
 
 
 def _settings(command: str) -> list[str]:
@@ -593,7 +596,7 @@ def paper_difference(claim: Claim, expectation: Expectation) -> float | None:
 
 
 def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
-    """A line for every difference. hours: of a seed."""
+    """A line for every difference. hours: of a seed, on one core or GPU."""
     lines = []
     for each in found:
         paper, digits = paper_difference(claim, each.expectation), 1 if "%" in READINGS[each.reading].quantity else 4
@@ -604,8 +607,8 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
         line += each.outcome
         if each.outcome == "open" and each.seeds_to_decide < math.inf:
             n = each.seeds_to_decide
-            line += f"; if spread and mean stay, {n:,} seeds would decide it"
-            line += f", {n * hours:,.1f} hours on one core" if hours else ""
+            more = f"the {n - len(each.values):,} more of them in {(n - len(each.values)) * hours:,.1f} hours on one core or GPU"
+            line += f"; if spread and mean stay, {n:,} seeds would decide it, {more}"
         lines.append(f"* {line}")
     return lines
 
@@ -642,15 +645,13 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
     save_figure(figure, path)
 
 
-def course_rows(plan: Plan, seeds: int) -> list[dict]:
+def course_rows(plan: Plan, seeds: Iterable[int]) -> list[dict]:
     """Every measure of `COURSES` along pre-training, of all finished jobs."""
     rows = []
-    for seed in range(seeds):
-        for version in ("V1", "V2"):
-            for name, (command, measure) in COURSES.items():
-                if (version, command) != ("V1", "grn") and (job := plan.course(seed, version, command)).finished:
-                    found = along(job, measure).items()
-                    rows += [dict(network=version, seed=seed, measure=name, epoch=epoch, value=f"{v:.6g}") for epoch, v in found]
+    for seed, version, (name, (command, measure)) in product(seeds, ("V1", "V2"), COURSES.items()):
+        job = plan.course(seed, version, command)
+        for epoch, value in along(job, measure).items() if job.finished else ():
+            rows.append(dict(network=version, seed=seed, measure=name, epoch=epoch, value=f"{value:.6g}", command=job.command))
     return rows
 
 
@@ -665,7 +666,8 @@ def draw_course(rows: list[dict], path: Path) -> None:
             for seed in sorted({row["seed"] for row in rows}):
                 its = [row for row in rows if (row["network"], row["seed"], row["measure"]) == (version, seed, name)]
                 x, y = [int(row["epoch"]) for row in its], [float(row["value"]) for row in its]
-                axis.plot(x, y, color=COLOURS[k], marker="o", markersize=3, alpha=0.7, label=version if seed == 0 else None)
+                axis.plot(x, y, color=COLOURS[k], marker="o", markersize=3, alpha=0.7)
+            axis.plot([], color=COLOURS[k], label=version)
         axis.set_title(name, fontsize=12)
         axis.set_xlabel("epochs of pre-training", fontsize=11)
         axis.grid(alpha=0.3)
@@ -673,15 +675,18 @@ def draw_course(rows: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> None:
+def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: Path) -> None:
     """README.md, a CSV and a figure per claim, and the course of pre-training, from all jobs that have finished."""
     prepare_output_dir(str(results))
     budget, sections, summary, missing, comparisons = plan.budget, [], [], [], 0
-    protocol, conclusions = (path.read_text() for path in TEXTS)
+    conclusions = (results / "conclusions.md").read_text() if (results / "conclusions.md").exists() else ""
     conclusions = {part.split("\n")[0].strip(): part.split("\n", 1)[1].strip() for part in conclusions.split("\n## ")[1:]}
     for name, claim in CLAIMS.items():
-        path, cells = results / f"claim_{name}.csv", claim.cells(plan, 0)
-        rows = with_earlier(rows_from(claim, plan, seeds), path, claim, plan)
+        path, cells = results / f"claim_{name}.csv", claim.cells(plan, seeds[0])
+        rows = with_earlier(
+            rows_from(claim, plan, seeds), path, ("cell", "reading", "seed"),
+            lambda row, claim=claim: claim.cells(plan, row["seed"]).get(row["cell"], {}).get(row["reading"]),
+        )  # fmt: skip
         values = by_cell(rows, cells)
         found = differences(claim, values)
         if not found:
@@ -689,10 +694,11 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             continue
         comparisons += len(found)
         save_csv(path, rows)
-        jobs = unique(job for seed in range(seeds) for part in claim.cells(plan, seed).values() for job in part.values())
-        hours = sum(job.record.get("seconds", 0) for job in jobs) / 3600 / len({row["seed"] for row in rows})
+        hours = sum(seconds_of(jobs_of([name], plan, seeds), budget["speed"]).values()) / 3600 / len(seeds)
         verdict = judge(found, len(claim.expect(list(cells))))
-        incomplete = any(len(values[cell].get(reading, ())) < seeds for cell, part in cells.items() for reading in part)
+        incomplete = any(
+            set(budget["seeds"]) - values[cell].get(reading, {}).keys() for cell, part in cells.items() for reading in part
+        )
         summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
         draw(claim, found, results / f"claim_{name}.png")
         flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
@@ -706,12 +712,15 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
             "",
         ]
         sections += [*table_of(claim, values), "", *describe(claim, found, hours), ""]
-        sections += [conclusions[name], ""] if budget_name == "laptop" and name in conclusions else []
+        sections += [conclusions[name], ""] if name in conclusions else []
         sections += [f"Commands, commit, hardware and versions of every number: [{path.name}]({path.name})."]
-    if course := course_rows(plan, seeds):
+    course = with_earlier(
+        course_rows(plan, seeds), results / "course.csv", ("network", "seed", "measure", "epoch"),
+        lambda row: plan.course(row["seed"], row["network"], COURSES[row["measure"]][0]) if row["measure"] in COURSES else None,
+    )  # fmt: skip
+    if course:
         save_csv(results / "course.csv", course)
         draw_course(course, results / "course.png")
-    if (results / "course.png").exists():
         sections += ["", "## Along pre-training", "", "![Features along pre-training, V1 and V2](course.png)"]
     head = [f"# The paper's claims at the {budget_name} budget", "", "Written by `reproduce.py`; do not edit.", ""]
     head += [f"Budget: {budget['about']}."]
@@ -721,7 +730,7 @@ def write_results(budget_name: str, plan: Plan, seeds: int, results: Path) -> No
     if comparisons:
         chance = f"by chance alone about {comparisons / 20:.1f} of as many true ties would seem decided"
         head += [f"{counted(comparisons, 'comparison')}; {chance}.", ""]
-    text = "\n".join([*head, "## Protocol", "", protocol.rstrip(), *sections]) + "\n"
+    text = "\n".join([*head, "## Protocol", "", PROTOCOL.read_text().rstrip(), *sections]) + "\n"
     write_atomically(results / "README.md", lambda file: file.write_text(text))
     print(f"wrote {results / 'README.md'}, with {len(summary)} of {len(CLAIMS)} claims")
 
@@ -738,7 +747,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget", one_of("budget", BUDGETS), "laptop", budgets)
     add("--data_path", str, None, "for --budget photographs: small ones, in DIR/train/<class>/ and DIR/val/<class>/", metavar="DIR")
     add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
-    add("--seeds", count, None, "runs of every cell (default: the budget's)")
+    add("--seeds", seed_number, None, "of the runs of every cell (default: the budget's)", nargs="+", metavar="SEED")
     add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
     add("--dry_run", bool, False, "only list the jobs and how long they take")
     add("--output_dir", str, "runs/reproduce", "where the jobs run, in a folder per budget", metavar="DIR")
@@ -752,10 +761,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def jobs_of(claims: Iterable[str], plan: Plan, seeds: int) -> list[Job]:
+def jobs_of(claims: Iterable[str], plan: Plan, seeds: Iterable[int]) -> list[Job]:
     """All jobs of these claims, seed by seed, those of the course of pre-training beside claims 3 and 9."""
     jobs = []
-    for seed in range(seeds):
+    for seed in seeds:
         jobs += [job for name in claims for readings in CLAIMS[name].cells(plan, seed).values() for job in readings.values()]
         jobs += [plan.course(seed, "V2", "grn")] if "3" in claims else []
     return unique(jobs)

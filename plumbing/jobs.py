@@ -185,14 +185,20 @@ def run_all(jobs: list[Job], side_by_side: int, result: Callable[[Job], str] = l
         )
 
 
+def seconds_of(jobs: list[Job], speed: dict[str, float]) -> dict[Job, float]:
+    """What the jobs took or will take: as measured, or by the speed of finished ones, or by `speed`, images per second of a script."""
+    took = {job: job.record["seconds"] for job in jobs if job.finished}
+    rates = dict(speed)
+    for script in {job.script for job in took}:
+        alike = [job for job in took if job.script == script]
+        rates[script] = sum(job.work for job in alike) / sum(took[job] for job in alike)
+    return {job: took.get(job, job.work / rates[job.script]) for job in jobs}
+
+
 def show(jobs: list[Job], speed: dict[str, float], side_by_side: int) -> None:
-    """List the jobs and what they take: as measured, or by the speed of finished ones, or by the budget's."""
-    finished = {job for job in jobs if job.finished}
-    left = 0.0
-    for job in jobs:
-        alike = [other for other in finished if other.script == job.script]
-        rate = sum(other.work for other in alike) / sum(other.record["seconds"] for other in alike) if alike else speed[job.script]
-        seconds = job.record["seconds"] if job in finished else job.work / rate
+    """List the jobs and what they take (`seconds_of`)."""
+    finished, left = {job for job in jobs if job.finished}, 0.0
+    for job, seconds in seconds_of(jobs, speed).items():
         left += 0 if job in finished else seconds
         state = "finished" if job in finished else "stale" if job.stale else "begun" if job.record else "to do"
         print(f"{state:8}  {seconds / 60:7.1f} min  {job.name}")

@@ -28,10 +28,10 @@ from reproduce import BUDGETS, CLAIMS, Claim, Difference, Expectation, Plan
 # Fourteen drawn pictures of two classes; the numbers mean nothing.
 BUDGETS["toy"] = dict(
     about="fourteen embedded pictures, for testing this file; its numbers mean nothing",
-    seeds=1, size="yocto", images=10, val_images=4, classes=2,
+    seeds=(0,), size="yocto", images=10, val_images=4, classes=2,
     common=dict(data_path=None, input_size=32, stem_stride=1, batch_size=4, num_workers=0),
     pretrain=dict(epochs=2, blr=0.1, decoder_embed_dim=32, warmup_epochs=0),
-    finetune=dict(aa="none", reprob=0.0, input_size=16, blr=0.1),
+    finetune=dict(aa="none", reprob=0.0, input_size=16, blr=0.1), v1=dict(layer_scale_init_value=0.5),
     labels={2: 2, 5: 1}, usual=5, longer=2, snapshots=2, measure_images=4, probe_images=(10, 4),
     mask_ratios=(0.3, 0.6, 0.8), decoder_depths=(1, 2), decoder_widths=(16, 32),
     speed=dict(pretrain=40, finetune=40, analyze=40),
@@ -108,7 +108,7 @@ def test_a_number_comes_with_its_command_commit_hardware_versions_and_time(toy):
 
 @pytest.mark.slow
 def test_jobs_shared_between_claims_run_once(toy):
-    jobs = reproduce.jobs_of(CLAIMS, Plan(BUDGETS["toy"], toy / "runs" / "toy"), 1)
+    jobs = reproduce.jobs_of(CLAIMS, Plan(BUDGETS["toy"], toy / "runs" / "toy"), [0])
     ran = {path.parent.name for path in (toy / "runs" / "toy").glob("*/job.json")}
     assert ran == {job.name for job in jobs} and len(ran) == len(jobs)
     shared = [name for name, claim in CLAIMS.items() if any(
@@ -142,12 +142,13 @@ def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
     plan = Plan(BUDGETS["toy"], toy / "runs" / "toy")
     done = unique(job for jobs in CLAIMS["6"].cells(plan, 0).values() for job in jobs.values())
     monkeypatch.setattr(Job, "finished", property(lambda job: job in done))
-    reproduce.write_results("toy", plan, 1, toy / "partial")
+    reproduce.write_results("toy", plan, [0], toy / "partial")
     text = (toy / "partial" / "README.md").read_text()
     missing = next(line for line in text.splitlines() if line.startswith("Not run: "))
     assert {name for name in CLAIMS if CLAIMS[name].title in missing} == CLAIMS.keys() - {"6"}
     assert not (toy / "partial" / "claim_1.csv").exists()
-    reproduce.write_results("toy", plan, 2, toy / "partial")
+    monkeypatch.setitem(BUDGETS["toy"], "seeds", (0, 1))
+    reproduce.write_results("toy", plan, [0], toy / "partial")
     assert "| 6 | GRN is needed in both stages | not yet decided, so far |" in (toy / "partial" / "README.md").read_text()
 
 
@@ -155,22 +156,24 @@ def test_claims_that_were_not_run_are_listed_as_such(toy, monkeypatch):
 def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, monkeypatch):
     shutil.copytree(toy / "results", tmp_path / "results")
     nothing_ran = Plan(BUDGETS["toy"], tmp_path / "toy")
-    reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
+    reproduce.write_results("toy", nothing_ran, [0], tmp_path / "results")
     for path in (toy / "results").iterdir():
         assert (tmp_path / "results" / path.name).read_bytes() == path.read_bytes() or path.suffix == ".png"
     monkeypatch.setitem(BUDGETS["toy"], "finetune", BUDGETS["toy"]["finetune"] | {"reprob": 0.1})
-    reproduce.write_results("toy", nothing_ran, 1, tmp_path / "results")
+    reproduce.write_results("toy", nothing_ran, [0], tmp_path / "results")
     assert "| 6 |" not in (tmp_path / "results" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path):
     plan, claim, path = Plan(BUDGETS["toy"], toy / "runs" / "toy"), CLAIMS["6"], tmp_path / "claim_6.csv"
-    own = reproduce.rows_from(claim, plan, 1)
+    own = reproduce.rows_from(claim, plan, [0])
     commands = {cell: job.command for cell, jobs in claim.cells(plan, 1).items() for job in jobs.values()}
     other = [row | {"seed": 1, "value": "7", "command": commands[row["cell"]].replace(str(toy), "elsewhere")} for row in own]
     reproduce.save_csv(path, [row | {"value": "9"} for row in own] + other[:2] + [other[2] | {"command": "python other.py"}])
-    found = reproduce.with_earlier(own, path, claim, plan)
+    found = reproduce.with_earlier(
+        own, path, ("cell", "reading", "seed"), lambda row: claim.cells(plan, row["seed"])[row["cell"]][row["reading"]]
+    )
     assert found[:3] == own and [(row["seed"], row["value"]) for row in found[3:]] == [(1, "7"), (1, "7")]
 
 
@@ -232,15 +235,16 @@ def flags_of(job: Job) -> dict[str, str]:
 @pytest.mark.parametrize("plan", plans())
 def test_every_job_is_a_command_that_its_script_takes(plan):
     scripts = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze}
-    for job in reproduce.jobs_of(CLAIMS, plan, 1):
+    for job in reproduce.jobs_of(CLAIMS, plan, [0]):
         if "--finetune" not in job.argv:  # which reads its file
             args = scripts[job.script].get_args(list(job.argv))
             assert args.output_dir == str(job.directory) and getattr(args, "model", None) == flags_of(job).get("--model")
+            assert not (args.data_path and getattr(args, "hold_data", False))  # a folder cannot be held
 
 
 @pytest.mark.parametrize("plan", plans())
 def test_no_two_jobs_have_one_directory(plan):
-    jobs = reproduce.jobs_of(CLAIMS, plan, 2)
+    jobs = reproduce.jobs_of(CLAIMS, plan, [0, 1])
     assert len({job.directory for job in jobs}) == len(jobs)
 
 
@@ -255,7 +259,11 @@ def test_cells_differ_in_what_they_are_named_for_and_in_nothing_else(plan):
     for version in ("V1", "V2"):
         pair = [flags_of(cells[f"{version} {kind}"]["fine-tuning"]) for kind in ("supervised", "FCMAE")]
         differing = {key for key in pair[0].keys() | pair[1].keys() if pair[0].get(key) != pair[1].get(key)}
-        assert differing == {"--scratch", "--finetune", "--output_dir"}
+        start = {f"--{name}" for name in plan.budget["v1"]} if version == "V1" else set()
+        assert differing == {"--scratch", "--finetune", "--output_dir"} | start
+        trained = (CLAIMS["2"].cells(plan, 0)[f"{version} {kind}"]["fine-tuning"] for kind in ("supervised", "FCMAE"))
+        starts = [flags_of(unique([job])[0]) for job in trained]  # V1 starts alike, whether it is pre-trained or not
+        assert all((f"--{name}" in flags) == (version == "V1") for flags in starts for name in plan.budget["v1"])
 
 
 @pytest.mark.parametrize("plan", plans())
@@ -299,16 +307,30 @@ def test_a_signal_ends_all_jobs_not_the_one_that_runs(number, tmp_path, monkeypa
     assert tried == ["first"]
 
 
+def test_time_is_as_measured_or_as_others_of_the_script_took_or_as_the_budget_says(tmp_path):
+    def job(name, script, work, seconds=None):
+        made = Job(name, script, tmp_path / name, (), "job.json", work=work)
+        if seconds:
+            made.directory.mkdir()
+            (made.directory / "job.json").write_text(json.dumps(dict(argv=[], seconds=seconds, finished=True)))
+        return made
+
+    jobs = [job("a", "pretrain", 100, 20), job("b", "pretrain", 300, 20), job("c", "pretrain", 50), job("d", "analyze", 50)]
+    assert list(plumbing_jobs.seconds_of(jobs, dict(pretrain=1, analyze=2)).values()) == [20, 20, 5, 25]
+
+
 def test_the_dry_run_starts_nothing_and_adds_up(tmp_path, capsys):
     plan = Plan(BUDGETS["laptop"], tmp_path / "laptop")
-    reproduce.main(reproduce.get_args(["--claim", "6", "--seeds", "2", "--dry_run", "--output_dir", str(tmp_path), "--jobs", "2"]))
+    reproduce.main(
+        reproduce.get_args(["--claim", "6", "--seeds", "10", "11", "--dry_run", "--output_dir", str(tmp_path), "--jobs", "2"])
+    )
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir()) and "10 jobs (4 of pretrain.py, 6 of finetune.py)" in out
-    seconds = sum(job.work / BUDGETS["laptop"]["speed"][job.script] for job in reproduce.jobs_of(["6"], plan, 2))
+    seconds = sum(job.work / BUDGETS["laptop"]["speed"][job.script] for job in reproduce.jobs_of(["6"], plan, [10, 11]))
     assert f"about {duration(seconds)} on one core" in out and f"{duration(seconds / 2)} with --jobs 2" in out
 
 
-WRONG = [["--claim", "12"], ["--budget", "lapto"], ["--seeds", "0"], ["--budget", "photographs"], ["--data_path", "photos"]]
+WRONG = [["--claim", "12"], ["--budget", "lapto"], ["--seeds", "-1"], ["--budget", "photographs"], ["--data_path", "photos"]]
 
 
 @pytest.mark.parametrize("words", WRONG)
