@@ -85,14 +85,12 @@ class Plan:
 
     def __init__(self, budget: dict, root: Path):
         self.budget, self.root = budget, root
-        self.step = max(
-            1, budget["pretrain"]["epochs"] // budget["snapshots"]
-        )  # epochs from one encoder that is looked at to the next
+        self.step = max(1, budget["pretrain"]["epochs"] // budget["snapshots"])  # epochs between encoders that are looked at
 
     def pretrain(self, seed: int, version: str = "V2", **changes) -> Job:
         """Pre-training, with what differs from `BASELINE`."""
         budget = self.budget
-        base = BASELINE | dict(decoder_embed_dim=budget["pretrain"]["decoder_embed_dim"])
+        base = BASELINE | budget["pretrain"]
         changes = {name: value for name, value in changes.items() if value != base[name]}
         flags = budget["common"] | budget["pretrain"] | self._start(version) | changes
         visible = (1 - changes.get("mask_ratio", 0.6)) / 0.4
@@ -161,10 +159,7 @@ def _flags(settings: dict) -> list[str]:
     """Words of a command line. A text of several words is several values."""
     words = []
     for name, value in settings.items():
-        words += [
-            f"--{name}",
-            *(shlex.split(value) if isinstance(value, str) else [str(value).lower() if value is True else str(value)]),
-        ]
+        words += [f"--{name}", *(shlex.split(value) if isinstance(value, str) else ["true" if value is True else str(value)])]
     return words
 
 
@@ -190,6 +185,11 @@ class Reading:
 
     quantity: str  # with a % where it is an accuracy
     value: Callable[[Job], float]
+
+    @property
+    def digits(self) -> int:
+        """Behind the point."""
+        return 1 if "%" in self.quantity else 4
 
 
 @dataclass(frozen=True)
@@ -571,15 +571,10 @@ def table_of(claim: Claim, values: dict) -> list[str]:
     """Mean and deviation over seeds of every cell and reading, as Markdown."""
     readings = [name for name in READINGS if any(name in found for found in values.values())]
     paper = [" the paper's |", "---|"] if claim.paper else ["", ""]
-    lines = [
-        f"| | {' | '.join(READINGS[name].quantity for name in readings)} |{paper[0]}",
-        f"|---|{'---|' * len(readings)}{paper[1]}",
-    ]
+    lines = [f"| | {' | '.join(READINGS[name].quantity for name in readings)} |{paper[0]}"]
+    lines += [f"|---|{'---|' * len(readings)}{paper[1]}"]
     for cell, found in values.items():
-        shown = [
-            _mean(list(found[name].values()), 1 if "%" in READINGS[name].quantity else 4) if name in found else ""
-            for name in readings
-        ]
+        shown = [_mean(list(found[name].values()), READINGS[name].digits) if name in found else "" for name in readings]
         lines.append(f"| {cell} | {' | '.join(shown)} |" + (f" {claim.paper.get(cell, '')} |" if claim.paper else ""))
     return lines
 
@@ -599,7 +594,7 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
     """A line for every difference. hours: of a seed, on one core or GPU."""
     lines = []
     for each in found:
-        paper, digits = paper_difference(claim, each.expectation), 1 if "%" in READINGS[each.reading].quantity else 4
+        paper, digits = paper_difference(claim, each.expectation), READINGS[each.reading].digits
         low, high = (f"{bound:+.{digits}f}" for bound in (each.mean - each.margin, each.mean + each.margin))
         interval = f"95%: {low} to {high}" if each.margin < math.inf else "one seed shows no spread"
         beside = "" if paper is None else f", the paper's {paper:+.1f}"
@@ -635,10 +630,8 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
         axis.scatter(*zip(*papers), marker="D", facecolor="none", edgecolor="black", s=45, label="the paper's", zorder=3)
     axis.set_yticks(range(len(names)), names, fontsize=11)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    units = list(
-        dict.fromkeys("points of accuracy" if "%" in READINGS[name].quantity else READINGS[name].quantity for name in readings)
-    )
-    axis.set_xlabel(f"difference, {units[0]}", fontsize=11)
+    quantity = READINGS[readings[0]].quantity
+    axis.set_xlabel(f"difference, {'points of accuracy' if '%' in quantity else quantity}", fontsize=11)
     axis.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=11, frameon=False)
     axis.set_title(claim.title, fontsize=12)
@@ -705,13 +698,15 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
         flag += " --data_path DIR" if "data_path" in budget["common"] else ""
         sections += ["", f"## {'Claim ' if name != 'labels' else ''}{name}. {claim.title}", ""]
         sections += [f"**{verdict.capitalize()}{', so far' if incomplete else ''}.** {claim.note}", ""]
+        sections += [f"    python reproduce.py{flag} --claim {name} --jobs 2", ""]
         sections += [
-            f"    python reproduce.py{flag} --claim {name} --jobs 2",
-            "",
             f"![{claim.title}]({path.with_suffix('.png').name})",
             "",
+            *table_of(claim, values),
+            "",
+            *describe(claim, found, hours),
+            "",
         ]
-        sections += [*table_of(claim, values), "", *describe(claim, found, hours), ""]
         sections += [conclusions[name], ""] if name in conclusions else []
         sections += [f"Commands, commit, hardware and versions of every number: [{path.name}]({path.name})."]
     course = with_earlier(

@@ -1,7 +1,6 @@
 """Jobs: runs of the scripts, one after the other or side by side, that need one another and continue where they were stopped."""
 
 import contextlib
-import importlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ import torch
 from plumbing.files import find_checkpoints, prepare_output_dir, save_json, versions
 from plumbing.log import duration
 from plumbing.script import UserError, counted
-from plumbing.signals import STOP_SIGNALS
+from plumbing.signals import STOP_SIGNALS, signals_restored
 
 ROOT = Path(__file__).parent.parent  # where the scripts lie
 
@@ -88,45 +87,36 @@ def circumstances(threads: int) -> dict:
 
 
 class Running:
-    """A job under way: keeps job.json, whatever way it ends."""
+    """A job under way in a process of its own, on so many threads; what it prints goes to output.txt. Keeps job.json."""
 
     def __init__(self, job: Job, threads: int):
         self.job, self.start, self.before = job, time.perf_counter(), job.record.get("seconds", 0.0)
         prepare_output_dir(str(job.directory))
-        self.record = dict(script=job.script, argv=list(job.argv), seconds=self.before, finished=False) | circumstances(threads)
-        self.end(False)
+        self.record = dict(script=job.script, argv=list(job.argv)) | circumstances(threads)
+        self._note(False)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv]
+        with open(job.directory / "output.txt", "a") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
-    def end(self, finished: bool) -> None:
-        """Note the time; what serves only for resuming goes once the job has finished, unless others look at it."""
-        self.record |= dict(seconds=round(self.before + time.perf_counter() - self.start, 1), finished=finished)
-        save_json(self.job.directory / "job.json", self.record)
+    def _note(self, finished: bool) -> None:
+        seconds = round(self.before + time.perf_counter() - self.start, 1)
+        save_json(self.job.directory / "job.json", self.record | dict(seconds=seconds, finished=finished))
+
+    def end(self) -> bool:
+        """Wait for the end, and note it; whether the job finished. What serves only for resuming then goes, unless others look at it."""
+        finished = self.process.wait() == 0
+        self._note(finished)
         for path in find_checkpoints(self.job.directory) if finished and not self.job.keep else ():
             path.unlink()
-
-
-def run_here(job: Job, threads: int) -> None:
-    """Run a job in this process; what it prints goes to output.txt."""
-    script = importlib.import_module(job.script)
-    running, finished = Running(job, threads), False
-    try:
-        with open(job.directory / "output.txt", "a") as file, contextlib.redirect_stdout(file):
-            script.main(script.get_args(list(job.argv)))
-        finished = True
-    finally:
-        running.end(finished)
-
-
-def start_beside(job: Job, threads: int) -> tuple[Running, subprocess.Popen]:
-    """Start a job in a process of its own, on so many threads."""
-    running = Running(job, threads)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    command = [sys.executable, str(ROOT / f"{job.script}.py"), *job.argv]
-    with open(job.directory / "output.txt", "a") as file:
-        return running, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        return finished
 
 
 def run_all(jobs: list[Job], side_by_side: int, result: Callable[[Job], str] = lambda job: "") -> None:
-    """Run what has not finished, `side_by_side` at a time; UserError at the end if some failed. `result`: what to say of a finished job."""
+    """Run what has not finished, `side_by_side` at a time; UserError at the end if some failed. `result`: what to say of a finished job.
+
+    A signal that asks a run to end ends all: the running jobs save what they have, and continue when the same are run again.
+    """
     if stale := [job for job in jobs if job.stale]:
         differing = shlex.join(sorted(set(stale[0].record["argv"]) ^ set(stale[0].argv)))
         raise UserError(
@@ -134,50 +124,36 @@ def run_all(jobs: list[Job], side_by_side: int, result: Callable[[Job], str] = l
             f"choose another --output_dir"
         )
     waiting = [job for job in jobs if not job.finished]
-    done, failed, started = len(jobs) - len(waiting), {}, {}
-    threads = max(1, torch.get_num_threads() // side_by_side) if side_by_side > 1 else torch.get_num_threads()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the running jobs too; they continue when started again
-
-    def close(job, error=None):
-        nonlocal done
-        if error:
-            failed[job] = error
-            line = f"{job.name} failed: {error}"
-        else:
-            done += 1
-            line = f"[{done}/{len(jobs)}] {job.name}: {result(job)}{duration(job.record['seconds'])}"
-        print(line, flush=True)
-
-    try:
-        while waiting or started:
-            for job in [job for job in waiting if any(need in failed for need in job.needs)]:
-                waiting.remove(job)
-                close(job, "a job that it needs has failed")
-            ready = [job for job in waiting if all(need.finished for need in job.needs)]
-            for job in ready[: side_by_side - len(started)]:
-                waiting.remove(job)
-                if side_by_side > 1:
-                    started[job] = start_beside(job, threads)
-                    continue
-                try:
-                    run_here(job, threads)
-                    close(job)
-                except (UserError, SystemExit) as error:
-                    if getattr(error, "code", None) in [128 + number for number in STOP_SIGNALS]:  # it has saved what it had
-                        raise KeyboardInterrupt from None
-                    close(job, str(error))
-            time.sleep(0.2 if started else 0)
-            for job, (running, process) in list(started.items()):
-                if process.poll() is not None:
-                    del started[job]
-                    running.end(process.returncode == 0)
-                    close(job, process.returncode and f"see {job.directory / 'output.txt'}")
-    finally:
-        for running, process in started.values():
-            process.terminate()
-            process.wait()
-            running.end(False)
-        signal.signal(signal.SIGTERM, before)
+    done, failed, started = len(jobs) - len(waiting), [], []
+    threads = max(1, torch.get_num_threads() // side_by_side)
+    with signals_restored():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.default_int_handler)
+        try:
+            while waiting or started:
+                for job in [job for job in waiting if any(need in failed for need in job.needs)]:
+                    waiting.remove(job)
+                    failed.append(job)
+                    print(f"{job.name} failed: a job that it needs has failed", flush=True)
+                ready = [job for job in waiting if all(need.finished for need in job.needs)]
+                for job in ready[: side_by_side - len(started)]:
+                    waiting.remove(job)
+                    started.append(Running(job, threads))
+                time.sleep(0.2)
+                for running in [running for running in started if running.process.poll() is not None]:
+                    started.remove(running)
+                    job = running.job
+                    if running.end():
+                        done += 1
+                        print(f"[{done}/{len(jobs)}] {job.name}: {result(job)}{duration(job.record['seconds'])}", flush=True)
+                    else:
+                        failed.append(job)
+                        print(f"{job.name} failed: see {job.directory / 'output.txt'}", flush=True)
+        finally:
+            for running in started:
+                running.process.terminate()
+            for running in started:
+                running.end()
     if failed:
         names = ", ".join(job.name for job in failed)
         raise UserError(

@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
-import signal
+import time
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from plumbing import jobs as plumbing_jobs
 from plumbing.jobs import Job, run_all, unique
 from plumbing.log import duration, read_log
 from plumbing.script import UserError
+from plumbing.signals import STOP_SIGNALS
 from reproduce import BUDGETS, CLAIMS, Claim, Difference, Expectation, Plan
 
 # Fourteen drawn pictures of two classes; the numbers mean nothing.
@@ -64,7 +67,7 @@ def toy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     draw_toy_data(folder / "pictures")
     BUDGETS["toy"]["common"]["data_path"] = str(folder / "pictures")
-    run(folder)
+    run(folder, "--jobs", "2")
     return folder
 
 
@@ -121,7 +124,7 @@ def test_jobs_shared_between_claims_run_once(toy):
 
 @pytest.mark.slow
 def test_what_has_finished_is_not_run_again(toy, monkeypatch, capsys):
-    monkeypatch.setattr(plumbing_jobs, "run_here", None)
+    monkeypatch.setattr(plumbing_jobs, "Running", None)
     run(toy)
     capsys.readouterr()
     run(toy, "--dry_run")
@@ -177,34 +180,39 @@ def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path
     assert found[:3] == own and [(row["seed"], row["value"]) for row in found[3:]] == [(1, "7"), (1, "7")]
 
 
-def test_a_stopped_reproduction_goes_on_where_it_was(tmp_path, monkeypatch):
-    ran = Counter()
-    draw_toy_data(tmp_path / "pictures")
+SCRIPT = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+with open(folder / "starts.txt", "a") as file:
+    print("started", file=file)
+if folder.name == "first" and len((folder / "starts.txt").read_text().splitlines()) == 1:
+    time.sleep(60)
+(folder / "encoder.pth").touch()
+"""  # the first job is still at it when the signal comes, and quick when it is run again
 
-    def counting(script, fail_at):
-        original = script.main
 
-        def main(args):
-            ran[Path(args.output_dir).name] += 1
-            if sum(ran.values()) == fail_at:
-                raise KeyboardInterrupt
-            original(args)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_all_jobs_and_run_again_they_go_on(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(plumbing_jobs, "ROOT", tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    first, second = (Job(name, "script", tmp_path / name, (str(tmp_path / name),), "encoder.pth") for name in ("first", "second"))
 
-        return main
+    def send_when_it_runs():
+        while not (first.directory / "starts.txt").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "main", counting(pretrain, 2))
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "--claim", "6")
-    stopped = tmp_path / "runs" / "toy" / "pretrain-V2-mlp_norm_none-seed0" / "job.json"
-    assert set(ran.values()) == {1} and len(ran) == 2 and not json.loads(stopped.read_text())["finished"]
-    before = json.loads(stopped.read_text())["seconds"]
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "main", counting(pretrain, 0))
-        run(tmp_path, "--claim", "6")
-    assert ran == {"pretrain-V2-seed0": 1, "pretrain-V2-mlp_norm_none-seed0": 2}
-    assert json.loads(stopped.read_text())["finished"] and json.loads(stopped.read_text())["seconds"] > before
-    assert len(table(tmp_path / "results" / "claim_6.csv")) == 3
+    Thread(target=send_when_it_runs).start()
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all([first, second], 1)
+    assert time.monotonic() - before < 30 and first.record["finished"] is False and not second.directory.exists()
+    seconds = first.record["seconds"]
+    run_all([first, second], 1)
+    assert first.finished and second.finished and first.record["seconds"] > seconds > 0
+    starts = [len((job.directory / "starts.txt").read_text().splitlines()) for job in (first, second)]
+    run_all([first, second], 1)  # nothing is left to do
+    assert starts == [2, 1] == [len((job.directory / "starts.txt").read_text().splitlines()) for job in (first, second)]
 
 
 def test_jobs_run_side_by_side_and_a_failure_stops_only_what_needs_it(tmp_path, capsys):
@@ -291,20 +299,6 @@ def test_the_longer_supervised_training_takes_as_long_as_both_stages():
     tuned = budget["labels"][budget["usual"]] * budget["usual"] * budget["classes"] / budget["speed"]["finetune"]
     both = budget["pretrain"]["epochs"] * budget["images"] / budget["speed"]["pretrain"] + tuned
     assert abs(budget["longer"] - both / tuned) < 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_all_jobs_not_the_one_that_runs(number, tmp_path, monkeypatch):
-    tried = []
-
-    def stopped(job, threads):  # as a run ends that has saved what it had when the signal came
-        tried.append(job.name)
-        raise SystemExit(128 + number)
-
-    monkeypatch.setattr(plumbing_jobs, "run_here", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_all([Job(name, "pretrain", tmp_path / name, (), "encoder.pth") for name in ("first", "second")], 1)
-    assert tried == ["first"]
 
 
 def test_time_is_as_measured_or_as_others_of_the_script_took_or_as_the_budget_says(tmp_path):
