@@ -520,43 +520,41 @@ def judge(found: list[Difference], expected: int) -> str:
     return {"holds": "it holds here", "fails": "it fails here"}[decided.pop()] if len(decided) == 1 else "not yet decided"
 
 
-def rows_from(claim: Claim, plan: Plan, seeds: Iterable[int]) -> list[dict]:
-    """A row for every finished job: the number, and everything that belongs to it."""
+def rows_elsewhere(results: Path) -> dict[tuple[str, ...], list[dict]]:
+    """The rows of the tables in `results`, by the settings of the command that made them: those of another machine count, too."""
+    found = {}
+    for path in sorted(results.glob("*.csv")):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(_settings(row.get("command", "")), []).append(row)
+    return found
+
+
+def _settings(command: str) -> tuple[str, ...]:
+    """A command's words without the folders of its files."""
+    return tuple(Path(word).name for word in shlex.split(command))
+
+
+def rows_of_claim(claim: Claim, plan: Plan, seeds: Iterable[int], elsewhere: dict) -> list[dict]:
+    """A row for every number that there is, and everything that belongs to it: of the jobs finished here, else from `elsewhere`."""
     rows = []
     for seed in seeds:
         for cell, jobs in claim.cells(plan, seed).items():
             for reading, job in jobs.items():
+                place = dict(cell=cell, reading=reading, seed=seed)
                 if job.finished:
                     records = [part.record for part in unique([job])]
                     rows.append(
-                        {"cell": cell, "reading": reading, "seed": seed, "value": f"{READINGS[reading].value(job):.6g}"}
+                        place
+                        | {"value": f"{READINGS[reading].value(job):.6g}"}
                         | {"minutes": f"{sum(record['seconds'] for record in records) / 60:.3g}", "command": job.command}
                         | {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "hardware")}
                         | {"versions": ", ".join(f"{name} {version}" for name, version in records[-1]["versions"].items())}
                     )
+                else:
+                    same = (row for row in elsewhere.get(_settings(job.command), ()) if row.get("reading") == reading)
+                    rows += [row | place for row in list(same)[:1]]
     return rows
-
-
-def with_earlier(rows: list[dict], path: Path, place: tuple[str, ...], job_of: Callable[[dict], Job | None]) -> list[dict]:
-    """Our rows, and those at `path` that were run elsewhere by the settings of now.
-
-    place: the columns by which two rows are of the same thing; job_of: what would give a row now.
-    """
-    if not path.exists():
-        return rows
-    with open(path, newline="") as file:
-        earlier = [row | {"seed": int(row["seed"])} for row in csv.DictReader(file)]
-    known = {tuple(str(row[name]) for name in place) for row in rows}
-    for row in earlier:
-        if tuple(str(row[name]) for name in place) not in known:
-            job = job_of(row)
-            rows = [*rows, row] if job and _settings(row.get("command", "")) == _settings(job.command) else rows
-    return sorted(rows, key=lambda row: row["seed"])
-
-
-def _settings(command: str) -> list[str]:
-    """A command's words without the folders of its files."""
-    return [Path(word).name for word in shlex.split(command)]
 
 
 def by_cell(rows: list[dict], cells: Iterable[str]) -> dict[str, dict[str, dict[int, float]]]:
@@ -638,14 +636,18 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
     save_figure(figure, path)
 
 
-def course_rows(plan: Plan, seeds: Iterable[int]) -> list[dict]:
-    """Every measure of `COURSES` along pre-training, of all finished jobs."""
+def course_rows(plan: Plan, seeds: Iterable[int], elsewhere: dict) -> list[dict]:
+    """Every measure of `COURSES` along pre-training, of the jobs finished here, else from `elsewhere`."""
     rows = []
     for seed, version, (name, (command, measure)) in product(seeds, ("V1", "V2"), COURSES.items()):
         job = plan.course(seed, version, command)
-        for epoch, value in along(job, measure).items() if job.finished else ():
-            rows.append(dict(network=version, seed=seed, measure=name, epoch=epoch, value=f"{value:.6g}", command=job.command))
-    return rows
+        place = dict(network=version, seed=seed, measure=name)
+        if job.finished:
+            found = along(job, measure).items()
+            rows += [place | dict(epoch=epoch, value=f"{value:.6g}", command=job.command) for epoch, value in found]
+        else:
+            rows += [row for row in elsewhere.get(_settings(job.command), ()) if row.get("measure") == name]
+    return [row | dict(seed=int(row["seed"])) for row in rows]
 
 
 def draw_course(rows: list[dict], path: Path) -> None:
@@ -671,15 +673,14 @@ def draw_course(rows: list[dict], path: Path) -> None:
 def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: Path) -> None:
     """README.md, a CSV and a figure per claim, and the course of pre-training, from all jobs that have finished."""
     prepare_output_dir(str(results))
+    elsewhere = rows_elsewhere(results)
+    seeds = sorted({*seeds, *plan.budget["seeds"], *(int(row["seed"]) for rows in elsewhere.values() for row in rows)})
     budget, sections, summary, missing, comparisons = plan.budget, [], [], [], 0
     conclusions = (results / "conclusions.md").read_text() if (results / "conclusions.md").exists() else ""
     conclusions = {part.split("\n")[0].strip(): part.split("\n", 1)[1].strip() for part in conclusions.split("\n## ")[1:]}
     for name, claim in CLAIMS.items():
         path, cells = results / f"claim_{name}.csv", claim.cells(plan, seeds[0])
-        rows = with_earlier(
-            rows_from(claim, plan, seeds), path, ("cell", "reading", "seed"),
-            lambda row, claim=claim: claim.cells(plan, row["seed"]).get(row["cell"], {}).get(row["reading"]),
-        )  # fmt: skip
+        rows = rows_of_claim(claim, plan, seeds, elsewhere)
         values = by_cell(rows, cells)
         found = differences(claim, values)
         if not found:
@@ -709,11 +710,7 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
         ]
         sections += [conclusions[name], ""] if name in conclusions else []
         sections += [f"Commands, commit, hardware and versions of every number: [{path.name}]({path.name})."]
-    course = with_earlier(
-        course_rows(plan, seeds), results / "course.csv", ("network", "seed", "measure", "epoch"),
-        lambda row: plan.course(row["seed"], row["network"], COURSES[row["measure"]][0]) if row["measure"] in COURSES else None,
-    )  # fmt: skip
-    if course:
+    if course := course_rows(plan, seeds, elsewhere):
         save_csv(results / "course.csv", course)
         draw_course(course, results / "course.png")
         sections += ["", "## Along pre-training", "", "![Features along pre-training, V1 and V2](course.png)"]
@@ -743,6 +740,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data_path", str, None, "for --budget photographs: small ones, in DIR/train/<class>/ and DIR/val/<class>/", metavar="DIR")
     add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
     add("--seeds", seed_number, None, "of the runs of every cell (default: the budget's)", nargs="+", metavar="SEED")
+    add("--missing", bool, False, "run only what the tables in --results lack, as to go on with what another machine began")
     add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
     add("--dry_run", bool, False, "only list the jobs and how long they take")
     add("--output_dir", str, "runs/reproduce", "where the jobs run, in a folder per budget", metavar="DIR")
@@ -756,13 +754,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def jobs_of(claims: Iterable[str], plan: Plan, seeds: Iterable[int]) -> list[Job]:
-    """All jobs of these claims, seed by seed, those of the course of pre-training beside claims 3 and 9."""
+def jobs_of(claims: Iterable[str], plan: Plan, seeds: Iterable[int], elsewhere: Iterable[tuple[str, ...]] = ()) -> list[Job]:
+    """All jobs of these claims, seed by seed, those of the course of pre-training beside claims 3 and 9; not those of `elsewhere`."""
     jobs = []
     for seed in seeds:
         jobs += [job for name in claims for readings in CLAIMS[name].cells(plan, seed).values() for job in readings.values()]
         jobs += [plan.course(seed, "V2", "grn")] if "3" in claims else []
-    return unique(jobs)
+    return unique(job for job in jobs if _settings(job.command) not in elsewhere)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -771,7 +769,7 @@ def main(args: argparse.Namespace) -> None:
     if args.data_path:
         budget = budget | dict(common=budget["common"] | dict(data_path=args.data_path))
     plan = Plan(budget, root)
-    jobs = jobs_of(args.claim, plan, args.seeds)
+    jobs = jobs_of(args.claim, plan, args.seeds, rows_elsewhere(results) if args.missing else ())
     if args.dry_run:
         show(jobs, budget["speed"], args.jobs)
         return

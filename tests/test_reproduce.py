@@ -169,15 +169,27 @@ def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, m
 
 @pytest.mark.slow
 def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path):
-    plan, claim, path = Plan(BUDGETS["toy"], toy / "runs" / "toy"), CLAIMS["6"], tmp_path / "claim_6.csv"
-    own = reproduce.rows_from(claim, plan, [0])
+    plan, claim, path = Plan(BUDGETS["toy"], toy / "runs" / "toy"), CLAIMS["6"], tmp_path / "claim_1.csv"  # whatever the claim
+    own = reproduce.rows_of_claim(claim, plan, [0], {})
     commands = {cell: job.command for cell, jobs in claim.cells(plan, 1).items() for job in jobs.values()}
     other = [row | {"seed": 1, "value": "7", "command": commands[row["cell"]].replace(str(toy), "elsewhere")} for row in own]
     reproduce.save_csv(path, [row | {"value": "9"} for row in own] + other[:2] + [other[2] | {"command": "python other.py"}])
-    found = reproduce.with_earlier(
-        own, path, ("cell", "reading", "seed"), lambda row: claim.cells(plan, row["seed"])[row["cell"]][row["reading"]]
-    )
+    found = reproduce.rows_of_claim(claim, plan, [0, 1], reproduce.rows_elsewhere(tmp_path))
     assert found[:3] == own and [(row["seed"], row["value"]) for row in found[3:]] == [(1, "7"), (1, "7")]
+
+
+@pytest.mark.slow
+def test_only_what_the_tables_lack_is_run_when_that_is_asked_for(toy, tmp_path, capsys):
+    shutil.copytree(toy / "results", tmp_path / "results")
+    words = ["--missing", "--dry_run", "--output_dir", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    run(toy, *words)
+    assert "0 jobs" in capsys.readouterr().out
+    path = tmp_path / "results" / "claim_8.csv"
+    rows = table(path)
+    reproduce.save_csv(path, [row for row in rows if (row["cell"], row["reading"]) != ("30% hidden", "probe")])
+    run(toy, *words)
+    listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[:-2]]
+    assert listed == ["pretrain-V2-mask_ratio_0.3-seed0", "probe-V2-mask_ratio_0.3-seed0"]
 
 
 SCRIPT = """
