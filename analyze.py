@@ -309,7 +309,8 @@ def open_subjects(args: argparse.Namespace, load: Callable = load_network) -> li
     models = [load(path, args.device) for path in paths]
     if args.untrained:
         torch.manual_seed(args.seed)
-        fresh = layouts.build(models[0].state_dict(), load=False)
+        start = {name: value for name, value in configs[0].items() if name == "layer_scale_init_value"}
+        fresh = layouts.build(models[0].state_dict(), load=False, **start)
         labels, configs, models = [*labels, "untrained"], [*configs, configs[0]], [*models, fresh.to(args.device).eval()]
     for label, model in zip(labels, models):
         if model.in_chans != 3:

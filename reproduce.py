@@ -55,9 +55,9 @@ BUDGETS = {
         common=dict(data_set="cifar10", input_size=32, stem_stride=1, batch_size=256, num_workers=8),
         pretrain=dict(epochs=100, blr=2e-3, decoder_embed_dim=256),
         # crops and flips alone, so that the data are held on the GPU
-        finetune=dict(blr=2e-3, clip_grad=1, layer_decay=1, aa="none", reprob=0.0, head_init_scale=1),
+        finetune=dict(lr=2e-3, batch_size=64, clip_grad=1, layer_decay=1, aa="none", reprob=0.0, head_init_scale=1),
         v1=dict(layer_scale_init_value=1),
-        labels={20: 300, 100: 100, 500: 40, 2000: 30}, usual=500, longer=6,
+        labels={20: 400, 100: 200, 500: 100}, usual=100, longer=26,
         snapshots=8, measure_images=1000, probe_images=(20_000, 10_000),
         mask_ratios=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
         decoder_depths=(1, 2, 4), decoder_widths=(128, 256, 512),

@@ -262,9 +262,9 @@ def architecture(native: State) -> dict:
     )
 
 
-def build(native: State, load: bool = True) -> ConvNeXt:
-    """A network that fits the tensors, with them as its weights or else with initial ones."""
-    net, mlp_norm = ConvNeXt(**architecture(native)), mlp_norm_of(native)
+def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
+    """A network that fits the tensors, with them as its weights, or else with initial ones, to which `start` (of ConvNeXt) applies."""
+    net, mlp_norm = ConvNeXt(**architecture(native), **start), mlp_norm_of(native)
     if mlp_norm not in (None, "grn"):
         exchange_norm(net, mlp_norm)
     if load:

@@ -286,6 +286,16 @@ def test_activations_selectivity_grn_embed_and_probe_run_on_every_kind_of_checkp
     assert len(rows) == 24 and {row["knn_accuracy"] for row in rows} == {"100"}  # val and train are the same pictures
 
 
+def test_the_untrained_network_starts_as_the_trained_one_did(tmp_path):
+    config = {"data_set": "embedded", "layer_scale_init_value": 0.5}
+    torch.save(
+        {"model": ConvNeXt(**TINY, version=1, num_classes=0, stem_stride=1).state_dict(), "config": config}, tmp_path / "v1.pth"
+    )
+    args = analyze.get_args(["collapse", "--checkpoint", str(tmp_path / "v1.pth"), "--untrained", "--device", "cpu"])
+    fresh = analyze.open_subjects(args)[1].model
+    assert {block.gamma[0].item() for stage in fresh.stages for block in stage} == {0.5}
+
+
 def test_the_figure_of_a_deep_network_shows_twelve_blocks(runs, tmp_path):
     deep = ConvNeXt((3, 3, 9, 3), (2, 4, 8, 16), num_classes=0, stem_stride=1)
     torch.save({"model": deep.state_dict()}, tmp_path / "deep.pth")
