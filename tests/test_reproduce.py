@@ -356,8 +356,8 @@ def test_the_table_of_t_is_students():
         assert torch.trapezoid(density, x) == pytest.approx(0.475, abs=1e-3)
 
 
-def difference(*values: float, tie: bool = False, reading: str = "probe") -> Difference:
-    return Difference(Expectation("a above b", {"a": 1, "b": -1}, tie), reading, values)
+def difference(*values: float, tie: bool = False, reading: str = "probe", least: float = 0.0) -> Difference:
+    return Difference(Expectation("a above b", {"a": 1, "b": -1}, tie), reading, values, least)
 
 
 def test_a_margin_is_t_times_the_standard_error_of_the_pairs():
@@ -386,6 +386,21 @@ def test_equal_cells_are_told_apart_in_one_of_twenty_draws():
 )
 def test_an_outcome_follows_from_the_interval(values, tie, outcome):
     assert difference(*values, tie=tie).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"), [([0.4, 0.5, 0.6], "holds"), ([0.4, -0.5, 0.1], "fails"), ([3.0, -0.5, 1.5], "open")]
+)
+def test_a_difference_that_is_certainly_smaller_than_counts_fails_unless_it_is_certainly_above_zero(values, outcome):
+    assert difference(*values, least=2.0).outcome == outcome
+    assert difference(*values).outcome == outcome.replace("fails", "open")
+
+
+def test_half_the_papers_difference_counts_or_what_the_reading_says():
+    values = {"a": {"probe": {0: 1.0}, "collapse": {0: 1.0}}, "b": {"probe": {0: 0.0}, "collapse": {0: 0.0}}}
+    for paper, least in (({"a": 84.0, "b": 81.0}, {"probe": 1.5, "collapse": 1.5}), ({}, {"probe": 2.0, "collapse": 0.02})):
+        claim = Claim("", None, lambda cells: reproduce.above("a", ["b"]), paper)
+        assert {each.reading: each.least for each in reproduce.differences(claim, values)} == least
 
 
 @pytest.mark.parametrize(
@@ -418,11 +433,13 @@ def test_seeds_that_have_both_cells_are_compared_in_pairs():
     assert found.reading == "probe" and found.values == (1.0, 2.0)
 
 
-@pytest.mark.parametrize(("mean", "tie"), [(0.5, False), (-1.0, False), (1.0, True), (3.0, True)])
-def test_as_many_seeds_as_are_said_to_decide_it_do_so_and_one_fewer_does_not(mean, tie):
+@pytest.mark.parametrize(
+    ("mean", "tie", "least"), [(0.5, False, 0), (-1.0, False, 0), (0.2, False, 1), (0.8, False, 1), (1.0, True, 0), (3.0, True, 0)]
+)
+def test_as_many_seeds_as_are_said_to_decide_it_do_so_and_one_fewer_does_not(mean, tie, least):
     def with_seeds(n):  # of the same mean and spread
         draws = torch.randn(n, generator=torch.Generator().manual_seed(0)).double()
-        return difference(*((draws - draws.mean()) / draws.std() * 2 + mean).tolist(), tie=tie)
+        return difference(*((draws - draws.mean()) / draws.std() * 2 + mean).tolist(), tie=tie, least=least)
 
     few = with_seeds(5)
     assert few.outcome == "open" and few.seeds_to_decide > 6
