@@ -608,9 +608,8 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
         if each.outcome == "fails" and each.mean + each.margin >= 0 and not each.expectation.tie:
             line += f", as less than {each.least:+.{max(digits, 2)}f}"
         if each.outcome == "open" and each.seeds_to_decide < math.inf:
-            n = each.seeds_to_decide
-            more = f"the {n - len(each.values):,} more of them in {(n - len(each.values)) * hours:,.1f} hours on one core or GPU"
-            line += f"; if spread and mean stay, {n:,} seeds would decide it, {more}"
+            n, more = each.seeds_to_decide, each.seeds_to_decide - len(each.values)
+            line += f"; if spread and mean stay, {n:,} seeds would decide it: {more:,} more, {more * hours:,.1f} hours on one core or GPU"
         lines.append(f"* {line}")
     return lines
 
