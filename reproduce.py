@@ -615,7 +615,7 @@ def describe(claim: Claim, found: list[Difference], hours: float) -> list[str]:
 
 
 def draw(claim: Claim, found: list[Difference], path: Path) -> None:
-    """Every difference with its interval, its seeds as points, and the paper's beside it."""
+    """Every difference with its interval, its seeds as points, the least that counts, and the paper's beside it."""
     names = list(dict.fromkeys(each.expectation.text for each in found))
     readings = [name for name in READINGS if any(each.reading == name for each in found)]
     figure, axes = new_figure(1, 1, 8.5, 1.6 + 0.55 * len(names))
@@ -629,7 +629,10 @@ def draw(claim: Claim, found: list[Difference], path: Path) -> None:
         label = each.reading if each is next(other for other in found if other.reading == each.reading) else None
         margin = 0.0 if each.margin == math.inf else each.margin
         axis.errorbar(each.mean, y, xerr=margin, fmt="o", color=COLOURS[k], capsize=4, linewidth=2, label=label)
-        axis.scatter(each.values, [y] * len(each.values), color=COLOURS[k], s=14, alpha=0.45, linewidth=0)
+        axis.scatter(each.values, [y] * len(each.values), color="black", s=14, alpha=0.6, linewidth=0, zorder=3)
+        if not each.expectation.tie:
+            counts = None if each is not found[0] else "least that counts"
+            axis.plot([each.least] * 2, [y - 0.12, y + 0.12], color="black", linestyle=":", label=counts)
     papers = [(paper, k) for k, name in enumerate(names) for each in found if each.expectation.text == name
               and (paper := paper_difference(claim, each.expectation)) is not None]  # fmt: skip
     if papers:
