@@ -685,7 +685,7 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
     """README.md, a CSV and a figure per claim, and the course of pre-training, from all jobs that have finished."""
     prepare_output_dir(str(results))
     elsewhere = rows_elsewhere(results)
-    seeds = sorted({*seeds, *plan.budget["seeds"]})
+    seeds = sorted({*seeds, *plan.budget["seeds"], *(int(row["seed"]) for rows in elsewhere.values() for row in rows)})
     budget, sections, summary, missing, comparisons = plan.budget, [], [], [], 0
     conclusions = (results / "conclusions.md").read_text() if (results / "conclusions.md").exists() else ""
     conclusions = {part.split("\n")[0].strip(): part.split("\n", 1)[1].strip() for part in conclusions.split("\n## ")[1:]}

@@ -192,6 +192,18 @@ def test_only_what_the_tables_lack_is_run_when_that_is_asked_for(toy, tmp_path, 
     assert listed == ["pretrain-V2-mask_ratio_0.3-seed0", "probe-V2-mask_ratio_0.3-seed0"]
 
 
+def test_rows_of_seeds_beyond_the_budgets_stay_in_the_tables(tmp_path):
+    plan, claim = Plan(BUDGETS["toy"], tmp_path / "runs"), CLAIMS["6"]
+    rows = [
+        dict(cell=cell, reading="fine-tuning", seed=seed, value=seed, command=jobs["fine-tuning"].command)
+        for seed in (0, 7)
+        for cell, jobs in claim.cells(plan, seed).items()
+    ]
+    reproduce.save_csv(tmp_path / "claim_6.csv", rows)
+    reproduce.write_results("toy", plan, [0], tmp_path)
+    assert [row["seed"] for row in table(tmp_path / "claim_6.csv")] == ["0"] * 3 + ["7"] * 3
+
+
 SCRIPT = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
