@@ -701,24 +701,18 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
         save_csv(path, rows)
         hours = sum(seconds_of(jobs_of([name], plan, seeds), budget["speed"]).values()) / 3600 / len(seeds)
         verdict = judge(found, len(claim.expect(list(cells))))
-        incomplete = any(
-            set(budget["seeds"]) - values[cell].get(reading, {}).keys() for cell, part in cells.items() for reading in part
-        )
-        summary.append(f"| {name} | {claim.title} | {verdict}{', so far' if incomplete else ''} |")
+        needed = [(cell, reading) for cell, jobs in cells.items() for reading in jobs]
+        complete = all(set(budget["seeds"]) <= values[cell].get(reading, {}).keys() for cell, reading in needed)
+        verdict += "" if complete else ", so far"
+        summary.append(f"| {name} | {claim.title} | {verdict} |")
         draw(claim, found, results / f"claim_{name}.png")
         flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
         flag += " --data_path DIR" if "data_path" in budget["common"] else ""
         sections += ["", f"## {'Claim ' if name != 'labels' else ''}{name}. {claim.title}", ""]
-        sections += [f"**{verdict.capitalize()}{', so far' if incomplete else ''}.** {claim.note}", ""]
+        sections += [f"**{verdict.capitalize()}.** {claim.note}", ""]
         sections += [f"    python reproduce.py{flag} --claim {name} --jobs 2", ""]
-        sections += [
-            f"![{claim.title}]({path.with_suffix('.png').name})",
-            "",
-            *table_of(claim, values),
-            "",
-            *describe(claim, found, hours),
-            "",
-        ]
+        sections += [f"![{claim.title}](claim_{name}.png)", "", *table_of(claim, values), ""]
+        sections += [*describe(claim, found, hours), ""]
         sections += [conclusions[name], ""] if name in conclusions else []
         sections += [f"Commands, commit, hardware and versions of every number: [{path.name}]({path.name})."]
     if course := course_rows(plan, seeds, elsewhere):
@@ -750,14 +744,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget", one_of("budget", BUDGETS), "laptop", budgets)
     add("--data_path", str, None, "for --budget photographs: small ones, in DIR/train/<class>/ and DIR/val/<class>/", metavar="DIR")
     add("--claim", one_of("claim", CLAIMS), list(CLAIMS), f"default: all of {titles}", nargs="+")
-    add(
-        "--seeds",
-        seed_number,
-        None,
-        "of the runs of every cell (default: the budget's, which are reported in any case)",
-        nargs="+",
-        metavar="SEED",
-    )
+    add("--seeds", seed_number, None, "to run (default: the budget's, which are reported in any case)", nargs="+", metavar="SEED")
     add("--missing", bool, False, "run only what the tables in --results lack, as to go on with what another machine began")
     add("--jobs", count, 1, "jobs side by side, which divide the cores; on two cores 2 is faster than 1")
     add("--dry_run", bool, False, "only list the jobs and how long they take")
