@@ -13,6 +13,7 @@ import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which
 import argparse
 import csv
 import math
+import os
 import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -140,6 +141,11 @@ class Plan:
         flags = dict(checkpoint=start.file, label=name.replace(" ", "-"), num_images=self.budget["measure_images"])
         return self._look(f"{command}-{name.replace(' ', '-')}-seed{seed}", command, flags, (start,), self.budget["measure_images"])
 
+    def command(self, job: Job) -> str:
+        """What to type to run a job and what it needs, with DIR for the folder of photographs, which every machine has elsewhere."""
+        folder = self.budget["common"].get("data_path")
+        return job.command.replace(f"--data_path {shlex.quote(str(folder))} ", "--data_path DIR ")
+
     def _start(self, version) -> dict:
         return self.budget["v1"] if version == "V1" else {}
 
@@ -156,7 +162,7 @@ class Plan:
 
 
 def _flags(settings: dict) -> list[str]:
-    """Words of a command line. A text of several words is several values."""
+    """Words of a command line. A text of several words is several values, a path is one."""
     words = []
     for name, value in settings.items():
         words += [f"--{name}", *(shlex.split(value) if isinstance(value, str) else ["true" if value is True else str(value)])]
@@ -554,12 +560,12 @@ def rows_of_claim(claim: Claim, plan: Plan, seeds: Iterable[int], elsewhere: dic
                     rows.append(
                         place
                         | {"value": f"{READINGS[reading].value(job):.6g}"}
-                        | {"minutes": f"{sum(record['seconds'] for record in records) / 60:.3g}", "command": job.command}
+                        | {"minutes": f"{sum(record['seconds'] for record in records) / 60:.3g}", "command": plan.command(job)}
                         | {key: "; ".join(dict.fromkeys(record[key] for record in records)) for key in ("commit", "hardware")}
                         | {"versions": ", ".join(f"{name} {version}" for name, version in records[-1]["versions"].items())}
                     )
                 else:
-                    same = (row for row in elsewhere.get(_settings(job.command), ()) if row.get("reading") == reading)
+                    same = (row for row in elsewhere.get(_settings(plan.command(job)), ()) if row.get("reading") == reading)
                     rows += [row | place for row in list(same)[:1]]
     return rows
 
@@ -655,9 +661,9 @@ def course_rows(plan: Plan, seeds: Iterable[int], elsewhere: dict) -> list[dict]
         place = dict(network=version, seed=seed, measure=name)
         if job.finished:
             found = along(job, measure).items()
-            rows += [place | dict(epoch=epoch, value=f"{value:.6g}", command=job.command) for epoch, value in found]
+            rows += [place | dict(epoch=epoch, value=f"{value:.6g}", command=plan.command(job)) for epoch, value in found]
         else:
-            rows += [row for row in elsewhere.get(_settings(job.command), ()) if row.get("measure") == name]
+            rows += [row for row in elsewhere.get(_settings(plan.command(job)), ()) if row.get("measure") == name]
     return [row | dict(seed=int(row["seed"])) for row in rows]
 
 
@@ -727,7 +733,9 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
     if comparisons:
         chance = f"by chance alone about {comparisons / 20:.1f} of as many true ties would seem to be differences"
         head += [f"{counted(comparisons, 'comparison')}; {chance}.", ""]
-    text = "\n".join([*head, "## Protocol", "", PROTOCOL.read_text().rstrip(), *sections]) + "\n"
+    own = results.resolve() == PROTOCOL.parent
+    protocol = PROTOCOL.read_text().rstrip() if own else f"See [{PROTOCOL.name}]({os.path.relpath(PROTOCOL, results)})."
+    text = "\n".join([*head, "## Protocol", "", protocol, *sections]) + "\n"
     write_atomically(results / "README.md", lambda file: file.write_text(text))
     print(f"wrote {results / 'README.md'}, with {len(summary)} of {len(CLAIMS)} claims")
 
@@ -765,14 +773,14 @@ def jobs_of(claims: Iterable[str], plan: Plan, seeds: Iterable[int], elsewhere: 
     for seed in seeds:
         jobs += [job for name in claims for readings in CLAIMS[name].cells(plan, seed).values() for job in readings.values()]
         jobs += [plan.course(seed, "V2", "grn")] if "3" in claims else []
-    return unique(job for job in jobs if _settings(job.command) not in elsewhere)
+    return unique(job for job in jobs if _settings(plan.command(job)) not in elsewhere)
 
 
 def main(args: argparse.Namespace) -> None:
     """Run what `args` (from `get_args`) ask for, and write the results."""
     budget, root, results = BUDGETS[args.budget], Path(args.output_dir) / args.budget, Path(args.results)
     if args.data_path:
-        budget = budget | dict(common=budget["common"] | dict(data_path=args.data_path))
+        budget = budget | dict(common=budget["common"] | dict(data_path=Path(args.data_path)))
     plan = Plan(budget, root)
     jobs = jobs_of(args.claim, plan, args.seeds, rows_elsewhere(results) if args.missing else ())
     if args.dry_run:

@@ -37,9 +37,9 @@ class Job:
     keep: bool = False  # its checkpoints, which others look at
 
     @property
-    def file(self) -> str:
+    def file(self) -> Path:
         """Where the output is."""
-        return str(self.directory / self.output)
+        return self.directory / self.output
 
     @property
     def record(self) -> dict:
@@ -55,7 +55,7 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether it has run to its end, with these flags."""
-        return self.record.get("finished", False) and not self.stale and Path(self.file).exists()
+        return self.record.get("finished", False) and not self.stale and self.file.exists()
 
     def with_needs(self) -> Iterator["Job"]:
         """The job after everything that it needs."""

@@ -246,7 +246,7 @@ def test_jobs_run_side_by_side_and_a_failure_stops_only_what_needs_it(tmp_path, 
     good, bad = job("good", ("--help",)), job("bad", ("--nonsense",))
     with pytest.raises(UserError, match=r"2 jobs failed \(bad, after\)"):
         run_all([good, bad, job("after", ("--help",), bad)], 2)
-    assert good.finished and not bad.finished and "usage" in Path(good.file).read_text()
+    assert good.finished and not bad.finished and "usage" in good.file.read_text()
     assert not (tmp_path / "after").exists()
 
 
@@ -272,6 +272,16 @@ def test_every_job_is_a_command_that_its_script_takes(plan):
             args = scripts[job.script].get_args(list(job.argv))
             assert args.output_dir == str(job.directory) and getattr(args, "model", None) == flags_of(job).get("--model")
             assert not (args.data_path and getattr(args, "hold_data", False))  # a folder cannot be held
+
+
+def test_folders_may_have_spaces_and_the_tables_do_not_tell_where_photographs_lie(tmp_path):
+    budget, runs = BUDGETS["photographs"], tmp_path / "my runs"
+    plan = Plan(budget | dict(common=budget["common"] | dict(data_path=Path("my photos"))), runs)
+    elsewhere = Plan(budget, Path("other"))
+    for job, other in zip(*(reproduce.jobs_of(CLAIMS, each, [0]) for each in (plan, elsewhere)), strict=True):
+        assert all(word.startswith(str(runs)) for word in job.argv if str(tmp_path) in word)
+        assert ("--data_path" in job.argv) == ("my photos" in job.argv) and "photos" not in plan.command(job)
+        assert reproduce._settings(plan.command(job)) == reproduce._settings(elsewhere.command(other))
 
 
 @pytest.mark.parametrize("plan", plans())
