@@ -171,7 +171,7 @@ def test_results_of_runs_elsewhere_stay_while_their_settings_do(toy, tmp_path, m
 def test_seeds_of_another_machine_are_added_and_our_own_come_first(toy, tmp_path):
     plan, claim, path = Plan(BUDGETS["toy"], toy / "runs" / "toy"), CLAIMS["6"], tmp_path / "claim_1.csv"  # whatever the claim
     own = reproduce.rows_of_claim(claim, plan, [0], {})
-    commands = {cell: job.command for cell, jobs in claim.cells(plan, 1).items() for job in jobs.values()}
+    commands = {cell: plan.command(job) for cell, jobs in claim.cells(plan, 1).items() for job in jobs.values()}
     other = [row | {"seed": 1, "value": "7", "command": commands[row["cell"]].replace(str(toy), "elsewhere")} for row in own]
     reproduce.save_csv(path, [row | {"value": "9"} for row in own] + other[:2] + [other[2] | {"command": "python other.py"}])
     found = reproduce.rows_of_claim(claim, plan, [0, 1], reproduce.rows_elsewhere(tmp_path))
