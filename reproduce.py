@@ -579,7 +579,7 @@ def by_cell(rows: list[dict], cells: Iterable[str]) -> dict[str, dict[str, dict[
 
 
 def table_of(claim: Claim, values: dict) -> list[str]:
-    """Mean and deviation over seeds of every cell and reading, as Markdown."""
+    """Mean and deviation over seeds of every cell and reading, as Markdown, with a warning where cells have not the same seeds."""
     readings = [name for name in READINGS if any(name in found for found in values.values())]
     paper = [" the paper's |", "---|"] if claim.paper else ["", ""]
     lines = [f"| | {' | '.join(READINGS[name].quantity for name in readings)} |{paper[0]}"]
@@ -587,7 +587,9 @@ def table_of(claim: Claim, values: dict) -> list[str]:
     for cell, found in values.items():
         shown = [_mean(list(found[name].values()), READINGS[name].digits) if name in found else "" for name in readings]
         lines.append(f"| {cell} | {' | '.join(shown)} |" + (f" {claim.paper.get(cell, '')} |" if claim.paper else ""))
-    return lines
+    seeds = {(name, frozenset(found[name])) for found in values.values() for name in found}
+    unequal = "Not all cells have the same seeds; where they differ, means do not compare, and the differences below are of pairs."
+    return [*lines, "", unequal] if len(seeds) > len(readings) else lines
 
 
 def _mean(numbers: list[float], digits: int) -> str:
@@ -715,7 +717,7 @@ def write_results(budget_name: str, plan: Plan, seeds: Sequence[int], results: P
         flag = "" if budget_name == "laptop" else f" --budget {budget_name}"
         flag += " --data_path DIR" if "data_path" in budget["common"] else ""
         sections += ["", f"## {'Claim ' if name != 'labels' else ''}{name}. {claim.title}", ""]
-        sections += [f"**{verdict.capitalize()}.** {claim.note}", ""]
+        sections += [f"**{verdict.capitalize()}.** {claim.note}".rstrip(), ""]
         sections += [f"    python reproduce.py{flag} --claim {name} --jobs 2", ""]
         sections += [f"![{claim.title}](claim_{name}.png)", "", *table_of(claim, values), ""]
         sections += [*describe(claim, found, hours), ""]

@@ -204,6 +204,15 @@ def test_rows_of_seeds_beyond_the_budgets_stay_in_the_tables(tmp_path):
     assert [row["seed"] for row in table(tmp_path / "claim_6.csv")] == ["0"] * 3 + ["7"] * 3
 
 
+def test_a_table_says_where_its_cells_have_not_the_same_seeds():
+    def text(*seeds):
+        values = {"sparse": {"probe": {0: 50, 1: 60}}, "leaky": {"probe": dict.fromkeys(seeds, 50)}}
+        return "\n".join(reproduce.table_of(CLAIMS["1"], values))
+
+    assert "do not compare" not in text(0, 1)
+    assert "do not compare" in text(0) and "do not compare" in text(0, 2)
+
+
 SCRIPT = """
 import pathlib, sys, time
 folder = pathlib.Path(sys.argv[1])
