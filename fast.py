@@ -1,77 +1,74 @@
-"""The same functions as the plain modules of `model.py` and `sparse.py`, with their backward passes written out: read last.
+"""Faster training in less memory: `speed_up(network)`. Nothing of the method imports this file; read it last.
 
-Nothing here changes what is computed, only how fast and in how much memory; the tests compare each piece with the plain modules.
-`in_training` is the one place that chooses between the two.
+The network computes the same function with the same weights. Its blocks and their depthwise convolutions get classes
+with written-out backward passes, because autograd's are slow or keep too much. In evaluation nothing changes.
 
-Shapes: N images, S sites of an image, A active (visible) sites, C channels of a block, H x W sites; T tiles of h x w sites each.
+Shapes: N images, S sites of an image, A active (visible) sites, C channels of a block, H x W sites.
 """
-
-from collections.abc import Callable
-from functools import wraps
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 
-ENABLED = True  # set to False for the plain modules everywhere, to compare with them
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def enabled() -> bool:
-    """Whether a written-out backward pass may be used: torch.func and forward-mode differentiation need the plain operations."""
-    return ENABLED and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+import sparse
+from model import GRN, Block, ConvNeXt
 
 
-def in_training(faster: Callable, **parts: type) -> Callable:
-    """Decorate a module's method: in training `faster(module, x)` takes its place, if that computes the same.
+def speed_up(network: nn.Module) -> nn.Module:
+    """Replace the classes of all ConvNeXt blocks in `network`, and return it. Parameters and their names do not change.
 
-    parts: the submodules that `faster` reads instead of calling them, and their types as they are built. If one was exchanged (for
-        ReLU, LoRA, another norm, ...) or a hook waits for its call, the method itself runs.
+    Not for second derivatives, torch.func or forward-mode differentiation: a sped-up network raises RuntimeError.
     """
+    for module in network.modules():
+        if isinstance(module, ConvNeXt):
+            module.sparse_conv = submanifold_conv
+        if type(module) is Block:
+            module.__class__ = FastBlock
+            if type(module.dwconv) is nn.Conv2d:
+                module.dwconv.__class__ = FastDepthwiseConv
+    return network
 
-    def as_built(module: nn.Module) -> bool:
-        found = ((getattr(module, name), kind) for name, kind in parts.items())
-        return all(type(part) is kind and not any(getattr(part, hooks) for hooks in HOOKS) for part, kind in found)
 
-    def decorate(method: Callable) -> Callable:
-        @wraps(method)
-        def choose(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-            fits = enabled() and module.training and torch.is_grad_enabled() and as_built(module)
-            return faster(module, x) if fits else method(module, x)
+class FastBlock(Block):
+    """A block that in training keeps a third as much of its MLP for backward."""
 
-        return choose
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        if not (self.training and torch.is_grad_enabled() and self.as_built()):
+            return super().mlp(x)
+        return gelu_grn_linear(self.act, self.grn, self.pwconv2, self.pwconv1(self.norm(x)))
 
-    return decorate
+    def as_built(self) -> bool:
+        """Whether the submodules that `gelu_grn_linear` reads without calling them are `Block`'s own, without hooks."""
+        parts = self.act, self.grn, self.pwconv2
+        return [type(part) for part in parts] == [nn.GELU, GRN, nn.Linear] and all(map(unhooked, parts))
+
+
+def unhooked(module: nn.Module) -> bool:
+    """Whether no hook waits for a call of `module`, which may then be read instead of called."""
+    return not any(
+        getattr(module, f"_{hooks}")
+        for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+    )
+
+
+def first_derivative_only() -> None:
+    """RuntimeError in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("fast modules have first derivatives only; leave out fast.speed_up for second ones")
 
 
 # --- depthwise convolution --------------------------------------------------------------------------------------------
 
 
-def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 3) -> torch.Tensor:
-    """(N, C, H, W) and (C, 1, 7, 7) -> (N, C, H, W), less 6 on a side without padding, in the type of x whatever autocast says.
+class FastDepthwiseConv(nn.Conv2d):
+    """A block's 7x7 depthwise convolution, (N, C, H, W) -> (N, C, H, W); PyTorch's own on GPUs and in float64."""
 
-    With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the gradient of the output to that of the input.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
-
-
-def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
-    """The gradient (C, 1, 7, 7) of a 7x7 depthwise convolution's weight, from its input (N, C, H, W) and its output's gradient.
-
-    On CPUs by exchanged roles: the output's gradient slides over the input as if it were the kernel, one group per image
-    and channel. PyTorch's own takes several times as long there, and is a large part of the whole backward pass.
-    """
-    n, channels, height, width = x.shape
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=padding, groups=channels)
-    groups = n * channels
-    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, *grad.shape[2:])
-    with torch.autocast("cpu", enabled=False):
-        y = F.conv2d(image, kernel, padding=padding, groups=groups)  # (1, N * C, 7, 7)
-    return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.training and torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype != torch.float64):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return _DepthwiseConv.apply(*(t.to(dtype) for t in (x, self.weight, self.bias)))
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -82,115 +79,99 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        first_derivative_only()
         x, weight = ctx.saved_tensors
         grad_x = depthwise_conv(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
         return grad_x, depthwise_weight_grad(x, grad), grad.sum(dim=(0, 2, 3))
 
 
-def depthwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """`conv(x)` of a 7x7 depthwise convolution, (N, C, H, W) -> (N, C, H, W); on a GPU PyTorch's own is as good."""
+def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(N, C, H, W) and a kernel (C, 1, 7, 7) -> (N, C, H, W), in the type of x whatever autocast says.
+
+    With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the output's gradient to the input's.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight, bias, padding=3, groups=x.shape[1])
+
+
+def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The weight's gradient (C, 1, 7, 7), from the input and the output's gradient, both (N, C, H, W).
+
+    On CPUs with swapped roles: the output's gradient slides over the input like a kernel, one group per image and
+    channel. PyTorch's own takes several times as long there, and is a large part of the backward pass.
+    """
+    n, channels, height, width = x.shape
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        return F.conv2d(x, conv.weight, conv.bias, padding=3, groups=conv.groups)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return _DepthwiseConv.apply(*(t.to(dtype) for t in (x, conv.weight, conv.bias)))
-
-
-class DepthwiseConv(nn.Conv2d):
-    """`nn.Conv2d` with 7x7 kernels, zero padding and a group for each channel: (N, C, H, W) -> (N, C, H, W)."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, kernel_size=7, padding=3, groups=dim)
-
-    @in_training(depthwise)
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
+        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=3, groups=channels)
+    groups = n * channels
+    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, height, width)
+    with torch.autocast("cpu", enabled=False):
+        y = F.conv2d(image, kernel, padding=3, groups=groups)  # (1, N * C, 7, 7)
+    return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
 
 
 # --- submanifold depthwise convolution --------------------------------------------------------------------------------
 
 
-class Tiles(NamedTuple):
-    """Rectangles of sites that a dense convolution runs on, because it is far faster than a sum over 49 taps.
-
-    rows: (T, h, w) int64, the row of each site, or A where none is.
-    padding: of zeros around them that the convolution adds; 0 where three sites of surroundings are among `rows`.
-    place: (A,) int64, where each row comes out, in the flattened tiles less their surroundings.
-    """
-
-    rows: torch.Tensor
-    padding: int
-    place: torch.Tensor
+def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: sparse.Sites) -> torch.Tensor:
+    """`sparse.submanifold_conv`, (A, C) -> (A, C), that keeps the visible rows only for backward."""
+    fits = type(dwconv) is FastDepthwiseConv and dwconv.training and torch.is_grad_enabled() and unhooked(dwconv)
+    if not fits or torch.compiler.is_compiling():
+        return sparse.submanifold_conv(x, dwconv, sites)
+    weight, bias, device = dwconv.weight, dwconv.bias, x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        x, weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
+    return _SubmanifoldConv.apply(x, weight, sites.rows, sites.cell) + bias
 
 
-def choose_tiles(sites) -> Tiles:
-    """For `sparse.Sites`: whole images; or on a CPU the visible patches and three sites around them, where these are few.
+class _SubmanifoldConv(torch.autograd.Function):
+    """Rows (A, C) -> (A, C) through a zero-filled grid (N, C, H, W), by the tables of `Sites`.
 
-    Reading up to half as many sites again still pays, as convolutions of small tiles stay in the cache. Not measured on a GPU.
-    """
-    patches = len(sites.cell) // sites.side**2
-    if sites.cell.device.type != "cpu" or not 0 < patches * (sites.side + 6) ** 2 < 1.5 * len(sites.row):
-        return Tiles(sites.row.view(sites.grid), 3, sites.cell)
-    rows = sites.windows(sites.side)
-    place = torch.empty_like(sites.cell)
-    place[rows[:, 3:-3, 3:-3].flatten()] = torch.arange(len(sites.cell))
-    return Tiles(rows, 0, place)
-
-
-class _TiledConv(torch.autograd.Function):
-    """Rows (A, C) -> (A, C) through zero-filled tiles (T, C, h, w) and a dense convolution, by the tables of `Tiles`.
-
-    Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the gradient of the input is the same convolution
-    with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic.
+    Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the input's gradient is the same
+    convolution with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, rows, padding, place):
-        ctx.save_for_backward(x, weight, rows, place)
-        ctx.padding = padding
-        return _tiled_conv(x, weight, rows, padding, place)
+    def forward(ctx, x, weight, rows, cell):
+        ctx.save_for_backward(x, weight, rows, cell)
+        return _to_rows(depthwise_conv(_to_grid(x, rows), weight), cell)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, rows, place = ctx.saved_tensors
-        grad = _to_tiles(grad, rows)  # (A, C) -> (T, C, h, w)
-        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3), padding=ctx.padding), place)
-        if ctx.padding == 0:
-            grad = grad[:, :, 3:-3, 3:-3]
-        return grad_x, depthwise_weight_grad(_to_tiles(x, rows), grad, ctx.padding), None, None, None
+        first_derivative_only()
+        x, weight, rows, cell = ctx.saved_tensors
+        grad = _to_grid(grad, rows)  # (A, C) -> (N, C, H, W)
+        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3)), cell)
+        return grad_x, depthwise_weight_grad(_to_grid(x, rows), grad), None, None
 
 
-def tiled_conv(x: torch.Tensor, weight: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-    """Rows (A, C) and weight (C, 1, 7, 7) -> (A, C): the submanifold convolution, without a bias."""
-    return (_TiledConv.apply if enabled() else _tiled_conv)(x, weight, *tiles)
+def _to_grid(x, rows):  # (A, C) -> (N, C, H, W)
+    x = sparse.with_zero_row(x).index_select(0, rows.flatten())
+    return x.view(*rows.shape, -1).permute(0, 3, 1, 2)
 
 
-def _tiled_conv(x, weight, rows, padding, place):
-    return _to_rows(depthwise_conv(_to_tiles(x, rows), weight, padding=padding), place)
-
-
-def with_zero_row(x: torch.Tensor) -> torch.Tensor:
-    """(A, C) -> (A + 1, C): row A is what hidden sites read."""
-    return torch.cat([x, x.new_zeros(1, x.shape[1])])
-
-
-def _to_tiles(x, rows):
-    return with_zero_row(x).index_select(0, rows.flatten()).view(*rows.shape, -1).permute(0, 3, 1, 2)  # (A, C) -> (T, C, h, w)
-
-
-def _to_rows(x, place):
-    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, place)  # (T, C, h, w) -> (T * h * w, C) -> (A, C)
+def _to_rows(x, cell):  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
+    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)
 
 
 # --- GELU, GRN and linear layer ---------------------------------------------------------------------------------------
 
 
-class _GeluGRNLinear(torch.autograd.Function):
-    """GELU, GRN and a linear layer of (N, S, 4C) hidden activations, S sites per image, with the gradient written out.
+def gelu_grn_linear(act: nn.GELU, grn: GRN, linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
+    """`linear(grn(act(h)))` of channels-last h (N, ..., 4C), of which only h is kept for backward."""
+    weight = linear.weight.to(h.dtype)
+    bias = h.new_zeros(len(weight)) if linear.bias is None else linear.bias.to(h.dtype)
+    y = _GeluGRNLinear.apply(
+        h.flatten(1, -2), grn.gamma.flatten(), grn.beta.flatten(), grn.eps, weight, bias, act.approximate
+    )
+    return y.view(*h.shape[:-1], y.shape[-1])  # (N, S, C) -> (N, ..., C)
 
-    These activations are the widest of the network, so keeping them and passing over them is what counts. Of all that stands
-    between the two linear layers only `h` is kept for backward, which computes the rest again. And with many sites per image
-    GRN itself touches no activations but for its norm: the scale it gives to an image's channels goes into the weight instead,
-    linear(x * scale + beta) = x @ (weight * scale).T + (bias + weight @ beta), one weight for each image.
+
+class _GeluGRNLinear(torch.autograd.Function):
+    """GELU, GRN and a linear layer of (N, S, 4C) hidden activations, the widest of the network: only they are kept.
+
+    With many sites per image, GRN's scale goes into the weight instead of over the activations, one weight per image:
+    linear(x * scale + beta) = x @ (weight * scale).T + (bias + weight @ beta).
     """
 
     @staticmethod
@@ -210,20 +191,14 @@ class _GeluGRNLinear(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)  # the types of forward, whatever is in force now
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, grad):
+        first_derivative_only()
         h, g, gamma, beta, weight = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Under create_graph=True this gradient will be differentiated. To autograd g is a constant and what follows is in place,
-            # so it differentiates the definition instead. (The convolutions' backward passes are made of operations that it knows.)
-            leaves = [t.view_as(t).requires_grad_() for t in (h, gamma, beta, weight)]
-            y = _gelu_grn_linear(*leaves, ctx.eps, ctx.approximate)
-            grad_h, grad_gamma, grad_beta, grad_weight = torch.autograd.grad(y, leaves, grad, create_graph=True)
-            return grad_h, grad_gamma, grad_beta, None, grad_weight, grad.sum(dim=(0, 1)), None
         x = F.gelu(h, approximate=ctx.approximate)
         mean = g.mean(dim=-1, keepdim=True) + ctx.eps  # (N, 1, 1)
         n = g / mean
         scale, beta = (gamma * n + 1).to(x.dtype), beta.to(x.dtype)
-        grad_bias = grad.sum(dim=(0, 1))
         # With y = x * scale + beta and out = y @ weight.T + bias:
+        grad_bias = grad.sum(dim=(0, 1))
         if ctx.fold:
             products = grad.mT @ x  # (N, C, S) and (N, S, 4C) -> (N, C, 4C)
             grad_weight = torch.addr((products * scale).sum(dim=0), grad_bias, beta)
@@ -243,30 +218,9 @@ class _GeluGRNLinear(torch.autograd.Function):
         return grad_h, (grad_scale * n).sum(dim=(0, 1)), grad_bias @ weight, None, grad_weight, grad_bias, None
 
 
-def _gelu_grn_linear(h, gamma, beta, weight, eps, approximate):  # the definition; the gradients do not depend on the bias
-    x = F.gelu(h, approximate=approximate)
-    g = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    n = g / (g.mean(dim=-1, keepdim=True) + eps)
-    return F.linear(torch.addcmul(beta.to(x.dtype), x, (gamma * n + 1).to(x.dtype)), weight)
-
-
 def _sum_of_products(a, b):
-    """Over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least. The addends keep the type of `a` where its range allows."""
+    """Sum over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least; products keep the type of `a` if it is wide."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.dtype == torch.float16:  # whose products may overflow
         a = a.to(wide)
     return (a * b).sum(dim=1, keepdim=True).to(wide)
-
-
-def gelu_grn_linear(act: nn.GELU, grn: nn.Module, linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
-    """`linear(grn(act(h)))` of channels-last h (N, ..., 4C), keeping a third as much for backward. grn has gamma, beta and eps."""
-    weight = linear.weight.to(h.dtype)
-    bias = h.new_zeros(len(weight)) if linear.bias is None else linear.bias.to(h.dtype)
-    y = _GeluGRNLinear.apply(h.flatten(1, -2), grn.gamma.flatten(), grn.beta.flatten(), grn.eps, weight, bias, act.approximate)
-    return y.view(*h.shape[:-1], y.shape[-1])  # (N, S, C) -> (N, ..., C)
-
-
-def mlp(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`Block.mlp`, (N, H, W, C) -> (N, H, W, C), its last three modules as one function."""
-    x = gelu_grn_linear(block.act, block.grn, block.pwconv2, block.pwconv1(block.norm(x)))
-    return x if block.gamma is None else block.gamma * x

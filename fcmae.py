@@ -1,6 +1,6 @@
 """Fully convolutional masked autoencoder (ConvNeXt V2, arXiv 2301.00808, Sec. 3): mask, encode, decode, loss.
 
-Shapes: N images, C channels, h x w the grid of patches (the encoder's last stage), L = h * w patches, p pixels per patch side,
+Shapes: N images, C channels, h x w the grid of patches (the encoder's last stage), L = h * w patches of p x p pixels,
 D decoder width.
 """
 
@@ -9,28 +9,34 @@ from functools import partial
 import torch
 from torch import nn
 
-from model import Block, ConvNeXt, check_images, init_weights
-from sparse import SparseTensor, check_mask, leaky_stages, masked_stages, reference_conv, sparse_stages, upsample_mask
+from model import Block, ConvNeXt, check_images, check_size, init_weights
+from sparse import SparseTensor, leaky_stages, masked_stages, reference_conv, sparse_stages
 
 # How the encoder runs: (net, imgs, mask) -> the maps of its four stages. All but "leaky" compute the same.
 BACKENDS = {
     "sparse": sparse_stages,  # visible sites only
-    "reference": partial(sparse_stages, conv=reference_conv),  # by the definition of the convolution, a sum over 49 taps; slow
+    "reference": partial(
+        sparse_stages, conv=reference_conv
+    ),  # by the definition of the convolution, a sum over 49 taps; slow
     "masked": masked_stages,  # dense, with the mask before and after each convolution: the tests' oracle
     "leaky": leaky_stages,  # dense, without masks inside: the paper's "without sparse conv."
 }
 
 
 def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """(n, h, w) boolean mask, True = hidden: every image keeps exactly int(h * w * (1 - mask_ratio)) random cells visible.
+    """Draw a mask, boolean (n, h, w), True = hidden; int(h * w * (1 - mask_ratio)) cells of each image stay visible.
 
-    Drawn on the generator's device (the CPU without one). Raises ValueError if nothing would be hidden, or nothing visible.
+    Drawn on the generator's device, by default the CPU. Raises ValueError if it would hide nothing or everything.
     """
     cells = h * w
     keep = int(cells * (1 - mask_ratio))
     if not 0 < keep < cells:
         extreme = "hides no patch" if keep >= cells else "leaves no patch visible"
-        fix = "choose a ratio such as 0.6, or larger images" if cells > 1 else "take larger images, or a smaller stem_stride"
+        fix = (
+            "choose a ratio such as 0.6, or larger images"
+            if cells > 1
+            else "take larger images, or a smaller stem_stride"
+        )
         raise ValueError(f"mask_ratio {mask_ratio} {extreme} of {h} x {w}; {fix}")
     device = generator.device if generator is not None else "cpu"
     order = torch.rand(n, cells, generator=generator, device=device).argsort(dim=1)
@@ -38,12 +44,24 @@ def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Gene
     return mask.scatter_(1, order[:, :keep], False).view(n, h, w)
 
 
+@torch.compiler.disable  # it depends on the mask's values
+def check_fraction(mask: torch.Tensor) -> None:
+    """Raise ValueError for a mask that hides everything or nothing."""
+    if mask.all() or not mask.any():
+        extreme = (
+            "leaves no patch visible, so there is nothing to predict from"
+            if mask.all()
+            else "hides no patch to predict"
+        )
+        raise ValueError(f"the mask {extreme}")
+
+
 class FCMAE(nn.Module):
     """Masked autoencoder around a ConvNeXt encoder: `loss, pred, mask = FCMAE(encoder)(imgs)`.
 
     Args:
         encoder: a ConvNeXt built with `num_classes=0`.
-        mask_ratio: share of the patches to hide.
+        mask_ratio: fraction of the patches to hide.
         decoder_depth, decoder_embed_dim: blocks of the decoder, and their width D.
         norm_pix_loss: predict each patch's pixels normalised by that patch's own mean and variance.
         backend: how the encoder runs, a name in `BACKENDS`.
@@ -66,7 +84,9 @@ class FCMAE(nn.Module):
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
         if decoder_depth < 0 or decoder_embed_dim < 1:
-            raise ValueError(f"decoder_depth {decoder_depth} is below 0, or decoder_embed_dim {decoder_embed_dim} below 1")
+            raise ValueError(
+                f"decoder_depth {decoder_depth} is below 0, or decoder_embed_dim {decoder_embed_dim} below 1"
+            )
         self.encoder, self.backend, self.mask_ratio, self.norm_pix_loss = encoder, backend, mask_ratio, norm_pix_loss
         self.patch_size, self.in_chans = encoder.patch_size, encoder.in_chans
 
@@ -84,31 +104,23 @@ class FCMAE(nn.Module):
         """One step of masked autoencoding.
 
         imgs: (N, in_chans, H, W), both sides multiples of the patch size.
-        mask: (N, h, w) boolean, True = hidden; drawn from `generator` when None. On the CPU it costs a GPU no synchronisation.
+        mask: (N, h, w) boolean, True = hidden; None: drawn from `generator`. On the CPU it costs no synchronisation.
         Returns the loss (a scalar), the predicted patches (N, L, p * p * in_chans), and the mask.
         Raises ValueError for a wrong size or mask, or a mask that hides nothing or everything.
         """
-        mask = self.choose_mask(imgs, mask, generator)
+        if mask is None:
+            check_images(imgs, self.in_chans)
+            check_size(*imgs.shape[2:], self.patch_size)
+            h, w = (side // self.patch_size for side in imgs.shape[2:])
+            mask = random_mask(len(imgs), h, w, self.mask_ratio, generator)
         features = self.forward_encoder(imgs, mask)
+        check_fraction(mask)
         mask = mask.to(imgs.device, non_blocking=True)
         pred = self.forward_decoder(features, mask)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
-    @torch.compiler.disable  # what it checks depends on the mask's values
-    def choose_mask(self, imgs: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
-        """`mask` if it fits the images and leaves something to predict, and something to predict it from; a random one for None."""
-        if mask is None:
-            check_images(imgs, self.in_chans)
-            h, w = imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size
-            mask = random_mask(len(imgs), max(h, 1), max(w, 1), self.mask_ratio, generator)
-        check_mask(self.encoder, imgs, mask)
-        if mask.all() or not mask.any():
-            extreme = "leaves no patch visible, so there is nothing to predict from" if mask.all() else "hides no patch to predict"
-            raise ValueError(f"the mask {extreme}")
-        return mask
-
     def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) and mask (N, h, w) -> (N, dims[-1], h, w), zero at hidden cells."""
+        """(N, in_chans, H, W), mask (N, h, w) -> (N, dims[-1], h, w), zero where hidden. ValueError if they misfit."""
         last = BACKENDS[self.backend](self.encoder, imgs, mask)[-1]
         return last.dense() if isinstance(last, SparseTensor) else last
 
@@ -130,7 +142,7 @@ class FCMAE(nn.Module):
         return (error * hidden).sum() / hidden.sum()
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, L, p * p * C): patches in row-major order, their pixels in (row, column, channel) order."""
+        """(N, C, H, W) -> (N, L, p * p * C): patches in row-major order, pixels in (row, column, channel) order."""
         n, c, height, width = imgs.shape
         p = self.patch_size
         x = imgs.view(n, c, height // p, p, width // p, p)
@@ -145,7 +157,7 @@ class FCMAE(nn.Module):
     def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
         """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
 
-        With `norm_pix_loss` each patch is put back on the mean and variance of the *true* patch: mean brightness and contrast are
+        With `norm_pix_loss` each patch gets the mean and variance of the *true* patch: brightness and contrast are
         given, structure is predicted.
         """
         pred = pred.to(imgs.dtype)
@@ -153,20 +165,6 @@ class FCMAE(nn.Module):
             mean, std = _patch_statistics(self.patchify(imgs))
             pred = pred * std + mean
         return self.unpatchify(pred, imgs.shape[2] // self.patch_size, imgs.shape[3] // self.patch_size)
-
-
-@torch.no_grad()
-def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """Of `imgs` (N, C, H, W): originals; on grey, the visible patches and the predictions of the others; both together."""
-    _, pred, mask = mae(imgs, generator=generator)
-    prediction = mae.reconstruct(imgs, pred)
-    hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)
-    return {
-        "original": imgs,
-        "visible": imgs.masked_fill(hidden, 0),
-        "prediction": prediction.masked_fill(~hidden, 0),
-        "pasted": torch.where(hidden, prediction, imgs),
-    }
 
 
 def _patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

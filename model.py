@@ -1,6 +1,6 @@
 """ConvNeXt V1 and V2: an ordinary dense network (ConvNeXt V2, arXiv 2301.00808, Sec. 4 and Fig. 5).
 
-`sparse.py` runs the very same modules on visible sites only, so pre-trained and fine-tuned weights are one set of tensors.
+`sparse.py` runs the same modules on visible sites only, so pre-trained and fine-tuned weights are one set of tensors.
 
 Shapes: N images, C channels, H x W sites.
 """
@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
-
-import fast
 
 
 class LayerNorm(nn.LayerNorm):
@@ -29,7 +27,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.channels_first:
             return super().forward(x)
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (N, C, H, W) -> (N, H, W, C) -> (N, C, H, W)
+        return (
+            super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        )  # (N, C, H, W) -> (N, H, W, C) -> (N, C, H, W)
 
 
 class GRN(nn.Module):
@@ -56,11 +56,11 @@ class GRN(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 has LayerScale `gamma` (paper Fig. 5)."""
+    """ConvNeXt block (N, C, H, W) -> (N, C, H, W): version 2 has GRN, version 1 LayerScale `gamma` (paper Fig. 5)."""
 
     def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2, layer_scale_init_value: float = 1e-6):
         super().__init__()
-        self.dwconv = fast.DepthwiseConv(dim)  # nn.Conv2d, 7x7, padding 3, a group for each channel
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)  # depthwise: each channel by itself
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)  # a 1x1 convolution, on channels-last maps
         self.act = nn.GELU()
@@ -79,7 +79,6 @@ class Block(nn.Module):
         x = self.mlp(x).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return self.drop_path(x)
 
-    @fast.in_training(fast.mlp, act=nn.GELU, grn=GRN, pwconv2=nn.Linear)
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder."""
         x = self.pwconv1(self.norm(x))  # (N, H, W, C) -> (N, H, W, 4C)
@@ -87,7 +86,7 @@ class Block(nn.Module):
         return x if self.gamma is None else self.gamma * x
 
     def run(self, branch: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        """`branch(*args)`; with `checkpoint_activations` only `args` are kept for backward, which computes the rest again."""
+        """`branch(*args)`; with `checkpoint_activations` backward keeps only `args`, and computes the rest again."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(branch, *args, use_reentrant=False)
         return branch(*args)
@@ -101,10 +100,10 @@ class ConvNeXt(nn.Module):
         version: 2 (GRN) or 1 (LayerScale).
         num_classes: logits; 0 for none.
         in_chans: channels of the input image.
-        stem_stride: 4 for photographs; 2 or 1 keeps small images at a useful resolution. One last-stage cell then covers
+        stem_stride: 4 for photographs; 2 or 1 keeps small images at a useful resolution. A last-stage cell covers
             `patch_size = 8 * stem_stride` pixels on a side.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        head_init_scale: factor on the head's initial weight and bias.
+        head_init_scale: factor on the head's initial weight; its bias is zero.
         layer_scale_init_value: version 1's LayerScale starts here. From 1e-6 it takes thousands of updates to grow.
     """
 
@@ -137,8 +136,7 @@ class ConvNeXt(nn.Module):
         for i in range(3):
             self.downsample_layers.append(
                 nn.Sequential(
-                    LayerNorm(dims[i], channels_first=True),
-                    nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2),
+                    LayerNorm(dims[i], channels_first=True), nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)
                 )
             )
         rates = iter(drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths)))
@@ -152,7 +150,6 @@ class ConvNeXt(nn.Module):
         self.apply(init_weights)
         if num_classes:
             self.head.weight.data.mul_(head_init_scale)
-            self.head.bias.data.mul_(head_init_scale)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Keep only each block's input for backward: far less memory, for one more forward pass per step."""
@@ -161,7 +158,7 @@ class ConvNeXt(nn.Module):
                 block.checkpoint_activations = enable
 
     def forward_stages(self, imgs: torch.Tensor) -> list[torch.Tensor]:
-        """(N, in_chans, H, W) -> the four stages' maps, (N, dims[i], H / s_i, W / s_i), for detection and segmentation."""
+        """(N, in_chans, H, W) -> the stages' maps (N, dims[i], H / s_i, W / s_i), for detection and segmentation."""
         check_images(imgs, self.in_chans)
         check_size(*imgs.shape[2:], self.patch_size, whole_patches=False)
         x, stages = imgs, []
@@ -200,14 +197,14 @@ def check_size(height: int, width: int, patch_size: int, whole_patches: bool = T
         if side % patch_size or side == 0:
             small = "" if patch_size == 8 else ", or --stem_stride 1 for small images"
             fitting = max(2, round(side / patch_size)) * patch_size  # of one patch alone, nothing can be predicted
-            raise ValueError(
-                f"image size {side} is not a multiple of the patch size {patch_size}; try --input_size {fitting}{small}"
-            )
+            size = f"image size {side} is not a multiple of the patch size {patch_size}"
+            raise ValueError(f"{size}; try --input_size {fitting}{small}")
     if min(height, width) < patch_size:
-        raise ValueError(f"image size {height} x {width} is below the patch size {patch_size}; enlarge it, or lower --stem_stride")
+        size = f"image size {height} x {width} is below the patch size {patch_size}"
+        raise ValueError(f"{size}; enlarge it, or lower --stem_stride")
 
 
-# Paper App. A.1: name -> (depths, dims). Huge exists as V2 only. Yocto is ours: a fifth of Atto, for experiments of minutes on a CPU.
+# Paper App. A.1: name -> (depths, dims). Huge exists as V2 only. Yocto is ours: a fifth of Atto, for minutes on a CPU.
 SIZES = {
     "yocto": ((1, 1, 3, 1), (24, 48, 96, 192)),
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),

@@ -1,16 +1,15 @@
-"""Submanifold sparse convolution in pure PyTorch, and the ConvNeXt encoder on visible sites only (paper Sec. 3, App. A.2).
+"""Submanifold sparse convolution in pure PyTorch, and the ConvNeXt encoder on visible sites (paper Sec. 3, App. A.2).
 
-A masked image is treated as a sparse set of sites. A submanifold convolution computes its output at visible sites only and
-reads hidden sites as zero, which is exactly a dense convolution with the mask applied before and after it. The weights are
-those of the dense modules in `model.py`; nothing here has parameters.
+A masked image is a sparse set of sites. A submanifold convolution computes its output at visible sites only and reads
+hidden sites as zero: exactly a dense convolution with the mask applied before and after it. The weights are those of
+the dense modules in `model.py`; nothing here has parameters.
 
-One mask on the last stage's grid fixes the visible sites of every finer stage, because each cell divides into 2 x 2. Rows are
-therefore numbered coarse to fine: the four children of row r are rows 4r .. 4r + 3. A 2x2 downsampling convolution is then
+One mask on the last stage's grid fixes the visible sites of every finer stage, because each cell divides into 2 x 2.
+Rows are numbered coarse to fine: the four children of row r are rows 4r .. 4r + 3. So a 2x2 downsampling convolution is
 a reshape and a matrix product, and the rows of one image are always consecutive.
 
 Shapes: N images, A active (visible) sites, K = 49 kernel taps, C channels, H x W the grid of the current stage,
-h x w the grid of the last stage, on which masks are drawn, s = H / h sites on a side of one of its patches. Masks are boolean,
-True = hidden.
+h x w the grid of the last stage, on which masks are drawn. Masks are boolean, True = hidden.
 """
 
 from collections.abc import Callable
@@ -20,26 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fast import Tiles, choose_tiles, tiled_conv, with_zero_row
 from model import GRN, Block, ConvNeXt, check_images, check_size
 
 
 class Sites:
-    """The visible sites of one mask at one resolution. Index tables are built once, when first used.
+    """The visible sites of one mask at one resolution.
 
     Attributes:
         grid: (N, H, W), the shape of the full grid.
         cell: (A,) int64, position of each row in the flattened grid.
         counts: visible sites of each image, in order.
-        side: s, sites on a side of a patch. The s * s rows of a patch follow one another.
     """
 
-    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int], side: int = 1):
-        self.grid, self.cell, self.counts, self.side = grid, cell, counts, side
+    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int]):
+        self.grid, self.cell, self.counts = grid, cell, counts
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
-        """(N, h, w) boolean mask, True = hidden -> its visible cells. A mask on the CPU costs a GPU no synchronisation."""
+        """The visible cells of a boolean mask (N, h, w), True = hidden. On the CPU it costs no synchronisation."""
         visible = ~mask
         cell = visible.flatten().nonzero().squeeze(1).to(device or mask.device, non_blocking=True)  # (A,)
         return cls(tuple(mask.shape), cell, visible.flatten(1).sum(dim=1).tolist())
@@ -50,32 +47,22 @@ class Sites:
         y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
         child = torch.arange(4, device=self.cell.device)
         cell = (2 * y[:, None] + child // 2) * (2 * width) + 2 * x[:, None] + child % 2  # (A, 1) -> (A, 4)
-        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts], 2 * self.side)
+        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts])
 
     @cached_property
-    def row(self) -> torch.Tensor:
-        """(N * H * W,) int64: the row of each grid position, or A at hidden ones."""
-        row = self.cell.new_full((self.grid[0] * self.grid[1] * self.grid[2],), len(self.cell))
-        row[self.cell] = torch.arange(len(self.cell), device=self.cell.device)
-        return row
+    def rows(self) -> torch.Tensor:
+        """(N, H, W) int64: the row of each grid position, or A at hidden ones."""
+        rows = self.cell.new_full(self.grid, len(self.cell))
+        rows.view(-1)[self.cell] = torch.arange(len(self.cell), device=self.cell.device)
+        return rows
 
     @cached_property
     def neighbours(self) -> torch.Tensor:
-        """(A, 49) int64: the row under each tap of a 7x7 window, or A where that site is hidden or outside the image."""
-        return self.windows(1).flatten(1)
-
-    @cached_property
-    def tiles(self) -> Tiles:
-        """Rectangles of sites, in which `submanifold_conv` runs a dense convolution."""
-        return choose_tiles(self)
-
-    def windows(self, side: int) -> torch.Tensor:
-        """(A / side^2, side + 6, side + 6) int64: the rows of each side x side patch and 3 sites around it, A where none is."""
-        n, height, width = self.grid
-        padded = F.pad(self.row.view(n, height, width), (3, 3, 3, 3), value=len(self.cell))  # (N, H + 6, W + 6)
-        windows = padded.unfold(1, side + 6, side).unfold(2, side + 6, side)  # (N, H / side, W / side, side + 6, side + 6)
-        image, y, x = torch.unravel_index(self.cell[:: side**2], self.grid)
-        return windows[image, y // side, x // side]
+        """(A, 49) int64: the row under each tap of a 7x7 window, A where that site is hidden or outside."""
+        windows = (
+            F.pad(self.rows, (3, 3, 3, 3), value=len(self.cell)).unfold(1, 7, 1).unfold(2, 7, 1)
+        )  # (N, H, W, 7, 7), a view
+        return windows[torch.unravel_index(self.cell, self.grid)].flatten(1)
 
 
 class SparseTensor:
@@ -87,42 +74,50 @@ class SparseTensor:
     def dense(self) -> torch.Tensor:
         """(N, C, H, W), zero at hidden sites."""
         n, height, width = self.sites.grid
-        x = self.features.new_zeros(n * height * width, self.features.shape[1])
+        channels = self.features.shape[1]
+        x = self.features.new_zeros(n * height * width, channels)
         x = x.index_copy(0, self.sites.cell, self.features)  # (A, C) -> (N * H * W, C)
-        return x.view(n, height, width, -1).permute(0, 3, 1, 2)
+        return x.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 # --- submanifold 7x7 depthwise convolution ----------------------------------------------------------------------------
 
 
-def reference_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
+def reference_conv(x: torch.Tensor, dwconv: nn.Conv2d, sites: Sites) -> torch.Tensor:
     """The definition: every row sums its visible neighbours, each times its tap. (A, C) -> (A, C).
 
-    weight (C, 1, 7, 7) and bias (C,) as in `nn.Conv2d`. Slow, because it stores 49 copies of x; the tests' reference.
+    dwconv: a block's 7x7 depthwise convolution. Slow, because it stores 49 copies of x; the tests' reference.
     """
-    taps = with_zero_row(x)[sites.neighbours]  # (A, C) -> (A, 49, C)
-    return torch.einsum("akc,ck->ac", taps, weight.flatten(1)) + bias
+    taps = with_zero_row(x)[sites.neighbours]  # (A + 1, C) -> (A, 49, C)
+    return torch.einsum("akc,ck->ac", taps, dwconv.weight.flatten(1)) + dwconv.bias
 
 
-def submanifold_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sites: Sites) -> torch.Tensor:
-    """The same function as `reference_conv`, through zero-filled tiles and a dense depthwise convolution. (A, C) -> (A, C)."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-        x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-    return tiled_conv(x, weight, sites.tiles) + bias
+def with_zero_row(x: torch.Tensor) -> torch.Tensor:
+    """(A, C) -> (A + 1, C): row A is what hidden sites read."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
+def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: Sites) -> torch.Tensor:
+    """The same function: scatter rows into a grid of zeros, convolve densely, gather the rows. (A, C) -> (A, C)."""
+    y = dwconv(SparseTensor(x, sites).dense())  # (A, C) -> (N, C, H, W)
+    return y.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
 
-def sparse_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, conv: Callable = submanifold_conv) -> list[SparseTensor]:
-    """`net.forward_stages` on the visible sites of `imgs` (N, in_chans, H, W) only: the four stages' features, finest first.
+def sparse_stages(
+    net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, conv: Callable | None = None
+) -> list[SparseTensor]:
+    """`net.forward_stages` on the visible sites of `imgs` (N, in_chans, H, W): four stages' features, finest first.
 
     mask: (N, H / patch_size, W / patch_size) boolean, True = hidden, any pattern. Hidden pixels are never read.
-    conv: the blocks' convolution; `reference_conv` is its definition.
+    conv: the blocks' convolution; by default the network's own (`fast.py`), else `submanifold_conv`.
     Raises ValueError for images or masks of another shape or type.
     """
     check_mask(net, imgs, mask)
-    levels, stages = _levels(mask, imgs.device, conv), []
+    conv = conv or getattr(net, "sparse_conv", submanifold_conv)
+    levels, stages = _levels(mask, imgs.device), []
     x = _stem(net.downsample_layers[0], imgs, levels[0])  # (A, dims[0])
     for i, (stage, sites) in enumerate(zip(net.stages, levels)):
         if i > 0:
@@ -134,13 +129,11 @@ def sparse_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, conv: C
 
 
 @torch.compiler.disable  # the number of visible sites depends on the mask's values
-def _levels(mask: torch.Tensor, device: torch.device, conv: Callable) -> list[Sites]:
-    """The visible sites of every stage, finest first, with the index tables that its blocks will use."""
+def _levels(mask: torch.Tensor, device: torch.device) -> list[Sites]:
+    """The visible sites of every stage, finest first."""
     levels = [Sites.from_mask(mask, device)]
     while len(levels) < 4:
         levels.insert(0, levels[0].finer())
-    for sites in levels:
-        _ = sites.neighbours if conv is reference_conv else sites.tiles
     return levels
 
 
@@ -164,7 +157,7 @@ def _layer_norm(x, norm):  # `norm` may be a channels-first module, but rows end
 
 
 def _branch(block: Block, x: torch.Tensor, sites: Sites, conv: Callable) -> torch.Tensor:
-    y = conv(x, block.dwconv.weight, block.dwconv.bias, sites)  # (A, C)
+    y = conv(x, block.dwconv, sites)  # (A, C)
     if len(set(sites.counts)) > 1:
         return _image_by_image(block, y, sites.counts)
     # Always so in FCMAE: every image has as many sites, so to the MLP and GRN the batch is a dense map of one row.
@@ -193,8 +186,7 @@ def masked_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list
 
 
 def _masked_branch(block: Block, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    y = nn.Conv2d.forward(block.dwconv, x)  # PyTorch's own convolution and backward: independent of the fast path
-    y = y.masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+    y = block.dwconv(x).masked_fill(hidden, 0).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
     y = block.act(block.pwconv1(block.norm(y)))  # (N, H, W, 4C)
     y = y.masked_fill(hidden.permute(0, 2, 3, 1), 0)  # zeros change no norm, so GRN may see them
     y = block.grn(y) if isinstance(block.grn, GRN | nn.Identity) else _over_visible(block.grn, y, ~hidden[:, 0])
@@ -204,7 +196,7 @@ def _masked_branch(block: Block, x: torch.Tensor, hidden: torch.Tensor) -> torch
 
 
 def leaky_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """`net` on the zero-filled image, with no mask inside: the paper's "without sparse conv." (Sec. 3), not the same function."""
+    """Another function: `net` on the zero-filled image, as in the paper's "without sparse conv." (Sec. 3)."""
     check_mask(net, imgs, mask)
     mask = mask.to(imgs.device)
     stages = net.forward_stages(imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], 0))
