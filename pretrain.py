@@ -1,43 +1,35 @@
 """Pre-train a ConvNeXt encoder as a masked autoencoder (FCMAE, paper Sec. 3 and Tab. 8).
 
-    python pretrain.py                                         # embedded data, minutes on a laptop
+    python pretrain.py                                         # drawn images, minutes on a laptop
     python pretrain.py --data_path DIR                         # any folder of images, the paper's recipe
-    torchrun --nproc_per_node=8 pretrain.py --data_path DIR    # several GPUs; docs/clusters.md has several machines
+    torchrun --nproc_per_node=8 pretrain.py --data_path DIR    # several GPUs
 
-Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and pictures to --output_dir.
+Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and plots to --output_dir.
 """
 
-import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
+import copy
+import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from ablations.decoders import DECODERS
-from ablations.norms import MLP_NORMS, exchange_norm
-from data import (
-    DATA_SETS,
-    DRAWN,
-    center_transform,
-    choose_data_set,
-    denormalise,
-    hold_on_device,
-    load_images,
-    normalise,
-    pretrain_transform,
-    split_folder,
-)
-from fcmae import BACKENDS, FCMAE, random_mask, reconstruction_panels
+import data
+from data import DATA_SETS, Images, center_transform, denormalise, load_images, normalise, pretrain_transform
+from fast import speed_up
+from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS, check_size
-from plumbing import flags
-from plumbing.devices import to_device
-from plumbing.files import save_tensors
+from plumbing import cli, dist, frozen
+from plumbing.files import save_tensors, value_errors_are_the_users
+from plumbing.loading import mix_seed
 from plumbing.optim import parameter_groups
-from plumbing.plots import plot_curves, plot_panels
-from plumbing.processes import Processes, main_process_first
-from plumbing.run import Batch, Run, carry_out
-from plumbing.script import counted, run_script, value_errors_are_the_users
-from plumbing.seeds import mix_seed
+from plumbing.plots import draw_curves, new_figure, plot_panels, save_figure
+from plumbing.run import Batch, Run
+from plumbing.shapes import DRAWN
+from sparse import upsample_mask
 
 # Defaults of the small data sets, with a small stem and a short run. Folders get the paper's recipe (Tab. 8).
 DEFAULTS = {
@@ -48,84 +40,82 @@ DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, and fill in the defaults of the data set."""
-    parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
-    add = parser.adder(parser.add_argument_group("model"))
-    add("--model", flags.one_of("model", MODELS), "convnextv2_atto", ", ".join(MODELS))
-    add("--stem_stride", flags.STRIDES, 4, "stride of the stem; a patch is 8 x this wide")
-    flags.add_layer_scale(add)
-    add("--mask_ratio", flags.proper_share, 0.6, "share of the patches to hide")
-    add("--norm_pix_loss", bool, True, "predict pixels normalised per patch")
-    add("--mlp_norm", flags.one_of("norm", MLP_NORMS), None, f"in GRN's place: {', '.join(MLP_NORMS)}")
-    add("--decoder", flags.one_of("decoder", DECODERS), "convnext", ", ".join(DECODERS))
-    add("--decoder_depth", flags.number(int, 0, 100), 1, "blocks of the decoder; of a U-Net, on each of its grids")
-    add("--decoder_embed_dim", flags.number(int, 1, 8192), 512, "width of the decoder")
-    add("--backend", flags.one_of("backend", BACKENDS), "sparse", f"how the encoder runs: {', '.join(BACKENDS)}")
-    place = "folder of images, or where CIFAR lies; none: the embedded data"
-    flags.add_hold_data(flags.add_data_flags(parser, DATA_SETS, place, drawn=DRAWN))
-    flags.add_optimisation_flags(parser, epochs=800, blr=1.5e-4, min_lr=0.0, warmup="40, or 5% of short runs")
-    flags.add_run_flags(parser, "runs/pretrain")
+    """Parse the command line, and fill in the data set's defaults."""
+    parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
+    add = cli.add_model_flags(parser, MODELS)
+    add("--mask_ratio", type=cli.fraction, default=0.6, help="fraction of the patches to hide")
+    add("--norm_pix_loss", action=cli.BoolFlag, default=True, help="predict pixels normalised per patch")
+    add("--decoder_depth", type=cli.number(int, 0), default=1, help="blocks of the decoder")
+    add("--decoder_embed_dim", type=cli.count, default=512, help="width of the decoder")
+    add("--backend", choices=BACKENDS, default="sparse", help="how the encoder runs")
+    add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")
+    add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py")
+    add("--decoder", metavar="NAME", default="convnext", help="decoder, a name in experiments/decoders.py")
+    data_path = "folder of images, or where CIFAR lies; none: the drawn images"
+    add = cli.add_data_flags(parser, DATA_SETS, data_path, DRAWN)
+    add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead of val/")
+    add("--eval_freq", type=cli.count, help="epochs between evaluations (default: a tenth of the epochs)")
+    add("--disable_eval", action=cli.BoolFlag, default=False, help="do not evaluate while training")
+    cli.add_optimisation_flags(parser, epochs=800, blr=1.5e-4, min_lr=0.0, warmup=40)
+    cli.add_run_flags(parser, "runs/pretrain")
 
-    given = parser.parse_args(argv)
-    data_set = choose_data_set(getattr(given, "data_set", None), getattr(given, "data_path", None))
-    args = flags.merge(given, parser.general, **{f"the data set {data_set}": DEFAULTS.get(data_set, {})})
+    args = parser.parse_args(argv)
+    data_set = cli.choose_data_set(args)
+    parser.take(f"the data set {data_set}", DEFAULTS.get(data_set, {}))
+    args = parser.parse_args(argv)
+    parser.report(args)
     args.data_set = data_set
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(40.0, 0.05 * args.epochs)
-    flags.check_run(args, parser)
-    flags.check_layer_scale(args, parser)
+    cli.derive(args, warmup=40)
+    args.eval_freq = args.eval_freq or math.ceil(args.epochs / 10)
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
-    if args.input_size == 8 * args.stem_stride:
-        grid = args.input_size // 8
-        fix = f"--stem_stride 1 makes {grid} x {grid} patches of it" if grid > 1 else "try --input_size 32"
-        parser.error(f"--input_size {args.input_size} is one patch, and with it hidden nothing is left to predict from; {fix}")
+        grid = args.input_size // (8 * args.stem_stride)
+        random_mask(1, grid, grid, args.mask_ratio)  # so that a ratio that cannot be drawn is found now
     return args
 
 
+@record  # torchrun then reports the error of the process that failed first
 def main(args: argparse.Namespace) -> None:
-    """Pre-train as `args` (from `get_args`) say."""
-    carry_out(args, train)
-
-
-def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Train the autoencoder, writing its encoder and pictures with the checkpoints of epochs."""
-    with main_process_first():
-        images = load_images(
-            args.data_set, args.data_path, "train", pretrain_transform(args.input_size), args.seed, args.embedded_images[0]
-        )
-    images = hold_on_device(images, args, processes.device)
-    run = Run(args, images, processes, output_dir)
+    """Train the autoencoder that `args` (from `get_args`) describe; write encoder and plots with each checkpoint."""
+    device = dist.setup(args.device, args.deterministic)
+    with dist.main_process_first():
+        transform, count = pretrain_transform(args.input_size), args.embedded_images[0]
+        images = load_images(args.data_set, args.data_path, "train", transform, args.seed, count)
+        if args.holdout:
+            images, val = data.split_holdout(images, args.holdout)
+        else:
+            others = args.data_set != "folder" or data.split_folder(args.data_path, "val")
+            val = load_images(args.data_set, args.data_path, "val", None) if others else None
 
     torch.manual_seed(args.seed)
-    mae = make_autoencoder(args)
-    to_device(mae, run.device)
-    optimizer = torch.optim.AdamW(parameter_groups(mae, args.weight_decay), lr=run.peak_lr, betas=(0.9, 0.95), fused=True)
+    mae = dist.to_device(speed_up(make_autoencoder(args)), device)
+    optimizer = torch.optim.AdamW(parameter_groups(mae, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     grid = args.input_size // mae.patch_size
-    for line in flags.describe_origins(args):
-        run.say(line)
-    run.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
-    run.say(
-        f"{args.data_set}: {counted(len(images), 'image')} at {args.input_size} px, {grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
-    )
-    network = run.start(mae.train(), optimizer, "pretrain.py")
-    if network is None:
-        return
-    samples = sample_images(args) if processes.is_main else None
-    for epoch in run.epochs():
-        for batch in run.batches(epoch):
-            mask = draw_masks(args, batch, grid)
-            with run.autocast():
-                loss, _, _ = network(batch.images, mask=mask)
-            if run.backward(loss):
-                run.update()
+    patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
+    dist.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
+    dist.say(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
+    samples = sample_images(val or images, args.input_size) if dist.rank() == 0 else None
+    evaluation = load_evaluation(args, images, val) if dist.rank() == 0 and not args.disable_eval else None
+    with Run(args, images, device, mae.train(), optimizer, "pretrain.py") as run:
+        if not (run.records or args.disable_eval):
+            evaluate(run, mae, evaluation, 0)
+        for epoch in run.epochs():
+            for batch in run.batches(epoch):
+                mask = draw_masks(args, batch, grid)
+                with run.autocast:
+                    loss, _, _ = run.network(batch.images, mask=mask)
+                if run.backward(loss):
+                    run.update()
 
-        if run.save_due(epoch):
-            run.write("encoder.pth", save_tensors, {"model": mae.encoder.state_dict(), "config": run.config})
-            run.write("pictures", draw, mae, samples, images.statistics, args.seed, run.log.records())
-            run.save(epoch + 1)
-    run.close("encoder.pth (weights for fine-tuning), reconstructions.png, loss.png, log.jsonl, config.json")
+            if run.evaluation_due(epoch) and not args.disable_eval:
+                evaluate(run, mae, evaluation, epoch + 1)
+            if run.save_due(epoch):
+                encoder = {"model": mae.encoder.state_dict(), "config": run.config}
+                run.write("encoder.pth", save_tensors, encoder)
+                run.write("", draw, mae, samples, images.statistics, args.seed, run.records)
+                run.save(epoch + 1)
+    run.finish("encoder.pth (weights for fine-tuning), reconstructions.png, progress.png, log.jsonl, config.json")
 
 
 def make_autoencoder(args: argparse.Namespace) -> FCMAE:
@@ -134,46 +124,128 @@ def make_autoencoder(args: argparse.Namespace) -> FCMAE:
         start = dict(layer_scale_init_value=args.layer_scale_init_value)
         encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, **start)
         encoder.checkpoint_activations(args.checkpoint_activations)
+        size = args.mask_ratio, args.decoder_depth, args.decoder_embed_dim, args.norm_pix_loss, args.backend
         if args.mlp_norm:
-            exchange_norm(encoder, args.mlp_norm)
-        size = args.mask_ratio, args.decoder_depth, args.decoder_embed_dim
-        mae = DECODERS[args.decoder](encoder, *size, args.norm_pix_loss, args.backend)
-        grid = args.input_size // encoder.patch_size
-        random_mask(1, grid, grid, args.mask_ratio)  # so that a ratio that cannot be drawn is found now
-    return mae
+            from experiments.norms import replace_norm
+
+            replace_norm(encoder, args.mlp_norm)
+        if args.decoder != "convnext":
+            from experiments.decoders import make_decoder
+
+            return make_decoder(args.decoder, encoder, *size)
+        return FCMAE(encoder, *size)
 
 
 def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tensor:
-    """The batch's part of its update's masks, which are drawn from (seed, update): the same however the update is divided."""
+    """The batch's part of its update's masks, drawn from (seed, update): the same however the update is divided."""
     generator = torch.Generator().manual_seed(mix_seed("mask", args.seed, batch.update))
     return random_mask(batch.images_in_update, grid, grid, args.mask_ratio, generator)[batch.part]
 
 
-def sample_images(args: argparse.Namespace, count: int = 8) -> torch.Tensor:
-    """Up to `count` validation images, spread over the set, uint8 (count, 3, S, S)."""
-    split = "val" if args.data_set != "folder" or split_folder(args.data_path, "val") else "train"
-    images = load_images(args.data_set, args.data_path, split, center_transform(args.input_size))
-    count = min(count, len(images))
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None) -> tuple[str, list, list]:
+    """Load a seeded choice of images, so few that all evaluations together take less than a tenth of the run's time.
+
+    That counts on no image costing more than one of training: features take a dense forward pass, a loss half of it.
+    Returns the loss's name in the log, what it is computed on (training images if `val` is None), and labelled training
+    images, none unless `val` has the same classes: batches of uint8 images (B, 3, S, S) and labels (B,).
+    """
+    evaluations, labelled = (
+        1 + math.ceil(args.epochs / args.eval_freq),
+        val and images.classes == val.classes is not None,
+    )
+    budget, name = max(24, args.epochs * len(images) // (10 * evaluations)), "val_loss" if val else "train_loss"
+
+    def load(images: Images, count: int) -> list:
+        part = images.subset(frozen.choose(len(images), count))
+        part.transform = center_transform(args.input_size)
+        return [*data.load_batches(part, range(len(part)), 32, args.num_workers)]
+
+    queries = load(val or images, min(1000, budget // 3 if labelled else budget))
+    bank = load(images, min(4000, budget // 2)) if labelled else []
+    sizes = [sum(len(labels) for _, labels in batches) for batches in (queries, bank)]
+    more = f"; probe and k-NN from {sizes[1]:,} training images" if bank else ""
+    dist.say(f"evaluation: {name} of {sizes[0]:,} images with fixed masks{more}")
+    return name, queries, bank
+
+
+def evaluate(run: Run, mae: FCMAE, evaluation: tuple | None, epoch: int) -> None:
+    """Log `scores`, beside those before training, of the main process, which alone has an `evaluation`."""
+    start, record = time.perf_counter(), {"epoch": epoch, "update": run.done}
+    results = dist.gather(scores(mae.eval(), run, *evaluation) if evaluation else None)[0]
+    mae.train()
+    record |= results | {"eval_seconds": round(time.perf_counter() - start, 2)}
+    both = [*run.records[:1], record]
+    words = [f"{key} " + " -> ".join(f"{r[key]:.4g}" for r in both if key in r) for key in results]
+    run.record(record, f"epoch {epoch}/{run.last_epoch + 1}  {'  '.join(words)}")
+
+
+@torch.no_grad()
+def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[str, float]:
+    """The loss with the same masks every time and, where there are labels, accuracies of frozen features in percent."""
+
+    def normalised(batches: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((normalise(pixels, run.images.statistics, run.device), labels) for pixels, labels in batches)
+
+    generator, losses = torch.Generator().manual_seed(mix_seed("evaluation")), []
+    for imgs, _ in normalised(queries):
+        with run.autocast:
+            losses += [mae(imgs, generator=generator)[0].item()] * len(imgs)
+    results = {loss: round(sum(losses) / len(losses), 6)}
+    if bank:
+        ends, parts = frozen.stage_ends(mae.encoder)[2:], []
+        for batches in (bank, queries):
+            features, labels = frozen.collect_features(mae.encoder, normalised(batches), ends, frozen.mean_and_std)
+            parts += [torch.cat([*features.values()], dim=1), labels]  # (N, D) of the last two stages
+        results |= frozen.score(*parts)
+    return results
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
+    """Up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
+    images, count = copy.copy(images), min(count, len(images))
+    images.transform = center_transform(size)
     return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
 
 
-def draw(path: Path, mae: FCMAE, pixels: torch.Tensor, statistics: tuple, seed: int, records: list[dict]) -> None:
-    """Beside `path` write reconstructions.png of uint8 `pixels` (N, 3, S, S), and loss.png from the log's records."""
-    mae.eval()
+@torch.no_grad()
+def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Of images (N, C, H, W): the originals, visible patches, predicted patches, and the latter two together."""
+    _, pred, mask = mae(imgs, generator=generator)
+    prediction = mae.reconstruct(imgs, pred)
+    hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)
+    return {
+        "original": imgs,
+        "visible": imgs.masked_fill(hidden, 0),
+        "prediction": prediction.masked_fill(~hidden, 0),
+        "pasted": torch.where(hidden, prediction, imgs),
+    }
+
+
+def draw(directory: Path, mae: FCMAE, pixels: torch.Tensor, statistics: tuple, seed: int, records: list[dict]) -> None:
+    """Write reconstructions.png of uint8 `pixels` (N, 3, S, S), and progress.png from the log's records."""
     imgs = normalise(pixels, statistics, mae.mask_token.device)
-    panels = reconstruction_panels(mae, imgs, torch.Generator().manual_seed(seed))
+    panels = reconstruction_panels(mae.eval(), imgs, torch.Generator().manual_seed(seed))
     mae.train()
-    given = "; mean brightness and contrast of each hidden patch are given" if mae.norm_pix_loss else ""
-    plot_panels(
-        path.with_name("reconstructions.png"),
-        {title: denormalise(panel, statistics) for title, panel in panels.items()},
-        f"{mae.mask_ratio:.0%} of the patches hidden{given}",
-    )
-    records = [record for record in records if record["loss"] is not None]
-    curve = [record["epoch"] for record in records], [record["loss"] for record in records]
-    title = "Pre-training loss"
-    plot_curves(path.with_name("loss.png"), {"loss": curve}, "epoch", "mean squared error on hidden patches", title)
+    normalised = "; mean brightness and contrast of each hidden patch are given" if mae.norm_pix_loss else ""
+    caption = f"{mae.mask_ratio:.0%} of the patches hidden{normalised}"
+    images = {title: denormalise(panel, statistics) for title, panel in panels.items()}
+    plot_panels(directory / "reconstructions.png", images, caption)
+    losses = {"loss": "training", "train_loss": "training images, fixed masks", "val_loss": "held-out images"}
+    accuracies = {"probe": "linear probe", "knn": "10 nearest neighbours"} if "probe" in records[0] else {}
+    figure, axes = new_figure(1, 1 + bool(accuracies), 6 + 6 * bool(accuracies), 3.6)
+    titles = ("Pre-training loss", "mean squared error"), ("Accuracy of frozen features on held-out images", "%")
+    for axis, labels, (title, y_label) in zip(axes[0], (losses, accuracies), titles):
+        points = {key: [(record["epoch"], record[key]) for record in records if key in record] for key in labels}
+        curves = {labels[key]: [*zip(*values)] for key, values in points.items() if values}
+        draw_curves(axis, curves, "epoch; 0: untrained", y_label, title)
+    save_figure(figure, directory / "progress.png")
 
 
 if __name__ == "__main__":
-    run_script(main, get_args)
+    main(get_args())

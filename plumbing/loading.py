@@ -1,32 +1,81 @@
-"""Loaders whose order and draws are a pure function of the place in the run, and the files that could not be read.
+"""Data sets and loaders whose order and draws follow from the position in the run, whatever the number of workers."""
 
-The order of an epoch depends on (seed, epoch), what is drawn for a sample on (seed, epoch, sample index). So any number of workers
-gives the same run, and a run can be continued from any update.
-"""
-
-import argparse
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
-import threading
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from plumbing.processes import Processes
-from plumbing.script import UserError, one_line
-from plumbing.seeds import mix_seed
-from plumbing.signals import STOP_SIGNALS
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+def mix_seed(purpose: str, *numbers: int) -> int:
+    """One well-mixed 63-bit seed from what it is for and where it is used, the same on every machine."""
+    entropy = (zlib.crc32(purpose.encode()), len(numbers), *numbers)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def seeded(purpose: str, *numbers: int) -> Iterator[None]:
+    """Seed torch's global generator, from which torchvision draws, inside the block; restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix_seed(purpose, *numbers))
+        yield
+
+
+class Samples(Dataset):
+    """Samples indexed by (epoch, index), which seed the augmentation.
+
+    A subclass has `read(index)`, which decodes a sample and may raise any exception, and `augment(sample, index)`. The
+    next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
+
+    Args:
+        items: file paths, or arrays.
+        seed: seed of the augmentation.
+    """
+
+    def __init__(self, items: Sequence, seed: int = 0):
+        self.items, self.seed = items, seed
+        self.unreadable = torch.zeros(len(items), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[Any, Any]:
+        """The (image, target) of an (epoch, index). OSError if no file at all can be read."""
+        epoch, index = position
+        for k in range(len(self)):
+            at = (index + k) % len(self)
+            with seeded("crop", self.seed, epoch, index):
+                try:
+                    sample = self.read(at)
+                except Exception as error:  # damaged files raise nearly anything, depending on the decoder
+                    if not self.unreadable[at]:
+                        self.unreadable[at] = True
+                        tqdm.write(f"warning: cannot read {self.items[at]} ({error})", file=sys.stderr)
+                    continue
+                return self.augment(sample, at)
+        raise OSError(f"none of the {len(self)} images can be read")
+
+    def readable(self, batch: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """(N,) bool: which samples of a loaded batch of (epoch, index) are themselves, not replacements."""
+        return ~self.unreadable[[index for _, index in batch]]
 
 
 class EpochSampler:
-    """Batches of (epoch, index) for one rank; the global order is a function of (seed, epoch) alone.
+    """Batches of (epoch, index) for one rank, from `first_batch` on; the order of all ranks follows from (seed, epoch).
 
-    Batch b takes `world_size * batch_size` neighbours of that order, a stretch for each rank. So consecutive batches cover
-    consecutive stretches however they are divided among ranks, and `first_batch` continues an epoch. The last incomplete
-    batch is left out.
+    `world_size * batch_size` consecutive samples of that order make a batch of each rank. The remainder is dropped.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int):
@@ -37,7 +86,8 @@ class EpochSampler:
         return self.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch)))
+        generator = torch.Generator().manual_seed(mix_seed("order", self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
         first, self.first_batch = self.first_batch, 0
         for batch in range(first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
@@ -45,55 +95,29 @@ class EpochSampler:
 
 
 def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int]]]:
-    """Batches of (0, index), in order and the last as small as need be: for evaluation, where every image counts once."""
-    return [[(0, index) for index in indices[start : start + batch_size]] for start in range(0, len(indices), batch_size)]
+    """Batches of (0, index), in order and the last one smaller: for evaluation, where every image counts once."""
+    return [[(0, index) for index in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
 
 
-def make_loader(images: Dataset, batches: EpochSampler | list, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """A loader of (images, targets, failed), joined by `images.collate` if there is one, with workers that outlive the epoch."""
+def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
+    more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
+    collate = getattr(samples, "collate", None)
     return DataLoader(
-        images, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_parent, collate_fn=getattr(images, "collate", None),
-    )  # fmt: skip
+        samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
+    )
 
 
-def count_workers(args: argparse.Namespace, processes: Processes) -> int:
-    """--num_workers, or by default up to 8 for folders of files and none for images that are in memory."""
-    if args.num_workers is not None or args.data_set != "folder":
-        return args.num_workers or 0
-    return min(8, max(1, os.cpu_count() // processes.local_world_size))
+@cache
+def _ending():
+    event = multiprocessing.Event()
+    atexit.register(
+        event.set
+    )  # runs before multiprocessing's own exit, which terminates the workers and waits for them
+    return event
 
 
-def _leave_signals_to_the_parent(_):
-    """In a worker: a signal that reaches all processes of a run must not end it, before the update that it works for."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-    def obey_the_parent():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey_the_parent, daemon=True).start()
-
-
-class Unreadable:
-    """The files that could not be read: one warning each, and an end when they exceed ten and 1% of the data set."""
-
-    def __init__(self, images: Dataset, instead: str = "the next image takes its place"):
-        self.images, self.indices, self.instead = images, set(), instead
-
-    def note(self, failed: torch.Tensor) -> None:
-        """Take a batch's `failed` column: (B,), the index of a file that could not be read, or -1."""
-        for index in failed[failed >= 0].tolist():
-            if index not in self.indices:
-                self.indices.add(index)
-                name = one_line(f"{self.images.items[index]} ({self.images.why(index)})")
-                tqdm.write(f"warning: cannot read {name}; {self.instead}", file=sys.stderr)
-
-    def check(self, processes: Processes) -> None:
-        """Share what every process found; UserError, in all of them, past the limit."""
-        self.indices = processes.union(self.indices)
-        if len(self.indices) > max(10, 0.01 * len(self.images)):
-            some = f"{len(self.indices)} of {len(self.images)} images cannot be read, more than ten and 1%"
-            one = f"{self.images.items[min(self.indices)]} ({self.images.why(min(self.indices))})"
-            raise UserError(f"{some}; remove or replace them, {one} for one")
+def _outlive_signals(ending, _) -> None:
+    """In a worker: outlive signals to all processes until the update that it works for; obey the parent's last one."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(0) if ending.is_set() else None)

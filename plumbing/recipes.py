@@ -1,4 +1,4 @@
-"""The paper's settings, as its tables print them (Tab. 9-13), and as flags of finetune.py; and those of linear probing."""
+"""The paper's settings (Tab. 9-13) as flags of finetune.py, and linear probing's; detection's and segmentation's."""
 
 import ast
 
@@ -65,15 +65,15 @@ images_per_update  512     512     512     512     512
 # name -> size -> flag -> value
 RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}
 
-# Linear probing as MoCo v3's released code has it (arXiv 2104.02057): random crops and flips alone, and nothing that regularises.
+# Linear probing as in MoCo v3's released code (arXiv 2104.02057): random crops and flips, and no regularisation.
 LINEAR_PROBE = dict(
     opt="sgd", blr=0.1, min_lr=0.0, epochs=90, warmup_epochs=0.0, weight_decay=0.0, layer_decay=1.0, model_ema=False,
     aa=None, color_jitter=None, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
 )  # fmt: skip
 SHORT_PROBE = dict(epochs=3, blr=1.0)  # for the embedded data: few updates want a higher rate
 
-# Mask R-CNN on COCO. Base is the published detector's; of Large and Huge the paper gives only the ranges that it searched (layer decay
-# .9 or .95, drop path .2 to .5, App. A.3), from which these are ours.
+# Mask R-CNN on COCO. Base is the published detector's. For Large and Huge the paper gives search ranges only (layer
+# decay .9 or .95, drop path .2 to .5, App. A.3); the choice is ours.
 COCO = by_size("""
                    base     large    huge
 lr                 None     None     None
@@ -87,12 +87,14 @@ warmup_updates     1000     1000     1000
 published_heads    True     True     True
 """)
 for settings in COCO.values():
-    settings |= dict(nms="soft", proposals=(1000, 1000), steps=[27, 33], schedule="steps", augmentation="jitter", jitter=(0.1, 2.0))
+    settings |= dict(
+        nms="soft", proposals=(1000, 1000), steps=[27, 33], schedule="steps", augmentation="jitter", jitter=(0.1, 2.0)
+    )
     settings |= dict(input_size=1024, test_size=(800, 1333))
 
-# UPerNet on ADE20K: 160,000 iterations of 16 images, from the fine-tuned classifier. The paper gives the ranges that it searched
-# (App. A.4: learning rate 1, 2 or 3e-4, layer decay .8 or .9, drop path .1 to .4), from which Large and Huge are ours; the rest is
-# ConvNeXt V1's published code, whose sizes have 1e-4 and .8 or .9.
+# UPerNet on ADE20K: 160,000 iterations of 16 images, from the fine-tuned classifier. The paper gives search ranges only
+# (App. A.4: learning rate 1, 2 or 3e-4, layer decay .8 or .9, drop path .1 to .4); within them the choice is ours, near
+# ConvNeXt V1's published code.
 ADE20K = by_size("""
                    tiny     base     large    huge
 lr                 None     None     None     None

@@ -1,0 +1,204 @@
+"""The command line: groups of flags that scripts share, and defaults that follow from other flags."""
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+
+from plumbing import dist
+from plumbing.files import UserError
+
+NONE = MappingProxyType({})
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that parses again with the defaults that flags imply (`take`, weakest first).
+
+    by_data: data set -> its defaults, also shown by `--help`.
+    """
+
+    def __init__(self, by_data: Mapping[str, dict] = NONE, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=lambda prog: Help(prog, by_data), **kwargs)
+        self.by_data, self.origins = by_data, {}
+
+    def error(self, message: str) -> None:
+        """End the script with one line, without the usage."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n" if dist.local_rank() == 0 else None)
+
+    def refuse_both(self, args: argparse.Namespace, one: str, other: str) -> None:
+        """An error where two flags contradict each other."""
+        if getattr(args, one) and getattr(args, other):
+            self.error(f"--{one} contradicts --{other}; leave one of the two out")
+
+    def take(self, origin: str, values: Mapping) -> None:
+        """Make `values`, flag -> value, the defaults of the next `parse_args`."""
+        self.set_defaults(**values)
+        self.origins |= dict.fromkeys(values, origin)
+
+    def report(self, args: argparse.Namespace) -> None:
+        """Print a line for each origin: the values taken from it that the command line does not override."""
+        taken = {}
+        for name, origin in self.origins.items():
+            if getattr(args, name) == self.get_default(name) is not None:
+                taken.setdefault(origin, []).append(f"{name} {getattr(args, name)}")
+        for origin, values in taken.items():
+            dist.say(f"from {origin}: {', '.join(values)}")
+
+
+class Help(argparse.HelpFormatter):
+    """Show the default of every flag, and of data sets that have their own."""
+
+    def __init__(self, prog: str, by_data: Mapping[str, dict]):
+        super().__init__(prog)
+        self.by_data = by_data
+
+    def _get_help_string(self, action):
+        general = [] if action.default in (None, argparse.SUPPRESS) else [str(action.default)]
+        special = [f"{name} {values[action.dest]}" for name, values in self.by_data.items() if action.dest in values]
+        shown = f" (default: {', '.join(general + special)})" if general + special else ""
+        return f"{action.help}{shown}".replace("%", "%%")  # argparse fills in what follows a single one
+
+
+class BoolFlag(argparse.BooleanOptionalAction):
+    """`--flag`, `--no-flag`, `--flag true` and `--flag false`, as in the authors' commands."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs, self.metavar = "?", "true|false"
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        negated = option_string.startswith("--no-")
+        if value is not None and (value.lower() not in words or negated):
+            parser.error(f"{option_string} {value}: expected true or false, as in {self.option_strings[0]} true")
+        setattr(namespace, self.dest, not negated if value is None else words[value.lower()])
+
+
+class BaseRate(argparse.Action):
+    """--blr, which also clears an --lr that a data set or recipe implies."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        namespace.blr, namespace.lr = value, None
+
+
+def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable[[str], float]:
+    """An argparse type for an int or float in [low, high], without `low` itself when `above`."""
+    high = high if high is not None else 2**63 - 1 if kind is int else math.inf
+
+    def check(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low:g}, {high:g}]")
+        return value
+
+    check.__name__ = kind.__name__  # for "invalid int value"
+    return check
+
+
+count, fraction = number(int, 1, 10**9), number(float, 0, 1)
+nonnegative, positive = number(float, 0), number(float, 0, above=True)
+
+
+# --- groups of flags --------------------------------------------------------------------------------------------------
+
+
+def add_model_flags(parser: Parser, models: Mapping, finetune: str | None = None) -> Callable:
+    """The network; `finetune` is the help of --finetune."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=models, default="convnextv2_atto", metavar="NAME", help=", ".join(models))
+    if finetune:
+        add("--finetune", metavar="PATH", help=finetune)
+        add("--drop_path", type=fraction, default=0.0, help="stochastic depth rate of the last block")
+    add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem; a patch is 8 x this wide")
+    return add
+
+
+def add_data_flags(
+    parser: Parser, data_sets: Sequence[str], data_path: str, drawn: tuple[int, int], input_size: int = 224,
+    synonyms: Mapping[str, str] = NONE,
+) -> Callable:  # fmt: skip
+    """The images; `data_path` is the help of --data_path, `drawn` the default number of drawn images."""
+
+    def data_set(name: str) -> str:
+        return synonyms.get(name, name)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", metavar="DIR", help=data_path)
+    add("--data_set", type=data_set, choices=data_sets, metavar="NAME", help=", ".join(data_sets))
+    drawn_help = "embedded data: images to draw for training and for validation"
+    add("--embedded_images", type=count, default=drawn, nargs=2, metavar="N", help=drawn_help)
+    add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the network's input")
+    workers = "loading processes per training process (default: up to 8 for folders, else 0)"
+    add("--num_workers", type=number(int, 0, 1024), help=workers)
+    return add
+
+
+def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: float, warmup: int | None) -> Callable:
+    """Batches, epochs and the learning rate; no `warmup` for scripts that count theirs in updates."""
+    group = parser.add_argument_group("optimisation")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--batch_size", type=count, default=64, help="images per process and forward pass")
+    add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
+    add("--epochs", type=count, default=epochs, help="passes over the data")
+    if warmup is not None:
+        warmup_help = f"epochs of linear warm-up (default: {warmup}, or 5%% of short runs)"
+        add("--warmup_epochs", type=nonnegative, help=warmup_help.replace("%%", "%"))
+    rate = "base learning rate per 256 images; lr = blr * images per update / 256"
+    either("--blr", type=positive, action=BaseRate, default=blr, help=rate)
+    either("--lr", type=positive, help="learning rate itself, instead of --blr")
+    add("--min_lr", type=nonnegative, default=min_lr, help="learning rate at the end")
+    add("--weight_decay", type=nonnegative, default=0.05, help="weight decay of kernels and matrices")
+    add("--clip_grad", type=positive, help="clip the gradient's norm to this (default: no clipping)")
+    return add
+
+
+def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None:
+    """The run itself: precision, output, checkpoints, log; `compile` where the network can be compiled."""
+    add = parser.add_argument_group("run").add_argument
+    add("--amp", choices=("none", "bf16", "fp16"), help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
+    parser.set_defaults(compile=False)
+    if compile:
+        add("--compile", action=BoolFlag, help="torch.compile the network: a slow start for faster steps")
+    add("--checkpoint_activations", action=BoolFlag, default=False, help="less memory, slower steps")
+    add("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
+    add("--log_dir", metavar="DIR", help="where TensorBoard finds the log and the plots too; needs its package")
+    add("--device", help="cuda, cpu or mps (default: cuda if there is one, else cpu)")
+    seed = "seed of weights, order, crops, masks, mixing"
+    add("--seed", type=number(int, 0), default=0, help=seed)
+    resume = "checkpoint, or a run's folder, to continue from, evaluate or predict with"
+    add("--resume", metavar="PATH", help=resume)
+    add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
+    add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
+    add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
+    add("--save_every_steps", type=count, metavar="N", help="updates between checkpoints, inside epochs too")
+    add("--log_every", type=count, default=20, help="updates between lines of the log")
+    deterministic = "the same bits from every run on a GPU too; CPUs need no flag for it"
+    add("--deterministic", action=BoolFlag, default=False, help=deterministic)
+
+
+# --- defaults that follow from other values ---------------------------------------------------------------------------
+
+
+def choose_data_set(args: argparse.Namespace, enough: Sequence[str] = ("data_path",)) -> str:
+    """The data set that --data_set and paths (`enough`) mean together; UserError if they contradict each other."""
+    place = any(getattr(args, name) for name in enough)
+    if args.data_set == "folder" and not place:
+        raise UserError("--data_set folder needs --data_path DIR")
+    if args.data_set == "embedded" and place:
+        raise UserError("--data_set embedded draws its images; leave out either it or --data_path")
+    return args.data_set or ("folder" if place else "embedded")
+
+
+def derive(args: argparse.Namespace, warmup: int | None = None) -> None:
+    """Fill in defaults that follow from other values: warm-up, workers, precision."""
+    if warmup is not None and args.warmup_epochs is None:
+        args.warmup_epochs = min(float(warmup), 0.05 * args.epochs)
+    if args.num_workers is None:
+        per_process = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = min(8, max(1, per_process)) if args.data_set == "folder" else 0
+    use_amp = getattr(args, "use_amp", None)
+    if use_amp is not None and args.amp is None:
+        args.amp = "none" if not use_amp else None if torch.cuda.is_available() else "bf16"

@@ -1,0 +1,146 @@
+"""Drawn images, textured shapes over textured grounds: every script runs offline. No stand-in for photographs."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
+SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
+SPLITS = ("train", "val")  # their places in what follows, and their seeds
+DRAWN = (4000, 1000)  # how many are drawn
+SCENES = (5000, 200)  # for detection and segmentation
+_CHUNK = 50  # images drawn at once; a multiple of the number of textures keeps the classes balanced
+
+
+def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `n` images of textured shapes on textured backgrounds: uint8 (n, size, size, 3) and their classes (n,).
+
+    The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with their own
+    textures in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
+    """
+    images, labels, *_ = _draw(n, seed, size)
+    return images, labels
+
+
+def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw such images and their shapes: uint8 (n, size, size, 3), kinds (n, 3) and masks, bool (n, 3, size, size).
+
+    A kind is an index into SHAPES, back to front; a mask is the part that no later shape hides.
+    """
+    images, _, kinds, masks = _draw(n, seed, size)
+    return images, kinds, masks
+
+
+def _draw(n, seed, size):
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
+        chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size), range(-(-n // _CHUNK))))
+    return [np.concatenate(parts)[:n] for parts in zip(*chunks)]
+
+
+def _draw_chunk(seed, chunk, size):
+    n = _CHUNK
+    rng = np.random.default_rng([seed, chunk, size])
+    labels = rng.permutation(np.arange(n) % len(TEXTURES))
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
+
+    ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
+    picture = _texture(rng, x, y, ground, labels)
+    masks, all_kinds = np.zeros((n, 3, size, size), dtype=bool), np.empty((n, 3), dtype=np.int64)
+    for layer, small in enumerate((True, True, False)):
+        kinds = all_kinds[:, layer] = rng.integers(len(SHAPES), size=n)
+        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.35, 0.6)
+        reach = 0.9 if small else 0.5
+        u, v = _turn(
+            x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi)
+        )
+        inside = np.empty_like(picture[..., :1])
+        for k in range(len(SHAPES)):
+            chosen = kinds == k
+            distance = _distance(SHAPES[k], u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
+            inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
+        colour = (ground + rng.uniform(0.35, 0.65, size=ground.shape)) % 1  # far from the ground's in every channel
+        fill = _texture(rng, u, v, colour.astype(np.float32), rng.integers(len(TEXTURES), size=n))
+        picture += inside * (fill - picture)
+        masks[:, layer] = inside[..., 0] > 0.5
+        masks[:, :layer] &= ~masks[:, layer : layer + 1]
+    tilt_x, tilt_y = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
+    picture *= (1 + 0.2 * (tilt_x + 0.5 * tilt_y))[..., None]  # light from one side
+    return (np.clip(picture, 0, 1) * 255).astype(np.uint8), labels, all_kinds, masks
+
+
+def _uniform(rng, n, low, high):
+    return rng.uniform(low, high, size=(n, 1, 1)).astype(np.float32)
+
+
+def _turn(x, y, angle):
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def _texture(rng, x, y, colour, kinds):
+    """(n, S, S) coordinates -> (n, S, S, 3): a colour (n, 1, 1, 3) varied by each picture's kind of pattern."""
+    n = len(x)
+    u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
+    frequency, phase = _uniform(rng, n, 8, 14), _uniform(rng, n, 0, 2 * np.pi)
+    pattern = np.empty_like(u)
+    for k, kind in enumerate(TEXTURES):
+        chosen = kinds == k
+        pattern[chosen] = _pattern(kind, u[chosen], v[chosen], frequency[chosen], phase[chosen])
+    contrast = rng.uniform(0.15, 0.4, size=(n, 1, 1, 3)) * rng.choice((-1, 1), size=(n, 1, 1, 3))
+    return colour + np.clip(pattern, -1, 1)[..., None] * contrast.astype(np.float32)
+
+
+def _pattern(kind, u, v, frequency, phase):
+    """About -1 to 1; what goes beyond is cut off, which makes flat areas with soft edges."""
+    a, b = np.sin(frequency * u + phase), np.sin(frequency * v)
+    match kind:
+        case "shading":
+            return 0.8 * u
+        case "stripes":
+            return 2 * a
+        case "checks":
+            return 4 * a * b
+        case "dots":
+            return 2.5 * (a + b) - 2.5
+        case "grid":
+            return 3 * np.maximum(np.abs(a), np.abs(b)) - 2.2
+        case "waves":
+            return 2 * np.sin(frequency * u + 2 * np.sin(frequency * v / 1.5))
+        case "rings":
+            return 2 * np.sin(frequency * np.hypot(u, v) + phase)
+        case "rays":
+            return 2 * np.sin(6 * np.arctan2(v, u) + phase)
+        case "dashes":
+            return 2 * a * (np.sin(frequency * v / 3) > 0)
+        case _:
+            return 1.4 * (np.sin(0.7 * frequency * u + phase) + np.sin(0.6 * frequency * v + 2 * u))
+
+
+def _distance(shape, u, v):
+    """A signed distance, negative inside, roughly in units of the shape's radius."""
+    r, angle = np.hypot(u, v), np.arctan2(v, u)
+    match shape:
+        case "disc":
+            return r - 0.9
+        case "ring":
+            return np.abs(r - 0.72) - 0.23
+        case "crescent":
+            return np.maximum(r - 1, 0.8 - np.hypot(u - 0.45, v))
+        case "triangle" | "square":
+            k = 3 if shape == "triangle" else 4
+            return r * np.cos((angle % (2 * np.pi / k)) - np.pi / k) - (0.6 if k == 3 else 0.75)
+        case "cross":
+            low, high = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+            return np.maximum(low - 0.3, high - 1)
+        case "star":
+            fold = np.abs((angle % (2 * np.pi / 5)) - np.pi / 5)  # 0 at a tip, pi / 5 in a notch
+            return r * (0.5 + fold) - 0.55
+        case "flower":
+            return r - 0.75 - 0.25 * np.cos(5 * angle)
+        case "heart":
+            return np.hypot(u, 1.1 * v + 0.2 - 0.7 * np.sqrt(np.abs(u))) - 0.85
+        case _:
+            return np.maximum(0.35 - np.abs((angle / np.pi + 2.2 * r) % 2 - 1), r - 1) * 0.6
