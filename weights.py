@@ -1,53 +1,499 @@
-"""Convert weights between this project's names and everybody else's.
+"""Weights in and out: the tensors of a ConvNeXt under this project's names, and under those of other libraries.
 
     python weights.py IN OUT --to timm      # or hf, mmpretrain, authors; IN may have any layout that is known here
 
-In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that fits.
+In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that
+fits. "Native" is this project's layout, which the authors' released files have too. Other libraries compute the same
+logits, but the final norm of transformers has its configuration's `layer_norm_eps` of 1e-12; set it to 1e-6.
+
+Shapes: C channels, o and i a convolution's output and input channels, k x k = K kernel taps.
 """
 
-import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
-import os
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 
 import torch
+from torch import nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from plumbing.flags import Parser, merge, one_of
-from plumbing.layouts import *  # noqa: F403 for `import weights`
-from plumbing.layouts import build, describe, from_native, read_file, to_native, write_file
-from plumbing.script import UserError, counted, run_script
+from model import MODELS, SIZES, ConvNeXt
+from plumbing.dist import to_device
+from plumbing.files import UserError, load_file, save_tensors, value_errors_are_the_users, write_atomically
 
-TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm": None, "hf": None}  # as each library saves
+State = dict[str, torch.Tensor]
+
+# A column is a layout, a row a kind of tensor, read in both directions; "=" is the name in the first column, "-" none.
+# The second row is {b}, a block. Fields: p weight or bias, i stage, j block, d stage after the first, q a tensor of its
+# norm (0) or convolution (1), v a tensor of another norm in GRN's place (experiments/norms.py).
+TABLE = """
+native                     timm                       hf                                         mmpretrain
+stages.{i}.{j}             stages.{i}.blocks.{j}      encoder.stages.{i}.layers.{j}              stages.{i}.{j}
+downsample_layers.0.0.{p}  stem.0.{p}                 embeddings.patch_embeddings.{p}            =
+downsample_layers.0.1.{p}  stem.1.{p}                 embeddings.layernorm.{p}                   =
+downsample_layers.{d}.{q}  stages.{d}.downsample.{q}  encoder.stages.{d}.downsampling_layer.{q}  =
+{b}.dwconv.{p}             {b}.conv_dw.{p}            =                                          {b}.depthwise_conv.{p}
+{b}.norm.{p}               =                          {b}.layernorm.{p}                          =
+{b}.pwconv1.{p}            {b}.mlp.fc1.{p}            =                                          {b}.pointwise_conv1.{p}
+{b}.pwconv2.{p}            {b}.mlp.fc2.{p}            =                                          {b}.pointwise_conv2.{p}
+{b}.grn.gamma              {b}.mlp.grn.weight         {b}.grn.weight                             =
+{b}.grn.beta               {b}.mlp.grn.bias           {b}.grn.bias                               =
+{b}.grn.{v}                -                          -                                          -
+{b}.gamma                  =                          {b}.layer_scale_parameter                  =
+norm.{p}                   head.norm.{p}              layernorm.{p}                              norm3.{p}
+head.{p}                   head.fc.{p}                classifier.{p}                             head.fc.{p}
+"""
+LAYOUTS, BLOCKS, *NAMES = (row.split() for row in TABLE.strip().splitlines())
+FIELDS = dict(p="weight|bias", i="[0-3]", j=r"\d+", d="[1-3]", q=r"[01]\.(?:weight|bias)", v=r"\w+\.[\w.]+")
+ENCLOSING = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls its ConvNeXt
+# Wrappers' parts of names: of DistributedDataParallel, torch.compile, and MinkowskiEngine (authors' pre-training).
+WRAPPERS = re.compile(r"\b(module|_orig_mod)\.|(?<!grn\.)\b(ln|linear)\.")
+# What an FCMAE, a detector of detect.py and a segmenter of segment.py hold besides their encoder.
+HEADS = re.compile(
+    r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+"
+    r"|(norms|ppm|lateral|fpn)\.\d\..+|(bottleneck|fuse|classifier|auxiliary)\..+"
+)
+STEM = "downsample_layers.0.0.weight"
+
+
+def _patterns(layout: str) -> list[tuple[re.Pattern, dict[str, str]]]:
+    """For each row of NAMES a pattern of its name in `layout`, and the names in all layouts."""
+    rows = []
+    for row in NAMES:
+        cells = [(row[0] if cell == "=" else cell).replace("{b}", block) for cell, block in zip(row, BLOCKS)]
+        names = dict(zip(LAYOUTS, cells))
+        name = re.sub(r"\\{(\w)\\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", re.escape(names[layout]))
+        rows.append((re.compile(ENCLOSING + name), names))
+    return rows
+
+
+PATTERNS = {layout: _patterns(layout) for layout in LAYOUTS}
+
+
+def _rename(key: str, source: str, target: str) -> str | None:
+    """A tensor's name in another layout, None if there is none."""
+    key = re.sub(r"\.kernel$", ".weight", WRAPPERS.sub("", key))
+    for pattern, names in PATTERNS[source]:
+        if (match := pattern.fullmatch(key)) and names[target] != "-":
+            return names[target].format(**match.groupdict())
+    return None
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def detect_layout(state_dict: State) -> str:
+    """One of LAYOUTS, "native" for both of the authors' own; UserError for anything else."""
+    for layout in LAYOUTS:
+        if any(_rename(key, layout, "native") == "stages.0.0.dwconv.weight" for key in state_dict):
+            return layout
+    raise UserError(
+        f"no layout is known for these {len(state_dict)} tensors ({shorten(', '.join(state_dict), 100)}); known are "
+        "ConvNeXt V1 and V2 of this project, its authors, timm, Hugging Face transformers and mmpretrain"
+    )
+
+
+def to_native(state_dict: State) -> State:
+    """Tensors of any known layout under this project's names and in its shapes.
+
+    Prefixes of wrappers are removed, and whatever an FCMAE, detector or segmenter has besides its encoder is left out
+    (`describe` counts it). UserError for an unknown layout, and for tensors that are no part of a classifier.
+    """
+    layout, native, foreign = detect_layout(state_dict), {}, []
+    for key, value in state_dict.items():
+        name = _rename(key, layout, "native")
+        if name and name not in native:
+            native[name] = _native_shape(name, value)
+        elif layout != "native" or not HEADS.fullmatch(WRAPPERS.sub("", key)):
+            foreign.append(key)
+    if foreign:
+        raise UserError(
+            f"{len(foreign)} of {len(state_dict)} tensors are no part of a ConvNeXt in the {layout} layout "
+            f"({shorten(', '.join(foreign), 100)}); give a classifier or encoder"
+        )
+    return native
+
+
+def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of any layout in native shape. The taps of the authors' sparse kernels run down columns."""
+    try:
+        if name.endswith((".grn.gamma", ".grn.beta")):
+            value = value.reshape(1, 1, 1, -1)
+        elif name.endswith("bias"):
+            value = value.flatten()  # (1, C) -> (C,)
+        elif ".pwconv" in name and value.dim() == 4:
+            value = value.flatten(1)  # (o, i, 1, 1) -> (o, i)
+        elif re.search(r"\.dwconv\.weight|[1-3]\.1\.weight", name) and value.dim() < 4:
+            k = math.isqrt(value.shape[0])
+            kernel = value if value.dim() == 3 else value[:, None]  # (K, i, o); depthwise (K, C) -> (K, 1, C)
+            value = kernel.permute(2, 1, 0).unflatten(2, (k, k)).transpose(3, 2)  # (K, i, o) -> (o, i, k, k)
+        return value.contiguous()
+    except (RuntimeError, IndexError):
+        raise UserError(f"a tensor of shape {tuple(value.shape)} cannot be the {name} of a ConvNeXt") from None
+
+
+def describe(state_dict: State) -> str:
+    """What `to_native` makes of a state dict, in words."""
+    native = to_native(state_dict)
+    shape, rest = architecture(native), len(state_dict) - len(native)
+    head = f"{shape['num_classes']} classes" if shape["num_classes"] else "no head"
+    left_out = f"; {rest} tensors besides the encoder are left out" if rest else ""
+    return f"{detect_layout(state_dict)} layout, {len(native)} tensors, {_model_name(**shape)}, {head}{left_out}"
+
+
+def from_native(state_dict: State, layout: str) -> State:
+    """The inverse of `to_native`: this project's tensors in the layout "timm", "hf", "mmpretrain" or "authors"."""
+    layout = "native" if layout == "authors" else layout
+    shape, renamed = architecture(state_dict), {}
+    prefix = {"hf": "convnextv2." if shape["version"] == 2 else "convnext.", "mmpretrain": "backbone."}.get(layout, "")
+    as_convolution = layout == "timm" and shape["dims"][0] < SIZES["tiny"][1][0]  # the MLP in timm's smaller models
+    for key, value in state_dict.items():
+        name = _rename(key, "native", layout)
+        if name is None:
+            raise UserError(f"{key} has no name in the {layout} layout; only ConvNeXt V1 and V2 can be converted")
+        if ".grn." in key and layout in ("timm", "mmpretrain"):
+            value = value.flatten()  # (1, 1, 1, 4C) -> (4C,)
+        elif ".pwconv" in key and value.dim() == 2 and as_convolution:
+            value = value[:, :, None, None]  # (o, i) -> (o, i, 1, 1)
+        renamed[name if key.startswith("head.") else prefix + name] = value
+    return renamed
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def architecture(native: State) -> dict:
+    """Arguments for which `ConvNeXt(**architecture(native))` fits, GRN's replacement aside; num_classes 0: no head."""
+    kernels = [STEM, *(f"stages.{i}.0.dwconv.weight" for i in range(4))]
+    if missing := [key for key in kernels if key not in native or native[key].dim() != 4]:
+        raise UserError(f"the weights lack {', '.join(missing)}, kernels of four dimensions that every ConvNeXt has")
+    stages = [key[7] for key in native if re.fullmatch(r"stages\.\d\.\d+\.dwconv\.weight", key)]
+    return dict(
+        depths=tuple(stages.count(str(i)) for i in range(4)),
+        dims=tuple(len(native[key]) for key in kernels[1:]),
+        version=2 if mlp_norm_of(native) else 1,
+        num_classes=len(native["head.weight"]) if "head.weight" in native else 0,
+        in_chans=native[STEM].shape[1],
+        stem_stride=native[STEM].shape[2],
+    )
+
+
+def mlp_norm_of(native: State) -> str | None:
+    """What stands in GRN's place, a name in `experiments.norms.MLP_NORMS`: "grn" in V2, None in V1."""
+    names = [key.split(".grn.")[1].split(".") for key in native if ".grn." in key]
+    return next((variant[0] for variant in names if len(variant) > 1), "grn" if names else None)
+
+
+def _model_name(depths: tuple, dims: tuple, version: int, **_) -> str:
+    names = [name for name, make in MODELS.items() if (*make.args, make.keywords["version"]) == (depths, dims, version)]
+    return names[0] if names else f"ConvNeXt V{version} of depths {depths} and dims {dims}"
+
+
+@value_errors_are_the_users()
+def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
+    """A network that fits the tensors, with them as weights, or with initial ones (`start`: arguments of ConvNeXt)."""
+    net = _with_norm(ConvNeXt(**architecture(native), **start), mlp_norm_of(native))
+    if load:
+        load_weights(net, native)
+    return net
+
+
+@value_errors_are_the_users()
+def make_encoder(args: argparse.Namespace) -> ConvNeXt:
+    """The encoder that the flags of detect.py or segment.py describe."""
+    encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
+    encoder.checkpoint_activations(args.checkpoint_activations)
+    return _with_norm(encoder, args.mlp_norm)
+
+
+def _with_norm(net: ConvNeXt, mlp_norm: str | None) -> ConvNeXt:
+    if mlp_norm in (None, "grn"):
+        return net
+    from experiments.norms import replace_norm
+
+    return replace_norm(net, mlp_norm)
+
+
+def load_weights(model: ConvNeXt, native: State, replace_mlp_norm: bool = False) -> list[str]:
+    """Copy native tensors into `model`, strictly; return a report, line by line.
+
+    Exceptions: `_parts_to_skip`, and a stem for images of other channels is adapted (`adapt_stem`). UserError for
+    another stem stride, and for whatever else is missing, unexpected or of another shape.
+    """
+    source, tensors, own, report = architecture(native), dict(native), model.state_dict(), []
+    if source["in_chans"] != model.in_chans:
+        tensors[STEM] = adapt_stem(native[STEM], model.in_chans)
+        report.append(f"stem adapted from {source['in_chans']} to {model.in_chans} input channels")
+    initial = {}
+    for part, reason in _parts_to_skip(model, native, replace_mlp_norm).items():
+        left_out, kept = ([name for name in state if re.match(part, name)] for state in (tensors, own))
+        report += [f"left out {shorten(', '.join(left_out), 200)}: {reason}"] if left_out else []
+        report += [f"at their initial values: {shorten(', '.join(kept), 200)}"] if kept else []
+        tensors = {name: value for name, value in tensors.items() if name not in left_out}
+        initial |= {name: own[name] for name in kept}
+    names = _model_name(**source), _model_name(model.depths, model.dims, model.version)
+    strides = source["stem_stride"], model.stem_stride
+    fit = [f"{name} with --stem_stride {stride}" for name, stride in zip(names, strides)]
+    _load_strictly(model, tensors | initial, f"the weights, of {fit[0]}, do not fit the model, {fit[1]}")
+    return [f"loaded {len(tensors)} of the model's {len(own)} tensors", *report]
+
+
+def _load_strictly(net: nn.Module, state_dict: State, problem: str) -> None:
+    try:
+        net.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(f"{problem}: {shorten(str(error).split(':', 1)[1], 300)}") from None
+
+
+def _parts_to_skip(model: ConvNeXt, native: State, replace_mlp_norm: bool) -> dict[str, str]:
+    """Parts (patterns of names) that are left out of the file and keep their initial values in the model, with reasons.
+
+    Norm and head where the model has no classes, or the file, as of pre-trained encoders, has neither; a head for
+    another number of classes; on demand what stands in GRN's place.
+    """
+    classes, parts = architecture(native)["num_classes"], {}
+    has_norm, has_head = (any(name.startswith(part) for name in native) for part in ("norm.", "head."))
+    if model.num_classes == 0:
+        parts["(norm|head)[.]"] = "the model has no classes"
+    elif not has_head:
+        parts["head[.]" if has_norm else "(norm|head)[.]"] = "the file has none"
+    elif classes not in (0, model.num_classes):
+        parts["head[.]"] = f"{classes} classes in the file, {model.num_classes} in the model"
+    if replace_mlp_norm:
+        parts[".+[.]grn[.]"] = f"{mlp_norm_of(native)} is replaced by {mlp_norm_of(model.state_dict())}"
+    return parts
+
+
+def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """A stem's kernel (o, i, s, s) -> (o, in_chans, s, s) with the same response to images of equal channels.
+
+    Fewer channels take the sums of the old ones in turn; more repeat them, each divided by its number of copies.
+    """
+    old = kernel.shape[1]
+    turn, fractions = torch.arange(max(old, in_chans)), kernel.new_zeros(old, in_chans)
+    fractions[turn % old, turn % in_chans] = 1
+    return torch.einsum("oihw,ic->ochw", kernel, fractions / fractions.sum(dim=1, keepdim=True))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_content(path: str | Path) -> dict:
+    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run.
+
+    A detector of mmdetection comes as detect.py would have saved it.
+    """
+    if Path(path).suffix == ".safetensors":
+        import safetensors.torch  # an optional package
+
+        try:
+            return safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as safetensors ({error})") from None
+    with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' checkpoints
+        content = load_file(path)
+    state_dict = content.get("state_dict", content)
+    is_detector = "roi_head.bbox_head.fc_cls.weight" in state_dict
+    return _own_detector(state_dict, content.get("meta") or {}) if is_detector else content
+
+
+def read_config(path: str | Path) -> dict:
+    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say."""
+    config = read_content(path).get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def read_file(path: str | Path, ema: bool = False) -> State:
+    """The state dict in a file of any layout, with `ema` the averaged weights; a UPerNet's under our names."""
+    content = read_content(path)
+    top = ", ".join(map(str, list(content)[:5])) or "nothing"
+    if ema:
+        content = content.get("model_ema") or content.get("state_dict_ema")
+        if not content:
+            raise UserError(f"{path} holds no averaged weights (model_ema), only {top}; read it without --model_ema")
+    while inner := [content[key] for key in ("model", "state_dict", "module") if isinstance(content.get(key), dict)]:
+        content = inner[0]
+    if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict of tensors, alone or under 'model' or 'state_dict', but {top}")
+    return upernet_names(content)
+
+
+def write_file(path: Path, state_dict: State, top: str | None = None) -> None:
+    """Write a .safetensors file, or one for torch.load with the tensors under the key `top`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        tensors = {key: value.contiguous() for key, value in state_dict.items()}
+        write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    else:
+        save_tensors(path, {top: state_dict} if top else state_dict)
+
+
+def flags_of(path: str | Path, *more: str) -> dict:
+    """A file's values of flags: model, stem_stride, mlp_norm; and of its run's input_size and `more`."""
+    config = read_config(path)
+    if not isinstance(config.get("input_size"), int):  # another library's, such as timm's [3, 224, 224]
+        config.pop("input_size", None)
+    return _flags_of(to_native(read_file(path))) | {key: config[key] for key in ("input_size", *more) if key in config}
+
+
+def _flags_of(native: State) -> dict:
+    shape, mlp_norm = architecture(native), mlp_norm_of(native)
+    flags = {"stem_stride": shape["stem_stride"]}
+    if (name := _model_name(**shape)) in MODELS:
+        flags["model"] = name
+    return flags if mlp_norm in (None, "grn") else flags | {"mlp_norm": mlp_norm}
+
+
+def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
+    """A checkpoint's classifiers, "model" and where there is one "model_ema", ready to evaluate; and class names."""
+    content, networks = read_content(path), {}
+    for name in ("model", "model_ema") if content.get("model_ema") else ("model",):
+        net = build(to_native(read_file(path, ema=name == "model_ema")))
+        if not net.num_classes:
+            raise UserError(f"{path} holds no classifier but an encoder; train one with finetune.py --finetune {path}")
+        networks[name] = net.to(device, memory_format=torch.channels_last).eval()
+    classes = content.get("classes")
+    return networks, classes if isinstance(classes, list) and len(classes) == net.num_classes else None
+
+
+def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:
+    """Give `net`, a detector or segmenter (`what`) on `encoder`, the weights of a file of any layout; return a report.
+
+    The encoder's must all fit. The rest is taken where the file has a tensor of that name and shape.
+    """
+    tensors, own = read_file(path), net.state_dict()
+    report = [f"{path}: {describe(tensors)}", *load_weights(encoder, to_native(tensors))]
+    heads = {name: value for name, value in tensors.items() if HEADS.fullmatch(name) and name in own}
+    if heads:
+        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
+        net.load_state_dict(fitting, strict=False)
+        initial = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads if name not in fitting}))
+        kept = f"; at their initial values: {initial}" if initial else ""
+        report.append(f"loaded {len(fitting)} of the {what}'s other tensors{kept}")
+    return report
+
+
+def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: torch.device) -> dict[str, nn.Module]:
+    """A checkpoint's networks, "model" and where there is one "model_ema", ready to evaluate; UserError if unfit."""
+    networks = {name: make().eval() for name in ("model", "model_ema") if content.get(name)}
+    for name, net in networks.items():
+        _load_strictly(net, content[name], f"{path} and the network that it describes differ")
+        to_device(net, device)
+    return networks
+
+
+# --- detectors and segmenters of other libraries ----------------------------------------------------------------------
+
+# The modules outside the encoder of OpenMMLab's Mask R-CNN and of transformers' UPerNet, there and here; n is i + 1.
+MODULES = {
+    "backbone.norm{i}": "backbone.norms.{i}",
+    "neck.lateral_convs.{i}": "backbone.fpn.inner_blocks.{i}",
+    "neck.fpn_convs.{i}": "backbone.fpn.layer_blocks.{i}",
+    "rpn_head.rpn_conv": "rpn.head.conv.0.0",
+    "rpn_head.rpn_cls": "rpn.head.cls_logits",
+    "rpn_head.rpn_reg": "rpn.head.bbox_pred",
+    "roi_head.bbox_head.shared_fcs.0": "roi_heads.box_head.fc6",
+    "roi_head.bbox_head.shared_fcs.1": "roi_heads.box_head.fc7",
+    "roi_head.bbox_head.fc_cls": "roi_heads.box_predictor.cls_score",
+    "roi_head.bbox_head.fc_reg": "roi_heads.box_predictor.bbox_pred",
+    "roi_head.mask_head.convs.{i}": "roi_heads.mask_head.{i}",
+    "roi_head.mask_head.upsample": "roi_heads.mask_predictor.conv5_mask",
+    "roi_head.mask_head.conv_logits": "roi_heads.mask_predictor.mask_fcn_logits",
+    "backbone.hidden_states_norms.stage{n}": "norms.{i}",
+    "decode_head.psp_modules.{i}.1": "ppm.{i}",
+    "decode_head.lateral_convs.{i}": "lateral.{i}",
+    "decode_head.fpn_convs.{i}": "fpn.{i}",
+    "decode_head.bottleneck": "bottleneck",
+    "decode_head.fpn_bottleneck": "fuse",
+    "decode_head.classifier": "classifier",
+    "auxiliary_head.convs.0": "auxiliary.0",
+    "auxiliary_head.classifier": "auxiliary.1",
+}
+
+
+def _own_modules(state_dict: State, layout: str, prefix: str) -> State:
+    """The tensors of MODULES and, after `prefix`, of the encoder in this layout under this project's names."""
+    modules = {theirs.format(i=i, n=i + 1): own.format(i=i) for theirs, own in MODULES.items() for i in range(4)}
+    renamed = {}
+    for key, value in state_dict.items():
+        module, step, kind = re.fullmatch(r"(.*?)(\.conv|\.batch_norm)?\.?(\w*)", key).groups()
+        if module in modules:
+            key = modules[module] + {".conv": ".0.", ".batch_norm": ".1.", None: "."}[step] + kind
+        elif name := _rename(key, layout, "native"):
+            key, value = prefix + name, _native_shape(name, value)
+        renamed[key] = value
+    return renamed
+
+
+def upernet_names(state_dict: State) -> State:
+    """The tensors of transformers' UPerNet under the names of `segment.UPerNet`; anything else as it is."""
+    is_upernet = "decode_head.psp_modules.0.1.conv.weight" in state_dict
+    return _own_modules(state_dict, "hf", "encoder.") if is_upernet else state_dict
+
+
+def _own_detector(state_dict: State, meta: dict) -> dict:
+    """A checkpoint as of detect.py, with the flags of the released configurations, from mmdetection's Mask R-CNN.
+
+    There the last of K + 1 classes is the background, here the first, which has boxes and masks too, that nobody reads.
+    """
+    tensors = _own_modules(state_dict, "mmpretrain", "backbone.encoder.")
+    for name, value in tensors.items():
+        if ".cls_score." in name:
+            tensors[name] = value.roll(1, dims=0)  # (K + 1, ...)
+        elif ".box_predictor.bbox_pred." in name:
+            tensors[name] = torch.cat([torch.zeros_like(value[:4]), value])  # (4 K, ...) -> (4 (K + 1), ...)
+        elif ".mask_fcn_logits." in name:
+            tensors[name] = torch.cat([torch.zeros_like(value[:1]), value])  # (K, ...) -> (K + 1, ...)
+    widths = dict(fpn_dim="rpn.head.conv.0.0", box_dim="roi_heads.box_head.fc6", mask_dim="roi_heads.mask_head.0.0")
+    config = _flags_of(to_native(tensors)) | {flag: len(tensors[f"{name}.weight"]) for flag, name in widths.items()}
+    config |= dict(masks=True, anchor_scale=8.0, group_norm=False, published_heads=True, nms="soft")
+    config |= dict(proposals=[1000, 1000], statistics="folder", test_size=[800, 1333])
+
+    categories = enumerate(MaskRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"])
+    coco = {name: number for number, name in categories if name not in ("__background__", "N/A")}
+    meta = meta.get("dataset_meta") or meta
+    classes = list(meta.get("classes") or meta.get("CLASSES") or coco)
+    numbers = [coco[name] for name in classes] if set(classes) <= set(coco) else list(range(1, len(classes) + 1))
+    return {"model": tensors, "classes": classes, "category_ids": numbers, "config": config}
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+# What the command can write: layout -> the key under which its library saves the tensors.
+TOP = {"native": "model", "authors": "model", "mmpretrain": "state_dict", "timm": None, "hf": None}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    add = parser.adder()
-    parser.add_argument(
-        "input", metavar="IN", type=Path, help="weights to read: .pth, .pt, .bin or .safetensors, in any known layout"
-    )
+    """Parse the command line. The description shows the usage, so that errors take one line."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="\n\n".join(__doc__.split("\n\n")[:2]))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("input", metavar="IN", type=Path, help="weights to read, in any known layout")
     parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .pth, .pt, .bin or .safetensors")
-    add("--to", one_of("layout", TOP), None, ", ".join(TOP), required=True)
-    add("--model_ema", bool, False, "take a checkpoint's averaged weights instead of the raw ones")
-    return merge(parser.parse_args(argv), parser.general)
+    parser.add_argument("--to", choices=TOP, required=True, help="layout to write")
+    parser.add_argument("--model_ema", action="store_true", help="take a checkpoint's averaged weights")
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Convert a file, and print what was recognised and written."""
     if args.output.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
         raise UserError(f"OUT {args.output} must end in .pth, .pt, .bin or .safetensors")
-    given = read_file(args.input, args.model_ema)
-    if os.path.exists(args.output) and args.output.samefile(args.input):  # unlike Path's, never raises
+    state_dict = read_file(args.input, args.model_ema)
+    if args.output.exists() and args.output.samefile(args.input):
         raise UserError(f"OUT {args.output} is IN itself, which is never overwritten; choose another name")
-    print(f"{args.input}: {describe(given)}")
-    native = to_native(given)
+    print(f"{args.input}: {describe(state_dict)}")
+    native = to_native(state_dict)
     with torch.device("meta"):  # checks that nothing is missing, at no cost
         build({key: value.to("meta") for key, value in native.items()})
-    written = from_native(native, args.to)
-    write_file(args.output, written, TOP[args.to])
-    print(f"{args.output}: {args.to} layout, {counted(len(written), 'tensor')}")
+    converted = from_native(native, args.to)
+    write_file(args.output, converted, TOP[args.to])
+    print(f"{args.output}: {args.to} layout, {len(converted)} tensors")
 
 
 if __name__ == "__main__":
-    run_script(main, get_args)
+    main(get_args())
