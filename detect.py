@@ -1,362 +1,604 @@
 """Detect and segment objects: Mask R-CNN on a ConvNeXt encoder (paper Sec. 5 and App. A.3).
 
-    python detect.py                                                     # embedded pictures, minutes on a laptop
+    python detect.py                                                     # drawn images, minutes on a laptop
     python detect.py --data_path DIR --finetune runs/pretrain/encoder.pth
     python detect.py --eval --resume runs/detect/checkpoint-best.pth
     python detect.py --predict street.jpg holiday/ --resume runs/detect/checkpoint-best.pth
 
-DIR holds annotations/instances_{train,val}2017.json, train2017/ and val2017/, as COCO does. Writes checkpoints, log.jsonl,
-config.json, detections.json, scores.json, detections.png and scores.png to --output_dir.
+DIR holds annotations/instances_{train,val}2017.json, train2017/ and val2017/, as COCO does. Writes to --output_dir:
+checkpoints, log.jsonl, config.json, detections.json, scores.json, detections.png and scores.png.
+
+Shapes: N images, C channels, H x W pixels; n boxes or objects of an image.
 """
 
-import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
+import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torchvision import tv_tensors
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, masks_to_boxes, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.transforms import v2
 
-from data import SCENES, SPLITS, STATISTICS, find_images
-from detector import MaskRCNN
-from plumbing import coco, flags, layouts
-from plumbing.devices import autocast_dtype, to_device
-from plumbing.files import save_json, save_tensors
-from plumbing.loading import Unreadable, count_workers, divided, make_loader
-from plumbing.optim import averaged, layer_groups, learning_rate, make_optimizer
-from plumbing.plots import draw_objects, plot_curves, write_png
-from plumbing.processes import Processes, main_process_first
+import weights
+from data import GREY, STATISTICS, find_images, open_rgb
+from fast import speed_up
+from model import MODELS, ConvNeXt, LayerNorm
+from plumbing import cli, coco, dist, tasks
+from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
+from plumbing.loading import Samples, divided, make_loader
+from plumbing.optim import learning_rate
+from plumbing.plots import plot_evaluations, plot_panels
 from plumbing.recipes import COCO
-from plumbing.run import Run, carry_out
-from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import add_evaluation_flags, add_task_flags, match_classes, settle
-from scenes import Scenes, augmentation, draw_detections, embedded_scenes, folder_scenes, pictures_alone
+from plumbing.run import Run
+from plumbing.shapes import SCENES, SHAPES, SPLITS, draw_scenes
 
-DEFAULTS = {
-    "folder": dict(lr=1e-4),
-    "embedded": dict(
-        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4, fpn_dim=32,
-        box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5, eval_freq=5, lr=2e-3,
-    ),
-}  # fmt: skip
-LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
-NETWORK = (
-    "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm", "published_heads", "statistics",
-)  # fmt: skip
-TEST = ("input_size", "test_size", "nms", "proposals")  # how a detector was evaluated; to be changed as one likes
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """The encoder's four stages, each normalised, and a feature pyramid of five levels over them.
+
+    Images (N, 3, H, W) -> maps (N, dim, H / s, W / s), "0" to "3" at the stages' strides s, "pool" at twice the last.
+    """
+
+    def __init__(self, encoder: ConvNeXt, dim: int, norm_layer: Callable[[int], nn.Module] | None = None):
+        super().__init__()
+        self.encoder, self.out_channels = encoder, dim
+        self.norms = nn.ModuleList([LayerNorm(width, channels_first=True) for width in encoder.dims])
+        self.fpn = FeaturePyramidNetwork(list(encoder.dims), dim, LastLevelMaxPool(), norm_layer)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        stages = self.encoder.forward_stages(images)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
+        return self.fpn({str(i): norm(stage) for i, (norm, stage) in enumerate(zip(self.norms, stages))})
+
+
+class MaskRCNN(detection.MaskRCNN):
+    """torchvision's Mask R-CNN (arXiv 1703.06870) on a ConvNeXt encoder, in its calling convention.
+
+    In training, (images, targets) -> a dictionary of losses; images are taken at their size. In evaluation, images -> a
+    dictionary of boxes, labels, scores and masks for each, at the image's size; `min_size` and `max_size` say how it is
+    resized inside. Images are (3, H, W), in [0, 1]; labels 1 .. num_classes.
+
+    Args:
+        encoder: with `num_classes=0`.
+        num_classes: without the background.
+        fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
+        anchor_scale: side of the anchors, in strides of their level, which follow the encoder's stem.
+        masks: predict masks; without, it is a Faster R-CNN.
+        group_norm: GroupNorm in pyramid and mask head; from random weights they learn much sooner (arXiv 1811.08883).
+        nms: "hard", or "soft", which lowers the scores of overlapping boxes (the paper's).
+        published_heads: aligned RoIAlign, anchors not rounded, and initial weights, as in the published detector.
+        settings: torchvision's own arguments.
+    """
+
+    def __init__(
+        self, encoder: ConvNeXt, num_classes: int, fpn_dim: int = 256, box_dim: int = 1024, mask_dim: int = 256,
+        anchor_scale: float = 8, masks: bool = True, group_norm: bool = False, nms: str = "hard",
+        published_heads: bool = False, **settings,
+    ):  # fmt: skip
+        norm_layer = eight_groups if group_norm else None
+        strides = [encoder.stem_stride * 2**level for level in range(5)]
+        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, MultiScaleRoIAlign)
+        # The level that a region is read from follows the anchors: with those of 8 strides, regions span 14 to 28 cells
+        # there, as published. torchvision samples a bin twice per side; for smaller anchors once is as dense.
+        sampling = 0 if published_heads else max(1, round(anchor_scale / 4))
+        pool = partial(pool, ["0", "1", "2", "3"], sampling_ratio=sampling, canonical_scale=28 * anchor_scale)
+        super().__init__(
+            Pyramid(encoder, fpn_dim, norm_layer),
+            rpn_anchor_generator=anchors(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * 5),
+            box_roi_pool=pool(7),
+            box_head=detection.faster_rcnn.TwoMLPHead(7 * 7 * fpn_dim, box_dim),
+            box_predictor=detection.faster_rcnn.FastRCNNPredictor(box_dim, num_classes + 1),
+            mask_roi_pool=pool(14),
+            mask_head=detection.mask_rcnn.MaskRCNNHeads(fpn_dim, (mask_dim,) * 4, 1, norm_layer),
+            mask_predictor=detection.mask_rcnn.MaskRCNNPredictor(mask_dim, mask_dim, num_classes + 1),
+            size_divisible=encoder.patch_size, _skip_resize=True, **settings,
+        )  # fmt: skip
+        heads = self.roi_heads
+        if not masks:
+            heads.mask_roi_pool = heads.mask_head = heads.mask_predictor = None
+        if nms == "soft":
+            heads.__class__ = SoftNMSHeads  # torchvision builds its heads itself
+            heads.nms_thresh, heads.detections_per_img, heads.limit = 1.0, 10**6, heads.detections_per_img
+        if published_heads:
+            for module in self.backbone.fpn.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.xavier_uniform_(module.weight)
+        for head in (self.rpn.head, heads.box_predictor, heads.mask_predictor):
+            if head is not None:  # boxes need more than half precision
+                head.register_forward_hook(lambda head, inputs, output: as_float32(output))
+
+
+def eight_groups(width: int) -> nn.GroupNorm:
+    """GroupNorm of eight groups, or of the largest fitting divisor of eight."""
+    return nn.GroupNorm(math.gcd(8, width), width)
+
+
+def as_float32(output):
+    """A tensor, or a nest of lists and tuples of tensors, in float32."""
+    return output.float() if isinstance(output, torch.Tensor) else [as_float32(part) for part in output]
+
+
+class SoftNMSHeads(RoIHeads):
+    """Heads whose detections go through soft-NMS; their own NMS lets everything pass, in order of score."""
+
+    def postprocess_detections(self, *args) -> tuple[list, list, list]:
+        """As torchvision's: boxes, scores and labels of each image."""
+        kept = []
+        for boxes, scores, labels in zip(*super().postprocess_detections(*args)):
+            chosen, scores = soft_nms(boxes, scores, labels, self.limit)
+            kept.append((boxes[chosen], scores, labels[chosen]))
+        return tuple(map(list, zip(*kept)))
+
+
+def soft_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int, overlap: float = 0.5,
+    min_score: float = 1e-3,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of its score.
+
+    boxes (n, 4), scores and labels (n,) -> indices (m,) of at most `limit` boxes, best first, and new scores (m,).
+    Only an IoU beyond `overlap` counts; boxes whose score falls below `min_score` are left out.
+    """
+    device, iou = boxes.device, (box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
+    left, chosen, kept = scores.cpu().clone(), [], []
+    while len(chosen) < min(limit, len(boxes)):
+        best = int(left.argmax())
+        if left[best] < min_score:
+            break
+        chosen.append(best)
+        kept.append(float(left[best]))
+        left[best] = 0
+        left = torch.where(iou[best] > overlap, left * (1 - iou[best]), left)
+    return torch.tensor(chosen, dtype=torch.int64, device=device), torch.tensor(kept, dtype=scores.dtype, device=device)
+
+
+class FineAnchors(AnchorGenerator):
+    """Anchors whose sides are not rounded to pixels, and whose distance doubles from level to level.
+
+    torchvision divides the image's side by the map's: 61 and not 64 for the fifth map (13 cells) of 800 pixels.
+    """
+
+    def grid_anchors(self, grid_sizes: list, strides: list) -> list[torch.Tensor]:
+        """Maps' sizes and distances -> for each map (cells x anchors, 4)."""
+        doubled = [[side * 2**level for side in strides[0]] for level in range(len(strides))]
+        return super().grid_anchors(grid_sizes, doubled)
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> torch.Tensor:
+        """Anchors of these sizes and ratios (height / width), around the origin: (sizes x ratios, 4)."""
+        sizes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in aspect_ratios for size in scales]
+        return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sizes], dtype=dtype, device=device)
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign whose samples lie at the pixels' centres, one per cell of a bin."""
+
+    def forward(self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list) -> torch.Tensor:
+        """Maps (N, C, H_i, W_i) and boxes (n_k, 4) of each image -> (sum of n_k, C, size, size)."""
+        maps, height = [x[name] for name in self.featmap_names], max(shape[0] for shape in image_shapes)
+        scales = [2.0 ** round(math.log2(features.shape[2] / height)) for features in maps]
+        image = torch.cat([torch.full_like(rows[:, :1], k) for k, rows in enumerate(boxes)])
+        rois = torch.cat([image, torch.cat(boxes)], dim=1)  # (sum of n_k, 5)
+        side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
+        # With a canonical scale of 224, boxes of up to 28 cells are read from the finest map, up to 56 from the next.
+        levels = (side * scales[0] * 16 / self.canonical_scale + 1e-6).log2().floor().clamp(0, len(maps) - 1)
+        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        for level, (features, scale) in enumerate(zip(maps, scales)):
+            chosen = (levels == level).nonzero()[:, 0]
+            regions = roi_align(features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
+            pooled = pooled.index_put((chosen,), regions.to(pooled.dtype))
+        return pooled
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Scenes(Samples):
+    """Images with boxes, labels and perhaps masks, which differ in size: batches are lists.
+
+    A sample is a uint8 image (3, H, W) and its target: boxes (n, 4), labels (n,) and, with masks, masks (n, H, W).
+
+    Args:
+        items: file paths, or a uint8 array (N, H, W, 3).
+        data_set: in COCO's format, its images in the order of `items`.
+        transform: of image and target together; without one, images come as they are, and without targets.
+        seed: seed of the augmentation.
+    """
+
+    def __init__(self, items, data_set: dict, transform: v2.Transform | None = None, seed: int = 0):
+        super().__init__(items, seed)
+        self.data_set, self.transform, self.masks = data_set, transform, coco.has_masks(data_set)
+        self.objects = coco.objects_by_image(data_set)
+        self.classes = [row["name"] for row in data_set["categories"]]  # of label 1 first
+        self.category_ids = [row["id"] for row in data_set["categories"]]
+        self.labels = {number: label for label, number in enumerate(self.category_ids, start=1)}
+
+    def open(self, index: int) -> Image.Image:
+        """The image; raises nearly anything for a damaged file."""
+        item = self.items[index]
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+
+    def read(self, index: int) -> tuple[Image.Image, dict]:
+        """The image and, with a transform, its target; ValueError if the two do not fit."""
+        image, row = self.open(index), self.data_set["images"][index]
+        if not self.transform:
+            return image, {}
+        if self.masks and image.size != (row["width"], row["height"]):
+            size, annotated = f"{image.width} x {image.height}", f"{row['width']} x {row['height']}"
+            raise ValueError(f"it is {size} pixels, and {annotated} in its annotations; correct them")
+        return image, coco.to_target(self.objects[index], self.labels, image.height, image.width, self.masks)
+
+    def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
+        """Transform image and target; boxes shrink to their masks, and objects vanish that a crop left nothing of."""
+        image, target = sample
+        if not self.transform:
+            return v2.functional.pil_to_tensor(image), target
+        size = image.height, image.width
+        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+        if self.masks:
+            target["masks"] = tv_tensors.Mask(target["masks"])
+        image, target = self.transform(image, target)
+        target = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
+        if self.masks:
+            visible = target["masks"].bool().flatten(1).any(dim=1)
+        else:
+            visible = (target["boxes"][:, 2:] - target["boxes"][:, :2] >= 1).all(dim=1)
+        target = {name: value[visible] for name, value in target.items()}
+        if self.masks:  # of whose boxes masks_to_boxes names the last pixel, and not the border behind it
+            target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
+        return image, target
+
+    def collate(self, samples: list[tuple]) -> tuple[list, list]:
+        """Samples -> lists of images and targets."""
+        images, targets = zip(*samples)
+        return list(images), list(targets)
+
+    def on_device(self, images: list, targets: list, device: torch.device) -> tuple[list, list]:
+        """Loaded images and targets -> float images in [0, 1], and targets, on `device`."""
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        targets = [{name: move(value) for name, value in target.items()} for target in targets]
+        return [move(image).float() / 255 for image in images], targets
+
+
+def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
+    """The "train" or "val" images; UserError if there are none. Drawn shapes with few visible pixels are no objects."""
+    transform = augmentation(args) if split == "train" else None
+    if args.data_set == "embedded":
+        salt, size = SPLITS.index(split), args.input_size
+        images, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
+        data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
+        return Scenes(images, data_set, transform, args.seed)
+    root = Path(args.data_path or ".")
+    annotations = getattr(args, f"{split}_annotations") or root / "annotations" / f"instances_{split}2017.json"
+    directory = Path(getattr(args, f"{split}_images") or root / f"{split}2017")
+    data_set = coco.read_annotations(annotations)
+    if split == "val":
+        data_set["images"] = data_set["images"][: args.val_limit]
+    paths = [str(directory / row["file_name"]) for row in data_set["images"]]
+    if not any(map(os.path.isfile, paths)):
+        raise UserError(f"{directory} has no image of {annotations}; is it their folder? {paths[0]} is no file")
+    return Scenes(paths, data_set, transform, args.seed)
+
+
+def augmentation(args: argparse.Namespace) -> v2.Transform:
+    """The transform of a training image and its objects, as the flags say.
+
+    "jitter" is large-scale jitter (Simple Copy-Paste, arXiv 2012.07177): the image is resized by a factor from --jitter
+    relative to a square of --input_size, and cropped or padded to that square. "multiscale" draws the short side from
+    .6 to 1 of the evaluation's; "none" resizes as for evaluation.
+    """
+    size, (short, long) = (args.input_size, args.input_size), args.test_size
+    fill = {Image.Image: GREY, tv_tensors.Mask: 0, "others": 0}
+    steps = {
+        "jitter": [v2.ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
+        "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
+        "none": [v2.RandomShortestSize([short], long)],
+    }[args.augmentation]
+    steps = [*steps, v2.RandomHorizontalFlip()]
+    if args.color_jitter:
+        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
+    return v2.Compose([*steps, v2.PILToTensor(), v2.ClampBoundingBoxes()])
+
+
+def check_classes(trained: list[str], names: list[str]) -> None:
+    """UserError unless the validation data have the trained classes, in their order."""
+    if trained != names:
+        before, now = (f"{', '.join(part[:5])} ({len(part)} in all)" for part in (trained, names))
+        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
+DEFAULTS = {
+    "folder": dict(lr=1e-4),
+    "embedded": dict(
+        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
+        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5,
+        eval_freq=5, lr=2e-3,
+    ),
+}  # fmt: skip
+NETWORK = (
+    "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm",
+    "published_heads", "statistics",
+)  # fmt: skip
+EVALUATION = ("input_size", "test_size", "nms", "proposals")
+PLACES = ("data_path", "train_annotations", "train_images", "val_annotations", "val_images")
 
-def make_parser() -> flags.Parser:
+
+def make_parser() -> cli.Parser:
     """All flags."""
-    parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
-    files = "an encoder, classifier or detector, of any layout that weights.py reads"
-    add = add_task_flags(parser, "search", "coco", files)
-    add("--fpn_dim", flags.number(int, 1, 8192), 256, "channels of the feature pyramid")
-    add("--box_dim", flags.number(int, 1, 8192), 1024, "width of the box head")
-    add("--mask_dim", flags.number(int, 1, 8192), 256, "channels of the mask head")
-    add("--anchor_scale", flags.positive, 8.0, "side of the anchors, in strides of their level, which follow the stem's")
-    add("--masks", bool, None, "predict masks; without, a Faster R-CNN (default: where the training objects have masks)")
-    add("--group_norm", bool, False, "GroupNorm in pyramid and mask head: random weights learn much sooner with it")
-    add("--regions", flags.count, 512, "regions an image that the heads learn from, a quarter of them objects")
-    add("--proposals", flags.count, (2000, 1000), "proposals an image, in training and in evaluation", nargs=2)
-    add("--nms", ("hard", "soft"), "hard", "hard removes overlapping boxes, soft (the paper's) lowers their scores")
-    add("--published_heads", bool, False, "RoIAlign, anchors and first weights as of the published detector, not torchvision's")
+    parser, width = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0]), cli.number(int, 1, 8192)
+    switch = dict(action=cli.BoolFlag, default=False)
+    tasks.add_task_flags(parser, "search", ["coco"])
+    add = cli.add_model_flags(parser, MODELS, "weights of an encoder, classifier or detector, or a run's folder")
+    add("--fpn_dim", type=width, default=256, help="channels of the feature pyramid")
+    add("--box_dim", type=width, default=1024, help="width of the box head")
+    add("--mask_dim", type=width, default=256, help="channels of the mask head")
+    add("--anchor_scale", type=cli.positive, default=8.0, help="side of the anchors, in strides of their level")
+    add("--masks", action=cli.BoolFlag, help="predict masks too (default: if all training objects have them)")
+    add("--group_norm", **switch, help="GroupNorm in pyramid and mask head: random weights learn much sooner")
+    add("--regions", type=cli.count, default=512, help="regions per image to learn from, a quarter of them objects")
+    add("--proposals", type=cli.count, default=(2000, 1000), nargs=2, help="per image, in training and in evaluation")
+    add("--nms", choices=("hard", "soft"), default="hard", help="remove overlapping boxes, or lower their scores")
+    add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
-    place = "folder in COCO's layout; none: embedded data"
-    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=1024, drawn=SCENES)
-    add(
-        "--test_size",
-        flags.image_side,
-        None,
-        "evaluation: short side, and most of the long one (default: 25/32 and 1.3 x --input_size)",
-        nargs=2,
-    )
-    for split in ("train", "val"):
-        add(f"--{split}_annotations", str, None, f"instead of DIR/annotations/instances_{split}2017.json", metavar="FILE")
-        add(f"--{split}_images", str, None, f"instead of DIR/{split}2017", metavar="DIR")
-    add("--val_limit", flags.count, None, "evaluate on the first so many images")
-    add("--score_threshold", flags.share, None, "lowest score of a detection (default: 0.05; 0.5 to predict)")
-    add(
-        "--augmentation",
-        ("jitter", "multiscale", "none"),
-        "jitter",
-        "large-scale jitter, a random short side, or neither; all flip",
-    )
-    add("--jitter", flags.positive, (0.1, 2.0), "jitter: least and most size of a picture, relative to the input", nargs=2)
-    add("--color_jitter", flags.positive, None, "brightness, contrast and saturation too")
+    add = cli.add_data_flags(parser, DEFAULTS, "folder in COCO's layout; none: the drawn images", SCENES, 1024)
+    test_size = "evaluation: short side, and limit of the long one (default: 25/32 and 1.3 x --input_size)"
+    add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
+    for split in SPLITS:
+        add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
+        add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
+    add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
+    add("--score_threshold", type=cli.fraction, help="lowest score of a detection (default: 0.05; 0.5 to predict)")
+    kinds = "large-scale jitter, a random short side, or neither; all flip"
+    add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help=kinds)
+    add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
+    add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
-    add = flags.add_optimisation_flags(parser, epochs=36, blr=8e-4, min_lr=0.0, warmup=None)
-    add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1000, or 10% of short runs)")
-    add("--schedule", ("steps", "cosine"), "steps", "a tenth of the rate from each of --steps on, or half a cosine to --min_lr")
-    add("--steps", flags.not_negative, None, "epochs after which the rate falls (default: 3/4 and 11/12 of --epochs)", nargs="+")
-    flags.add_transfer_flags(add)
-    add_evaluation_flags(parser)
-    flags.add_run_flags(parser, "runs/detect", compile=False)
+    add = cli.add_optimisation_flags(parser, epochs=36, blr=8e-4, min_lr=0.0, warmup=None)
+    add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (default: 1000, or 10% of short runs)")
+    schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
+    add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
+    add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (default: 3/4 and 11/12 of --epochs)")
+    tasks.add_transfer_flags(add)
+    cli.add_run_flags(parser, "runs/detect", compile=False)
     return parser
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; then come the recipe, the weights' own configuration, the data set, and the general defaults."""
+    """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
     parser = make_parser()
-    places = ("data_path", *(f"{split}_{what}" for split in ("train", "val") for what in ("annotations", "images")))
-    enough = ("data_path", "train_annotations", "val_annotations")
-    args = settle(parser, argv, NETWORK, places, TEST, DEFAULTS, {"coco": COCO}, enough, "COCO's layout")
+    args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"coco": COCO})
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
-    args.score_threshold = (0.5 if args.predict else 0.05) if args.score_threshold is None else args.score_threshold
-    if args.test_size[0] > args.test_size[1]:
-        parser.error(f"--test_size {args.test_size[0]} {args.test_size[1]}: the long side comes second and is no shorter")
-    if args.jitter[0] > args.jitter[1]:
-        parser.error(f"--jitter {args.jitter[0]:g} {args.jitter[1]:g}: the larger factor comes second")
+    if args.score_threshold is None:
+        args.score_threshold = 0.5 if args.predict else 0.05
+    for name in ("test_size", "jitter"):
+        low, high = getattr(args, name)
+        if low > high:
+            parser.error(f"--{name} {low:g} {high:g}: the larger value comes second")
     return args
 
 
-# --- data and model ---------------------------------------------------------------------------------------------------
-
-
-def load_scenes(args: argparse.Namespace, split: str) -> tuple[Scenes, list[str]]:
-    """The "train" or "val" pictures, and lines about what was left out."""
-    transform = None
-    if split == "train":
-        transform = augmentation(args.augmentation, args.input_size, args.test_size, args.jitter, args.color_jitter)
-    if args.data_set == "embedded":
-        count = args.embedded_images[SPLITS.index(split)]
-        return embedded_scenes(split, args.input_size, transform, args.seed, count), []
-    annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
-    if not args.data_path and not (annotations and images):
-        raise UserError(f"no --data_path; give it, or both --{split}_annotations FILE and --{split}_images DIR")
-    root = Path(args.data_path or ".")
-    annotations = annotations or root / "annotations" / f"instances_{split}2017.json"
-    scenes, lines = folder_scenes(annotations, images or root / f"{split}2017", transform, args.seed)
-    return scenes.first(args.val_limit) if split == "val" and args.val_limit else scenes, lines
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
     """The network that the flags describe."""
+    mean, std = STATISTICS[args.statistics]
+    in_training, in_evaluation = args.proposals
     with value_errors_are_the_users():
-        mean, std = STATISTICS[args.statistics]
-        train, test = args.proposals
         return MaskRCNN(
-            layouts.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale, args.masks,
-            args.group_norm, args.nms, args.published_heads,
+            weights.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale,
+            args.masks, args.group_norm, args.nms, args.published_heads,
             min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
-            rpn_pre_nms_top_n_train=train, rpn_post_nms_top_n_train=train, rpn_pre_nms_top_n_test=test,
-            rpn_post_nms_top_n_test=test, box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
+            rpn_pre_nms_top_n_train=in_training, rpn_post_nms_top_n_train=in_training,
+            rpn_pre_nms_top_n_test=in_evaluation, rpn_post_nms_top_n_test=in_evaluation,
+            box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
         )  # fmt: skip
 
 
-def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
-    """The detectors of --resume, "model" and where there is one "model_ema", ready to evaluate; class names; category ids."""
-    content = layouts.read_content(args.resume)
-    if not {"classes", "category_ids", "model"} <= content.keys() or not any(name.startswith("rpn.") for name in content["model"]):
-        raise UserError(f"{args.resume} holds no detector of detect.py; train one with detect.py --finetune {args.resume}")
-    make = partial(make_detector, args, len(content["classes"]))
-    return layouts.load_saved(content, make, args.resume, device), content["classes"], content["category_ids"]
-
-
-# --- the three tasks --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def detect(detector: MaskRCNN, scenes: Scenes, args: argparse.Namespace, processes: Processes) -> dict[int, list[dict]]:
-    """What is found in every picture that can be read, in COCO's format of results; each is searched by one process, alone.
-
-    Alone, because GRN pools over the padding that pictures of unequal sizes need in a batch.
-    """
-    unreadable, device, found = Unreadable(scenes, "it is left out"), processes.device, {}
-    mine = divided(range(processes.rank, len(scenes), processes.world_size), 1)
-    amp_dtype, was_training = autocast_dtype(args.amp, device), detector.training
-    detector.eval()
-    for (_, index), (pictures, _, failed) in zip(
-        (batch[0] for batch in mine), make_loader(scenes, mine, count_workers(args, processes))
-    ):
-        unreadable.note(failed)
-        if failed[0] < 0:
-            pictures, _ = scenes.on_device(pictures, [], device)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                result = detector(pictures)[0]
-            found[index] = coco.as_results(result, scenes.data_set["images"][index]["id"], scenes.category_ids)
-    detector.train(was_training)
-    return {index: rows for part in processes.gather(found) for index, rows in part.items()}
-
-
-def evaluate(
-    detectors: dict[str, MaskRCNN], scenes: Scenes, args: argparse.Namespace, processes: Processes
-) -> tuple[dict[str, dict], dict[str, dict[int, list[dict]]], str]:
-    """COCO's numbers for boxes and masks, all and by class, and the detections, of each detector; and the name of the better one."""
-    found = {name: detect(detector, scenes, args, processes) for name, detector in detectors.items()}
-    kinds = ("box", "mask") if args.masks and scenes.masks else ("box",)
-    scores = processes.from_main(
-        lambda: {name: coco.score(scenes.data_set, detections, kinds) for name, detections in found.items()}
-    )
-    return scores, found, max(scores, key=lambda name: scores[name]["box"]["AP"])
-
-
-def describe(scores: dict) -> str:
-    """The chief numbers, in percent."""
-    found = {kind: scores[kind] for kind in ("box", "mask") if kind in scores}
-    return ", ".join(f"{kind} AP {100 * each['AP']:.1f} AP50 {100 * each['AP50']:.1f}" for kind, each in found.items())
-
-
-def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Evaluate the checkpoint of --resume on the validation pictures, its moving average too."""
-    detectors, classes, _ = load_detector(args, processes.device)
-    scenes, lines = load_scenes(args, "val")
-    match_classes(classes, scenes.classes)
-    scores, found, better = evaluate(detectors, scenes, args, processes)
-    if processes.is_main:
-        where = f"{args.val_annotations or args.data_path or args.data_set}, short side {args.test_size[0]} px"
-        for name, each in scores.items():
-            lines.append(f"{name}: {describe(each)} on {each['images']:,} images of {where}")
-        print(*lines, sep="\n")
-        write_scores(output_dir / "scores.json", scenes, scores[better], found[better])
-        print(f"in {output_dir}: scores.json, detections.json and detections.png, of {better}")
-
-
-def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Draw what is found in every picture, and write it to predictions.json."""
-    detectors, classes, category_ids = load_detector(args, processes.device)
-    detector = detectors.get("model_ema", detectors["model"])
-    paths = find_images(args.predict)
-    scenes = pictures_alone(paths, classes, category_ids)
-    found = detect(detector, scenes, args, processes)
-    if not processes.is_main:
-        return
-    names, files, folder = dict(zip(category_ids, classes)), [], output_dir / "predictions"
-    folder.mkdir(exist_ok=True)
-    for index, rows in sorted(found.items()):
-        picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
-        write_png(picture, draw_objects(scenes.open(index), rows, names))
-        objects = [{"class": names[row["category_id"]], "score": row["score"], "box": row["bbox"]} for row in rows]
-        for each, row in zip(objects, rows):
-            each |= {"mask": row["segmentation"]} if "segmentation" in row else {}
-        files.append({"file": paths[index], "picture": str(picture), "objects": objects})
-        counts = Counter(each["class"] for each in objects)
-        print(one_line(f"{paths[index]}: {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing'}"))
-    save_json(output_dir / "predictions.json", files)
-    print(f"in {output_dir}: predictions.json (boxes as left, top, width, height), predictions/")
-
-
+@record  # torchrun then reports the error of the process that failed first
 def main(args: argparse.Namespace) -> None:
     """Train, evaluate or predict as `args` (from `get_args`) say."""
-    carry_out(args, train, evaluate_checkpoint, predict)
+    device = dist.setup(args.device, args.deterministic)
+    (predict if args.predict else evaluate_checkpoint if args.eval else train)(args, device)
 
 
-def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a detector, evaluating after every epoch."""
-    with main_process_first():
-        scenes, lines = load_scenes(args, "train")
-        val, more = (None, []) if args.disable_eval else load_scenes(args, "val")
+    scenes, val = load_scenes(args, "train"), None if args.disable_eval else load_scenes(args, "val")
     if val:
-        match_classes(scenes.classes, val.classes)
+        check_classes(scenes.classes, val.classes)
     args.masks = scenes.masks if args.masks is None else args.masks
-    scenes.learn_masks(args.masks)
-    run = Run(args, scenes, processes, output_dir)
+    if args.masks and not scenes.masks:
+        raise UserError("--masks, but not all objects of the training data have one; try --no-masks")
+    scenes.masks = args.masks
 
     torch.manual_seed(args.seed)
-    detector = make_detector(args, len(scenes.classes))
-    lines += [*more, *flags.describe_origins(args)]
-    lines += (
-        layouts.load_parts(detector, detector.backbone.encoder, args.finetune, "detector")
-        if args.finetune
-        else ["random initial weights"]
-    )
-    to_device(detector, run.device)
-    ema = averaged(detector, args.model_ema_decay) if args.model_ema else None
-    groups = layer_groups(detector, args.weight_decay, args.layer_decay, "group", detector.backbone.encoder.depths)
-    optimizer = make_optimizer(args, groups, run.peak_lr)
-    for line in lines:
-        run.say(line)
-    run.say(
-        f"{args.model} with {'masks' if args.masks else 'boxes alone'}: {sum(p.numel() for p in detector.parameters()):,} parameters"
-    )
-    run.say(f"{args.data_set}: {len(scenes):,} pictures, {scenes.objects:,} objects of {len(scenes.classes)} classes")
-    network = run.start(
-        detector.train(), optimizer, "detect.py", ema, extra=lambda: {"best": best}, schedule=make_schedule(args, run),
-        losses=LOSSES if args.masks else LOSSES[:-1], classes=scenes.classes, category_ids=scenes.category_ids,
-    )  # fmt: skip
-    if network is None:
-        return
-    best = run.resumed.get("best", -1.0)
-    for epoch in run.epochs():
-        for batch in run.batches(epoch):
-            with run.autocast():
-                losses = network(batch.images, batch.targets)
-            if run.backward(losses):
-                run.update()
+    detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]
+    if args.finetune:
+        report = weights.load_parts(detector, detector.backbone.encoder, args.finetune, "detector")
+    dist.to_device(speed_up(detector), device)
+    ema = tasks.averaged(detector, args.model_ema_decay) if args.model_ema else None
+    depths = detector.backbone.encoder.depths
+    groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", depths)
+    optimizer = tasks.make_optimizer(args, groups)
 
-        if val and run.is_due(epoch, args.eval_freq):
-            candidates = {"model": detector} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
-            scores, found, winner = evaluate(candidates, val, args, processes)
-            ap = 100 * scores[winner]["box"]["AP"]
-            improved, best = ap > best, max(best, ap)
-            log_scores(run, epoch + 1, scores, best)
-            if improved:
-                run.write("scores.json", write_scores, val, scores[winner], found[winner])
-                if args.save_ckpt:
-                    content = {"model": candidates[winner].state_dict(), "epoch": epoch + 1, "box_AP": best}
-                    run.write("checkpoint-best.pth", save_tensors, content | run.origin)
-        if run.save_due(epoch):
-            run.save(epoch + 1)
-    outputs = (
-        f"checkpoint-best.pth (box AP {best:.1f}), scores.json, detections.json, detections.png, scores.png"
-        if val
-        else "checkpoints"
-    )
-    run.close(f"{outputs}, log.jsonl, config.json")
+    parameters, objects = sum(p.numel() for p in detector.parameters()), sum(map(len, scenes.objects))
+    kind = "masks" if args.masks else "boxes alone, since not all training objects have masks or --no-masks"
+    for line in (*report, f"{args.model} with {kind}: {parameters:,} parameters"):
+        dist.say(line)
+    dist.say(f"{args.data_set}: {len(scenes):,} images, {objects:,} objects of {len(scenes.classes)} classes")
+    origin = dict(schedule=make_schedule, classes=scenes.classes, category_ids=scenes.category_ids)
+    score, write = partial(evaluate, scenes=val, args=args, device=device), partial(write_scores, scenes=val)
+    with Run(args, scenes, device, detector.train(), optimizer, "detect.py", ema, **origin) as run:
+        for epoch in run.epochs():
+            for batch in run.batches(epoch):
+                with run.autocast:
+                    losses = run.network(batch.images, batch.targets)
+                if run.backward(losses):
+                    run.update()
+
+            if val and run.evaluation_due(epoch):
+                tasks.evaluate(run, epoch, score, "box_AP", describe, write)
+                run.write("scores.png", draw, run.records)
+            if run.save_due(epoch):
+                run.save(epoch + 1)
+    best = f"checkpoint-best.pth (box AP {run.best:.3f}), scores.json, detections.json, detections.png"
+    run.finish(f"{best}, scores.png, log.jsonl, config.json" if val else "checkpoints, log.jsonl, config.json")
 
 
-def make_schedule(args: argparse.Namespace, run: Run) -> Callable[[int], float]:
+def make_schedule(run: Run) -> Callable[[int], float]:
     """Update -> learning rate: linear from a thousandth of it, by the update; then steps or half a cosine."""
+    args = run.args
     warmup = min(1000, run.total // 10) if args.warmup_updates is None else args.warmup_updates
     steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
 
-    def rate(update: int) -> float:
+    def schedule(update: int) -> float:
         if args.schedule == "steps":
-            rate = run.peak_lr * 0.1 ** sum(update >= step * run.updates for step in steps)
+            lr = run.peak_lr * 0.1 ** sum(update >= step * run.updates for step in steps)
         else:
-            rate = learning_rate(max(update - warmup, 0), run.peak_lr, args.min_lr, 0, run.total - warmup)
-        return rate * min(1, 0.001 + 0.999 * update / warmup) if warmup else rate
+            lr = learning_rate(max(update - warmup, 0), run.peak_lr, args.min_lr, 0, run.total - warmup)
+        return lr * min(1, 0.001 + 0.999 * update / warmup) if warmup else lr
 
-    return rate
+    return schedule
 
 
-def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> None:
-    """A line of the log about an evaluation, and scores.png."""
-    record = {"epoch": epoch, "update": run.log.done, "best_box_AP": round(best, 4)}
-    for name, found in scores.items():
-        prefix = "val" if name == "model" else "val_ema"
-        record |= {
-            f"{prefix}_{kind}_{number}": found[kind][number]
-            for kind in ("box", "mask")
-            if kind in found
-            for number in ("AP", "AP50", "AP75")
-        }
-    shown = "  ".join(f"{name} {describe(found)}" for name, found in scores.items())
-    run.record(record, f"epoch {epoch}/{run.args.epochs}  {shown}  best {best:.1f}")
-    run.write("scores.png", draw, run.log.records())
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device
+) -> dict[int, list[dict]]:
+    """The detections in every readable image, by its index, in COCO's format of results.
+
+    Images go through the network one by one, because GRN pools over the padding that unequal sizes need in a batch.
+    """
+    batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
+    detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
+    detector.eval()
+    for batch, (images, targets) in zip(batches, make_loader(scenes, batches, args.num_workers)):
+        if scenes.readable(batch).all():
+            ((_, index),) = batch
+            images, _ = scenes.on_device(images, targets, device)
+            with dist.autocast(args.amp, device):
+                (output,) = detector(images)
+            detections[index] = coco.as_results(output, ids[index], scenes.category_ids)
+    detector.train(training)
+    return {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+
+
+def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
+    """COCO's chief numbers by name, as in "box_AP"; and all of them (`coco.evaluate`), with the detections."""
+    detections = detect(detector, scenes, args, device)
+    kinds = ("box", "mask") if args.masks and scenes.masks else ("box",)
+    scores = dist.gather(coco.evaluate(scenes.data_set, detections, kinds) if dist.rank() == 0 else None)[0]
+    chief = {f"{kind}_{name}": scores[kind][name] for kind in kinds for name in ("AP", "AP50", "AP75")}
+    return chief, (scores, detections)
+
+
+def describe(chief: dict[str, float]) -> str:
+    """The chief numbers as words for a line."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in chief.items() if name[-2:] != "75")
+
+
+def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
+    """The detectors of --resume, "model" and perhaps "model_ema", ready to evaluate; class names; category ids."""
+    content = weights.read_content(args.resume)
+    if not {"classes", "category_ids"} <= content.keys():
+        fix = f"train one with detect.py --finetune {args.resume}"
+        raise UserError(f"{args.resume} holds no detector of detect.py; {fix}")
+    make = partial(make_detector, args, len(content["classes"]))
+    return weights.load_saved(content, make, args.resume, device), content["classes"], content["category_ids"]
+
+
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
+    detectors, classes, _ = load_detector(args, device)
+    scenes = load_scenes(args, "val")
+    check_classes(classes, scenes.classes)
+    results = {name: evaluate(detector, scenes, args, device) for name, detector in detectors.items()}
+    where = f"{args.val_annotations or args.data_path or args.data_set}, short side {args.test_size[0]} px"
+    for name, (chief, (scores, _)) in results.items():
+        dist.say(f"{name}: {describe(chief)} on {scores['images']:,} images of {where}")
+    if dist.rank() == 0:
+        better = max(results, key=lambda name: results[name][0]["box_AP"])
+        write_scores(Path(args.output_dir), results[better][1], scenes)
+        print(f"in {args.output_dir}: scores.json, detections.json and detections.png, of {better}")
+
+
+def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], scenes: Scenes) -> None:
+    """Write scores.json, detections.json in COCO's format of results, and detections.png."""
+    make_directory(directory)
+    scores, detections = results
+    save_json(directory / "scores.json", scores)
+    save_json(directory / "detections.json", [row for index in sorted(detections) for row in detections[index]])
+    draw_detections(directory / "detections.png", scenes, detections)
+
+
+def draw_detections(
+    path: Path, scenes: Scenes, detections: dict[int, list[dict]], count: int = 8, min_score: float = 0.3
+) -> None:
+    """Draw ground truth beside detections that score at least `min_score`, of `count` images spread over the set."""
+    names, indices = dict(zip(scenes.category_ids, scenes.classes)), sorted(detections)
+    columns, count = {"ground truth": [], "detections": []}, min(count, len(indices))
+    for index in (indices[k * len(indices) // count] for k in range(count)):
+        likely = [row for row in detections[index] if row["score"] >= min_score]
+        for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
+            columns[title].append(coco.draw_objects(scenes.open(index), rows, names, square=512) / 255)
+    columns = {title: torch.stack(images) for title, images in columns.items()}
+    plot_panels(path, columns, f"detections: with a score of at least {min_score:g}", inches=3)
 
 
 def draw(path: Path, records: list[dict]) -> None:
     """Write scores.png from the log's records."""
-    records = [record for record in records if "val_box_AP" in record]
-    names = {"box AP": "box_AP", "box AP50": "box_AP50", "mask AP": "mask_AP", "mask AP50": "mask_AP50"}
-    curves = {
-        title: ([r["epoch"] for r in records], [100 * r[f"val_{name}"] for r in records])
-        for title, name in names.items() if f"val_{name}" in records[0]
-    }  # fmt: skip
-    plot_curves(path, curves, "epoch", "average precision, %", "Validation")
+    curves = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50")}
+    plot_evaluations(path, records, curves, "average precision", "Validation")
 
 
-def write_scores(path: Path, scenes: Scenes, scores: dict, found: dict[int, list[dict]]) -> None:
-    """scores.json (`path`), and beside it detections.json in COCO's format of results, and detections.png."""
-    save_json(path, scores)
-    save_json(path.with_name("detections.json"), [row for index in sorted(found) for row in found[index]])
-    draw_detections(path.with_name("detections.png"), scenes, found)
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+def predict(args: argparse.Namespace, device: torch.device) -> None:
+    """Draw the detections in every image, and write them to predictions.json."""
+    detectors, classes, category_ids = load_detector(args, device)
+    paths, names = find_images(args.predict), dict(zip(category_ids, classes))
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
+    scenes = Scenes(paths, data_set)
+    detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
+    if dist.rank() > 0:
+        return
+    files, folder = [], Path(args.output_dir, "predictions")
+    make_directory(folder)
+    for index, rows in sorted(detections.items()):
+        picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
+        drawn = coco.draw_objects(scenes.open(index), rows, names)
+        v2.functional.to_pil_image(drawn).save(picture)
+        objects = []
+        for row in rows:
+            objects.append({"class": names[row["category_id"]], "score": row["score"], "box": row["bbox"]})
+            objects[-1] |= {"mask": row["segmentation"]} if "segmentation" in row else {}
+        files.append({"file": paths[index], "picture": str(picture), "objects": objects})
+        counts = Counter(names[row["category_id"]] for row in rows).most_common()
+        print(f"{paths[index]}: {', '.join(f'{count} {name}' for name, count in counts) or 'nothing'}")
+    save_json(Path(args.output_dir, "predictions.json"), files)
+    print(f"in {args.output_dir}: predictions.json (boxes as left, top, width, height), predictions/")
 
 
 if __name__ == "__main__":
-    run_script(main, get_args)
+    main(get_args())
