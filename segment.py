@@ -1,320 +1,416 @@
-"""Segment pictures, a class for each pixel: UPerNet on a ConvNeXt encoder (paper Sec. 5 and App. A.4).
+"""Segment images, a class for each pixel: UPerNet on a ConvNeXt encoder (paper Sec. 5 and App. A.4).
 
-    python segment.py                                                     # embedded pictures, minutes on a laptop
+    python segment.py                                                     # drawn images, minutes on a laptop
     python segment.py --data_path DIR --finetune runs/finetune/checkpoint-best.pth
     python segment.py --eval --resume runs/segment/checkpoint-best.pth --test_scales 0.75 1 1.25 --flip
     python segment.py --predict street.jpg holiday/ --resume runs/segment/checkpoint-best.pth
 
-DIR holds images/{training,validation}/ and annotations/{training,validation}/, as ADE20K does. Writes checkpoints, log.jsonl,
-config.json, scores.json, segmentation.png and scores.png to --output_dir.
+DIR holds images/{training,validation}/ and annotations/{training,validation}/, as ADE20K does. Writes to --output_dir:
+checkpoints, log.jsonl, config.json, scores.json, segmentation.png and scores.png.
+
+Shapes: N images, K classes, C channels, H x W pixels.
 """
 
-import plumbing  # isort: skip (first: Ctrl-C then ends the imports below, which take seconds, without a traceback)
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.nn.functional import all_reduce
+from torchvision import tv_tensors
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 
-from data import SCENES, SPLITS, STATISTICS, find_images
-from maps import (
-    LabelMaps,
-    augmentation,
-    blended,
-    class_file,
-    class_weights,
-    draw_segmentation,
-    draw_with_legend,
-    embedded_maps,
-    enlarged,
-    find_classes,
-    folder_maps,
-    read_classes,
-    scaled_size,
-    write_labels,
-)
-from model import check_size
-from plumbing import flags, layouts
-from plumbing.devices import autocast_dtype, to_device
-from plumbing.files import save_json, save_tensors
-from plumbing.loading import Unreadable, count_workers, divided, make_loader
-from plumbing.optim import averaged, layer_groups, make_optimizer
-from plumbing.plots import plot_curves
-from plumbing.processes import Processes, main_process_first
+import weights
+from data import GREY, STATISTICS, Images, find_images, list_images, normalise, open_rgb
+from fast import speed_up
+from model import MODELS, ConvNeXt, LayerNorm, check_size
+from plumbing import cli, dist, maps, tasks
+from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
+from plumbing.loading import divided, make_loader
+from plumbing.maps import IGNORED
+from plumbing.plots import plot_evaluations
 from plumbing.recipes import ADE20K
-from plumbing.run import Run, carry_out
+from plumbing.run import Run
 from plumbing.scores import segmentation_scores
-from plumbing.script import UserError, one_line, run_script, value_errors_are_the_users
-from plumbing.settings import add_evaluation_flags, add_task_flags, match_classes, settle
-from segmenter import IGNORED, UPerNet, resize, segmentation_losses
+from plumbing.shapes import SCENES, SHAPES, SPLITS, draw_scenes
 
-DEFAULTS = {
-    "folder": dict(lr=1e-4, batch_size=16),
-    "embedded": dict(
-        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16, scale=(0.9, 1.1),
-        photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
-    ),
-}  # fmt: skip
-NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-LOSSES = ("loss_head", "loss_auxiliary")
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+class UPerNet(nn.Module):
+    """The segmentation head of the paper on the encoder's four stages (Xiao et al., arXiv 1807.10221, Fig. 4).
+
+        stages                    pyramid pooling
+        4  (C_4, H/32) -> norm -> 1, 2, 3, 6, bottleneck -------------> resize --+
+        3  (C_3, H/16) -> norm -> lateral -> + resized stage 4 -> fpn -> resize -+-> fuse -> classifier -> resize
+        2  (C_2, H/8)  -> norm -> lateral -> + resized stage 3 -> fpn -> resize -+
+        1  (C_1, H/4)  -> norm -> lateral -> + resized stage 2 -> fpn -----------+
+
+    In training, a second classifier on stage 3 teaches the encoder more directly (arXiv 1612.01105, Sec. 3.3).
+
+    Args:
+        encoder: with `num_classes=0`.
+        num_classes: K.
+        channels, aux_channels: widths of the head and of the auxiliary head.
+        dropout: fraction of the channels dropped before the classifiers.
+    """
+
+    def __init__(
+        self, encoder: ConvNeXt, num_classes: int, channels: int = 512, aux_channels: int = 256, dropout: float = 0.1
+    ):
+        super().__init__()
+        *lower, top = encoder.dims
+        conv = partial(Conv2dNormActivation, norm_layer=BatchNorm)  # inputs, outputs, kernel size; then ReLU
+        self.encoder = encoder
+        self.norms = nn.ModuleList(LayerNorm(dim, channels_first=True) for dim in encoder.dims)
+        self.bins = (1, 2, 3, 6)
+        self.ppm = nn.ModuleList(conv(top, channels, 1) for _ in self.bins)
+        self.bottleneck = conv(top + len(self.bins) * channels, channels, 3)
+        self.lateral = nn.ModuleList(conv(dim, channels, 1) for dim in lower)
+        self.fpn = nn.ModuleList(conv(channels, channels, 3) for _ in lower)
+        self.fuse = conv(4 * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.auxiliary = nn.Sequential(conv(lower[-1], aux_channels, 3), nn.Conv2d(aux_channels, num_classes, 1))
+
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, 3, H, W) -> logits (N, K, H, W); in training also the auxiliary ones. ValueError below one patch."""
+        stages = self.encoder.forward_stages(imgs)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
+        features = [norm(stage) for norm, stage in zip(self.norms, stages)]
+        logits = resize(self.classifier(self.dropout(self.head(features))), imgs)  # (N, C, ...) -> (N, K, H, W)
+        if not self.training:
+            return logits
+        conv, classifier = self.auxiliary
+        return logits, resize(classifier(self.dropout(conv(features[2]))), imgs)  # (N, C_3, ...) -> (N, K, H, W)
+
+    def head(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Four feature maps (N, C_i, H / s_i, W / s_i) -> (N, C, H / s_1, W / s_1)."""
+        *lower, top = features
+        pooled = [conv(F.adaptive_avg_pool2d(top, n)) for n, conv in zip(self.bins, self.ppm)]  # (N, C, n, n)
+        pooled = [resize(context, top) for context in pooled]
+        levels = [self.bottleneck(torch.cat([top, *pooled], dim=1))]  # (N, C_4 + 4 C, ...) -> (N, C, H / s_4, W / s_4)
+        for lateral, stage in zip(reversed(self.lateral), reversed(lower)):  # top-down; the finest level comes first
+            levels.insert(0, lateral(stage) + resize(levels[0], stage))
+        *lower, top = levels
+        levels = [*(smooth(level) for smooth, level in zip(self.fpn, lower)), top]
+        levels = [resize(level, levels[0]) for level in levels]
+        return self.fuse(torch.cat(levels, dim=1))  # (N, 4 C, H / s_1, W / s_1) -> (N, C, H / s_1, W / s_1)
+
+
+def resize(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Resize (N, C, h, w) bilinearly to the height and width of `like`."""
+    return F.interpolate(features, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the images of all processes, which have equally many; torch's SyncBatchNorm needs GPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> the same shape."""
+        world_size = dist.world_size()
+        if not self.training or world_size == 1:
+            return super().forward(x)
+        count, wide = x.numel() // x.shape[1] * world_size, x.float()
+        mean = all_reduce(wide.mean(dim=(0, 2, 3))) / world_size  # (N, C, H, W) -> (C,); a differentiable reduction
+        centred = wide - mean[:, None, None]
+        variance = all_reduce(centred.square().mean(dim=(0, 2, 3))) / world_size
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def segmentation_losses(
+    logits: torch.Tensor, auxiliary: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The two terms of the loss, from logits (N, K, H, W) and labels (N, H, W) in 0 .. K - 1 or 255.
+
+    Each is the mean, over pixels that count, of cross-entropy times the weight (K,) of the class; 0 without any.
+    """
+    labels, count = labels.long(), (labels != IGNORED).sum().clamp(min=1)
+
+    def loss(logits):
+        return F.cross_entropy(logits.float(), labels, class_weights, ignore_index=IGNORED, reduction="sum") / count
+
+    return {"loss_head": loss(logits), "loss_auxiliary": 0.4 * loss(auxiliary)}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class LabelledImages(Images):
+    """Images with label maps, uint8 (3, H, W) and (H, W).
+
+    As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
+    image and label map together; without one both come as they are. With `reduce_zero_label`, label 0 of files does not
+    count, and 1 is the first class.
+    """
+
+    def __init__(self, *args, reduce_zero_label: bool = False):
+        super().__init__(*args)
+        self.reduce_zero_label = reduce_zero_label
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Decode an image and its labels (H, W). ValueError if they do not fit each other or the classes."""
+        item, labels = self.items[index], None if self.labels is None else self.labels[index]
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        if labels is None:
+            labels = np.full((image.height, image.width), IGNORED, dtype=np.uint8)
+        elif not isinstance(labels, np.ndarray):
+            labels = maps.read_labels(labels, len(self.classes), self.reduce_zero_label)
+        if labels.shape != (image.height, image.width):
+            size = f"{labels.shape[1]} x {labels.shape[0]}"
+            raise ValueError(f"{image.width} x {image.height} pixels, but {size} in {self.labels[index]}")
+        return image, labels
+
+    def augment(self, sample: tuple[Image.Image, np.ndarray], index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Transform an image and its labels."""
+        image, labels = sample[0], tv_tensors.Mask(torch.from_numpy(sample[1]))
+        if self.transform:
+            image, labels = self.transform(image, labels)
+        return v2.functional.pil_to_tensor(image), labels.as_subclass(torch.Tensor)
+
+
+def load_images(args: argparse.Namespace, split: str, classes: list[str]) -> LabelledImages:
+    """The "train" or "val" images, with augmentation for training."""
+    if args.data_set == "folder":
+        items, labels = list_pairs(args.data_path, "training" if split == "train" else args.val_split)
+    else:
+        salt = SPLITS.index(split)
+        items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
+        labels = masks * (kinds[:, :, None, None] + 1)
+        labels = labels.sum(axis=1).astype(np.uint8)  # masks are disjoint: (n, 3, S, S) -> (n, S, S)
+    transform = Augmentation(args) if split == "train" else None
+    settings = transform, STATISTICS[args.statistics], args.seed
+    return LabelledImages(items, labels, classes, *settings, reduce_zero_label=args.reduce_zero_label)
+
+
+def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
+    """Pair ROOT/images/<split> and ROOT/annotations/<split> by name, without suffix. UserError for unpaired files."""
+    names = []
+    for folder in (Path(root, kind, split) for kind in ("images", "annotations")):
+        if not folder.is_dir():
+            raise UserError(f"the folder {folder} does not exist; DIR is laid out as ADE20K is (see --help)")
+        names.append({str(Path(path).relative_to(folder).with_suffix("")): path for path in list_images(folder)})
+    images, labels = names
+    if lonely := sorted(images.keys() ^ labels.keys()):
+        path = (images | labels)[lonely[0]]
+        raise UserError(f"{len(lonely)} images or label maps have no partner of the same name, such as {path}")
+    if not images:
+        raise UserError(f"no images under {folder}")
+    return [images[name] for name in sorted(images)], [labels[name] for name in sorted(images)]
+
+
+def find_classes(args: argparse.Namespace, trained: tuple = ()) -> tuple[list[str], list[tuple]]:
+    """Names and colours of the data's classes: of a folder those in a file; without one as `trained`, or nameless."""
+    if args.data_set == "embedded":
+        return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
+    path = args.classes
+    if not (path or args.nb_classes):
+        names = ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
+        path = next((file for name in names if (file := Path(args.data_path, name)).is_file()), None)
+    if path or trained:
+        return maps.read_classes(path) if path else trained
+    count = args.nb_classes or maps.count_classes(list_pairs(args.data_path, "training")[1], args.reduce_zero_label)
+    if not 1 <= count <= IGNORED:
+        raise UserError(f"the label maps of {args.data_path} have {count} classes; 1 to {IGNORED} can be told apart")
+    return [f"class {k}" for k in range(count)], maps.class_colours(count)
+
+
+def measure_class_weights(images: LabelledImages, balance: float, most: int = 500) -> torch.Tensor:
+    """Weights (K,) of classes in the loss: their fraction of the pixels to the power of `-balance`; 1 on average.
+
+    Fractions are measured on up to `most` images, spread over the set, and at least .01%.
+    """
+    counts = torch.zeros(len(images.classes), dtype=torch.float64)
+    for index in range(0, len(images), -(-len(images) // most)):
+        with suppress(Exception):  # training reports what cannot be read
+            labels = torch.from_numpy(images.read(index)[1])
+            counts += labels.flatten().bincount(minlength=IGNORED + 1)[: len(counts)]
+    fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
+    class_weights = fractions**-balance
+    return (class_weights / (class_weights * fractions).sum()).float()
+
+
+class Augmentation:
+    """The transform of training images and their labels: random size, crop, mirroring and colours."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.short, self.scale, self.most = args.test_size, args.scale, args.most
+        fill = {Image.Image: GREY, tv_tensors.Mask: IGNORED}
+        self.random_crop = v2.RandomCrop(args.input_size, pad_if_needed=True, fill=fill)
+        steps = [v2.RandomHorizontalFlip(), *([v2.RandomPhotometricDistort()] if args.photometric else [])]
+        self.transform = v2.Compose(steps)
+
+    def __call__(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
+        """Image and labels (H, W) -> both at --input_size."""
+        return self.transform(*self.crop(*self.resize(image, labels)))
+
+    def resize(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
+        """Resize to a short side of --test_size times a factor drawn uniformly from --scale."""
+        low, high = self.scale
+        short = self.short * (low + (high - low) * torch.rand(()).item())
+        size = list(scaled_size(image.height, image.width, short))
+        # Not torchvision's resizing of masks, which takes the pixel before a position: labels would be shifted.
+        labels = F.interpolate(labels.as_subclass(torch.Tensor)[None, None], size, mode="nearest-exact")[0, 0]
+        return v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR), tv_tensors.Mask(labels)
+
+    def crop(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
+        """Crop at random until no class has more than the fraction --most of pixels that count; at most ten times."""
+        for _ in range(10):
+            crops = self.random_crop(image, labels)
+            counts = crops[1].as_subclass(torch.Tensor).flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+            if counts.max() <= self.most * counts.sum():
+                break
+        return crops
+
+
+def scaled_size(height: int, width: int, short: float, least: int = 1) -> tuple[int, int]:
+    """Scale a size to a short side of `short` and a long side of at most 4 * short; each side at least `least`."""
+    factor = min(short / min(height, width), 4 * short / max(height, width))
+    return max(least, round(height * factor)), max(least, round(width * factor))
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
-
-def make_parser() -> flags.Parser:
-    """All flags."""
-    parser = flags.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
-    files = "an encoder, classifier, detector or segmenter, of any layout that weights.py reads, transformers' UPerNet too"
-    add = add_task_flags(parser, "label", "ade20k", files)
-    add("--channels", flags.number(int, 1, 8192), 512, "width of the head")
-    add("--aux_channels", flags.number(int, 1, 8192), 256, "width of the auxiliary head")
-
-    place = "folder in ADE20K's layout; none: embedded data"
-    add = flags.add_data_flags(parser, ("embedded", "folder"), place, input_size=512, drawn=SCENES)
-    add("--val_split", str, "validation", "the folder below images/ and annotations/ that is evaluated", metavar="NAME")
-    add("--classes", str, None, "class names, one a line, with colours or without (default: DIR/classes.txt)", metavar="FILE")
-    add(
-        "--nb_classes",
-        flags.number(int, 1, 255),
-        None,
-        "number of classes, without names (default: of --classes, else as the maps have)",
-    )
-    add("--reduce_zero_label", bool, False, "in files, label 0 is not counted and 1 is the first class, as in ADE20K")
-    add(
-        "--test_size", flags.image_side, None, "short side of pictures at scale 1; the long one at most 4 times it (default: input)"
-    )
-    add("--scale", flags.positive, (0.5, 2.0), "training: least and most size of a picture, relative to --test_size", nargs=2)
-    add("--most", flags.some_share, 0.75, "training: largest share of a crop that one class may have")
-    add("--photometric", bool, True, "training: distort brightness, contrast, saturation and hue")
-    add("--test_scales", flags.positive, (1.0,), "evaluation: sizes whose probabilities are averaged", nargs="+")
-    add("--flip", bool, False, "evaluation: average with the mirrored picture's")
-    add("--window", flags.image_side, None, "evaluation: side of sliding windows (default: the whole picture at once)")
-    add("--stride", flags.count, None, "evaluation: step of the windows (default: 2/3 of --window)")
-
-    add = flags.add_optimisation_flags(parser, epochs=50, blr=1.6e-3, min_lr=0.0, warmup=None)
-    add("--iterations", flags.count, None, "updates of the whole run, instead of --epochs")
-    add("--warmup_updates", flags.number(int, 0), None, "updates of linear warm-up (default: 1500, or 10% of short runs)")
-    add("--power", flags.not_negative, 1.0, "of the polynomial by which the learning rate falls to --min_lr")
-    flags.add_transfer_flags(add)
-    add("--class_balance", flags.share, 0.0, "weights of classes in the loss: their share of the pixels to the power of minus this")
-    add("--layer_decay_type", ("single", "group"), "group", "a layer is one block, or a stage (of stage 3, three blocks)")
-    add_evaluation_flags(parser)
-    flags.add_run_flags(parser, "runs/segment", compile=False)
-    return parser
+DEFAULTS = {
+    "folder": dict(lr=1e-4, batch_size=16),
+    "embedded": dict(
+        model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
+        scale=(0.9, 1.1), photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
+    ),
+}  # fmt: skip
+NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
+EVALUATION = ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes", "val_split")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; then come the recipe, the weights' own configuration, the data set, and the general defaults."""
-    parser = make_parser()
-    places, prepared = (
-        ("data_path", "val_split"),
-        ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes"),
-    )
-    args = settle(parser, argv, NETWORK, places, prepared, DEFAULTS, {"ade20k": ADE20K}, ("data_path",), "the layout of ADE20K")
-    flags.refuse_both(args, parser, "classes", "nb_classes")
+    """Parse the command line, and fill in defaults (`tasks.settle`)."""
+    parser, side = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0]), cli.number(int, 8, 4096)
+    tasks.add_task_flags(parser, "label", ("ade20k",))
+    add = cli.add_model_flags(parser, MODELS, "weights of any layout that weights.py reads, or a run's folder")
+    add("--channels", type=cli.count, default=512, help="width of the head")
+    add("--aux_channels", type=cli.count, default=256, help="width of the auxiliary head")
+    layout = "folder in ADE20K's layout; none: the drawn images"
+    add = cli.add_data_flags(parser, ("embedded", "folder"), layout, SCENES, input_size=512)
+    add("--val_split", default="validation", metavar="NAME", help="folder in images/ and annotations/ to evaluate on")
+    add("--classes", metavar="FILE", help="class names, one per line, also with colours (default: DIR/classes.txt)")
+    add("--nb_classes", type=cli.number(int, 1, 255), help="number of classes without names")
+    zero = "in files, label 0 does not count, and 1 is the first class, as in ADE20K"
+    add("--reduce_zero_label", action=cli.BoolFlag, default=False, help=zero)
+    add("--test_size", type=side, help="short side of images at scale 1; the long one is at most 4 times it")
+    scale = "training: smallest and largest size of images, relative to --test_size"
+    add("--scale", type=cli.positive, default=(0.5, 2.0), nargs=2, help=scale)
+    add("--most", type=cli.fraction, default=0.75, help="training: largest fraction of a crop that one class may have")
+    add("--photometric", action=cli.BoolFlag, default=True, help="training: distort colours")
+    scales = "evaluation: sizes whose probabilities are averaged"
+    add("--test_scales", type=cli.positive, default=(1.0,), nargs="+", help=scales)
+    add("--flip", action=cli.BoolFlag, default=False, help="evaluation: average with the mirrored image's")
+    add("--window", type=side, help="evaluation: side of sliding windows (default: the whole image at once)")
+    add("--stride", type=cli.count, help="evaluation: step of the windows (default: 2/3 of --window)")
+
+    add = cli.add_optimisation_flags(parser, epochs=50, blr=1.6e-3, min_lr=0.0, warmup=None)
+    add("--iterations", type=cli.count, help="updates of the whole run, instead of --epochs")
+    warmup = "updates of linear warm-up (default: 1500, or 10% of short runs)"
+    add("--warmup_updates", type=cli.number(int, 0), help=warmup)
+    add("--power", type=cli.nonnegative, default=1.0, help="power of the polynomial decay of the learning rate")
+    balance = "weights of classes in the loss: their fraction of the pixels to the power of minus this"
+    add("--class_balance", type=cli.fraction, default=0.0, help=balance)
+    layer = "a layer is one block, or a stage (of stage 3, three blocks)"
+    add("--layer_decay_type", choices=("single", "group"), default="group", help=layer)
+    tasks.add_transfer_flags(add)
+    cli.add_run_flags(parser, "runs/segment")
+
+    names = NETWORK, EVALUATION, ("data_path",)
+    args = tasks.settle(parser, argv, weights.flags_of, *names, {"ade20k": ADE20K})
+    parser.refuse_both(args, "classes", "nb_classes")
     args.test_size = args.test_size or args.input_size
-    patch = 8 * args.stem_stride
-    for name in ("input_size", "window"):
-        if getattr(args, name):
-            with value_errors_are_the_users():
-                check_size(getattr(args, name), getattr(args, name), patch, whole_patches=False)
+    with value_errors_are_the_users():
+        for size in filter(None, (args.input_size, args.window)):
+            check_size(size, size, 8 * args.stem_stride, whole_patches=False)
     if args.window:
         args.stride = args.stride or max(1, args.window * 2 // 3)
-        if args.stride > args.window:
-            parser.error(f"--stride {args.stride} leaves gaps between windows of --window {args.window}; lower it")
-    elif args.stride:
-        parser.error(f"--stride {args.stride} is of sliding windows; give --window too")
+    if args.stride and args.stride > (args.window or 0):
+        parser.error(f"--stride {args.stride} is larger than --window {args.window}: it leaves gaps; lower it")
     if args.scale[0] > args.scale[1]:
         parser.error(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the larger factor comes second")
     return args
 
 
-# --- data and model ---------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
-def load_maps(args: argparse.Namespace, split: str, classes: tuple[list[str], list[tuple]] | None) -> LabelMaps:
-    """The "train" or "val" pictures, of these `classes`, their names and colours."""
-    transform = None
-    if split == "train":
-        transform = augmentation(args.input_size, args.test_size, args.scale, args.most, args.photometric)
-    if args.data_set == "embedded":
-        count = args.embedded_images[SPLITS.index(split)]
-        return embedded_maps(split, args.input_size, transform, args.seed, count)
-    folder = "training" if split == "train" else args.val_split
-    found = folder_maps(args.data_path, folder, classes, transform, args.seed, args.reduce_zero_label)
-    found.statistics = args.statistics
-    return found
+@record  # torchrun then reports the error of the process that failed first
+def main(args: argparse.Namespace) -> None:
+    """Train, evaluate or predict as `args` (from `get_args`) say."""
+    device = dist.setup(args.device, args.deterministic)
+    (predict if args.predict else evaluate_checkpoint if args.eval else train)(args, device)
 
 
 def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
     """The network that the flags describe."""
-    with value_errors_are_the_users():
-        return UPerNet(layouts.make_encoder(args), num_classes, args.channels, args.aux_channels)
+    return speed_up(UPerNet(weights.make_encoder(args), num_classes, args.channels, args.aux_channels))
 
 
-def load_segmenters(path: str, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], list, list]:
-    """The segmenters of a checkpoint, "model" and where there is one "model_ema", ready to evaluate; names and colours of classes."""
-    content = layouts.read_content(path)
-    if not {"classes", "colours", "model"} <= content.keys() or "fuse.0.weight" not in content["model"]:
-        raise UserError(f"{path} holds no segmenter of segment.py; train one with segment.py --finetune {path}")
-    make = partial(make_segmenter, args, len(content["classes"]))
-    return layouts.load_saved(content, make, path, device), content["classes"], [tuple(colour) for colour in content["colours"]]
-
-
-# --- what a picture shows ---------------------------------------------------------------------------------------------
-
-
-def probabilities(segmenter: UPerNet, picture: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """uint8 (3, H, W) -> (K, H, W), the mean over --test_scales and --flip of the probability of each class."""
-    height, width = picture.shape[1:]
-    mean, std = (torch.tensor(values, device=picture.device).view(3, 1, 1) for values in STATISTICS[args.statistics])
-    views = list(product(args.test_scales, (False, True) if args.flip else (False,)))
-    total = 0
-    for scale, flip in views:
-        size = list(scaled_size(height, width, args.test_size * scale, least=segmenter.encoder.patch_size))
-        view = v2.functional.resize(picture, size, v2.InterpolationMode.BILINEAR)  # (3, H, W) -> (3, h, w)
-        view = ((view.flip(2) if flip else view) / 255 - mean) / std
-        logits = slide(segmenter, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
-        logits = logits.flip(3) if flip else logits
-        total = total + resize(logits, picture[None])[0].softmax(dim=0)  # (1, K, h, w) -> (K, H, W)
-    return total / len(views)
-
-
-def slide(segmenter: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
-    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), the mean of those of windows; of the whole image without a window.
-
-    The last window of a row or column ends with the image.
-    """
-    if window is None:
-        return segmenter(imgs).float()
-    starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
-    total, times = 0, imgs.new_zeros(imgs.shape[2:])
-    for top, left in product(*starts):
-        place = (..., slice(top, top + window), slice(left, left + window))
-        logits = segmenter(imgs[place]).float()
-        total = imgs.new_zeros(len(imgs), logits.shape[1], *imgs.shape[2:]) if times.max() == 0 else total
-        total[place] += logits
-        times[place] += 1
-    return total / times
-
-
-@torch.no_grad()
-def label(segmenter: UPerNet, maps: LabelMaps, args: argparse.Namespace, processes: Processes, use: Callable) -> None:
-    """Call `use(index, prediction (H, W), truth (H, W))`, on the device, for every picture of this process that can be read.
-
-    Each picture is labelled by one process, alone: GRN pools over the padding that unequal sizes would need.
-    """
-    unreadable, device = Unreadable(maps, "it is left out"), processes.device
-    mine = divided(range(processes.rank, len(maps), processes.world_size), 1)
-    amp_dtype, was_training = autocast_dtype(args.amp, device), segmenter.training
-    segmenter.eval()
-    for ((_, index),), (pictures, truth, failed) in zip(mine, make_loader(maps, mine, count_workers(args, processes))):
-        unreadable.note(failed)
-        if failed[0] < 0:
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                found = probabilities(segmenter, pictures[0].to(device), args)
-            use(index, found.argmax(dim=0), truth[0].to(device).long())
-    segmenter.train(was_training)
-
-
-def evaluate(segmenter: UPerNet, maps: LabelMaps, args: argparse.Namespace, processes: Processes) -> tuple[dict, dict]:
-    """Scores of all pixels of all pictures, each counted once, and the predictions for up to six pictures, spread over the set."""
-    classes, shown, seen = len(maps.classes), {}, 0
-    chosen = {k * len(maps) // min(6, len(maps)) for k in range(6)}
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=processes.device)
-
-    def use(index, prediction, truth):
-        nonlocal seen
-        counted = truth != IGNORED
-        confusion.add_((classes * truth + prediction)[counted].bincount(minlength=classes * classes))
-        seen += 1
-        if index in chosen:
-            shown[index] = prediction.to(torch.uint8).cpu().numpy()
-
-    label(segmenter, maps, args, processes, use)
-    parts = processes.gather((seen, confusion.cpu(), shown))
-    confusion = sum(part[1] for part in parts).view(classes, classes)
-    scores = {"images": sum(part[0] for part in parts)} | segmentation_scores(confusion, maps.classes)
-    return scores, {index: found for part in parts for index, found in part[2].items()}
-
-
-# --- the three tasks --------------------------------------------------------------------------------------------------
-
-
-def main(args: argparse.Namespace) -> None:
-    """Train, evaluate or predict as `args` (from `get_args`) say."""
-    carry_out(args, train, evaluate_checkpoint, predict)
-
-
-def train(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Train a segmenter, evaluating after every epoch."""
-    lines, classes = [], None
-    with main_process_first():
-        if args.data_set == "folder":
-            *classes, line = find_classes(args.data_path, args.classes, args.nb_classes, args.reduce_zero_label)
-            lines.append(line)
-        maps = load_maps(args, "train", classes)
-        val = None if args.disable_eval else load_maps(args, "val", classes)
-    run = Run(args, maps, processes, output_dir, args.iterations)
-    if run.batch_size * processes.world_size == 1:
-        raise UserError("--batch_size 1 in one process: BatchNorm after the 1 x 1 pool has a single value; take at least 2")
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Train a segmenter, and evaluate it after every epoch."""
+    if args.batch_size == dist.world_size() == 1:
+        raise UserError("--batch_size 1 in one process: BatchNorm needs more than one image; take at least 2")
+    with dist.main_process_first():
+        classes, colours = find_classes(args)
+        images = load_images(args, "train", classes)
+        val = None if args.disable_eval else load_images(args, "val", classes)
 
     torch.manual_seed(args.seed)
-    segmenter = make_segmenter(args, len(maps.classes))
-    lines += flags.describe_origins(args)
-    if args.finetune:
-        lines += layouts.load_parts(segmenter, segmenter.encoder, args.finetune, "segmenter")
-    else:
-        lines.append("random initial weights")
-    to_device(segmenter, run.device)
-    weights = class_weights(maps, args.class_balance).to(run.device) if args.class_balance else None
-    ema = averaged(segmenter, args.model_ema_decay) if args.model_ema else None
-    groups = layer_groups(segmenter, args.weight_decay, args.layer_decay, args.layer_decay_type, segmenter.encoder.depths)
-    optimizer = make_optimizer(args, groups, run.peak_lr)
-    for line in lines:
-        run.say(line)
-    run.say(f"{args.model} with UPerNet: {sum(p.numel() for p in segmenter.parameters()):,} parameters")
-    run.say(f"{args.data_set}: {len(maps):,} pictures, {len(maps.classes)} classes")
-    network = run.start(
-        segmenter.train(), optimizer, "segment.py", ema, extra=lambda: {"best": best}, schedule=make_schedule(args, run), losses=LOSSES,
-        classes=maps.classes, colours=[list(colour) for colour in maps.colours],
-    )  # fmt: skip
-    if network is None:
-        return
-    best = run.resumed.get("best", -1.0)
-    for epoch in run.epochs():
-        for batch in run.batches(epoch):
-            with run.autocast():
-                losses = segmentation_losses(*network(batch.images), batch.targets, weights)
-            if run.backward(losses):
-                run.update()
+    net = make_segmenter(args, len(classes))
+    loaded = weights.load_parts(net, net.encoder, args.finetune, "segmenter") if args.finetune else []
+    dist.to_device(net, device)
+    class_weights = measure_class_weights(images, args.class_balance).to(device) if args.class_balance else None
+    ema = tasks.averaged(net, args.model_ema_decay) if args.model_ema else None
+    groups = tasks.layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type, net.encoder.depths)
+    optimizer = tasks.make_optimizer(args, groups)
 
-        if val and run.is_due(epoch, args.eval_freq):
-            candidates = {"model": segmenter} | ({"model_ema": ema.module} if ema and args.model_ema_eval else {})
-            found = {name: evaluate(each, val, args, processes) for name, each in candidates.items()}
-            winner = max(found, key=lambda name: found[name][0]["mIoU"])
-            scores, shown = found[winner]
-            improved, best = scores["mIoU"] > best, max(best, scores["mIoU"])
-            log_scores(run, epoch + 1, {name: each[0] for name, each in found.items()}, best)
-            if improved:
-                run.write("scores.json", write_scores, val, scores, shown)
-                if args.save_ckpt:
-                    content = {"model": candidates[winner].state_dict(), "epoch": epoch + 1, "mIoU": best}
-                    run.write("checkpoint-best.pth", save_tensors, content | run.origin)
-        if run.save_due(epoch):
-            run.save(epoch + 1)
-    outputs = f"checkpoint-best.pth (mIoU {100 * best:.1f}), scores.json, segmentation.png, scores.png" if val else "checkpoints"
-    run.close(f"{outputs}, log.jsonl, config.json")
+    for line in loaded or ["random initial weights"]:
+        dist.say(line)
+    dist.say(f"{args.model} with UPerNet: {sum(p.numel() for p in net.parameters()):,} parameters")
+    dist.say(f"{args.data_set}: {len(images):,} images, {len(classes)} classes")
+    options = dict(schedule=make_schedule, iterations=args.iterations)
+    options |= dict(classes=classes, colours=[list(colour) for colour in colours])
+    score = partial(evaluate, images=val, args=args, device=device)
+    write = partial(write_scores, classes=classes, colours=colours)
+    with Run(args, images, device, net.train(), optimizer, "segment.py", ema, **options) as run:
+        for epoch in run.epochs():
+            for batch in run.batches(epoch):
+                with run.autocast:
+                    logits, auxiliary = run.network(batch.images)  # (N, 3, H, W) -> (N, K, H, W), twice
+                    losses = segmentation_losses(logits, auxiliary, batch.targets, class_weights)
+                if run.backward(losses):
+                    run.update()
+
+            if val and run.evaluation_due(epoch):
+                tasks.evaluate(run, epoch, score, "mIoU", describe, write)
+                run.write("scores.png", draw, run.records)
+            if run.save_due(epoch):
+                run.save(epoch + 1)
+    best = f"checkpoint-best.pth (mIoU {run.best:.1%}), scores.json, segmentation.png, scores.png"
+    run.finish(f"{best if val else 'checkpoints'}, log.jsonl, config.json")
 
 
-def make_schedule(args: argparse.Namespace, run: Run) -> Callable[[int], float]:
-    """Update -> learning rate: linear warm-up, then a polynomial of what is left."""
-    warmup = min(1500, run.total // 10) if args.warmup_updates is None else args.warmup_updates
+def make_schedule(run: Run) -> Callable[[int], float]:
+    """Update -> learning rate: linear warm-up, then polynomial decay."""
+    warmup, args = run.args.warmup_updates, run.args
+    warmup = min(1500, run.total // 10) if warmup is None else warmup
 
     def rate(update: int) -> float:
         if update < warmup:
@@ -325,79 +421,137 @@ def make_schedule(args: argparse.Namespace, run: Run) -> Callable[[int], float]:
     return rate
 
 
-def log_scores(run: Run, epoch: int, scores: dict[str, dict], best: float) -> None:
-    """A line of the log about an evaluation, and scores.png."""
-    record = {"epoch": epoch, "update": run.log.done, "best_mIoU": round(best, 6)}
-    for name, found in scores.items():
-        prefix = "val" if name == "model" else "val_ema"
-        record |= {f"{prefix}_{number}": found[number] for number in ("mIoU", "accuracy", "mean_accuracy")}
-    shown = "  ".join(f"{name} {describe(found)}" for name, found in scores.items())
-    run.record(record, f"epoch {epoch}/{run.last_epoch + 1}  {shown}  best {100 * best:.1f}")
-    run.write("scores.png", draw, run.log.records())
+def draw(path: Path, records: list[dict]) -> None:
+    """Write scores.png from the log's records."""
+    curves = {"mIoU": "val_mIoU", "accuracy": "val_accuracy", "mean accuracy of classes": "val_mean_accuracy"}
+    plot_evaluations(path, records, curves, "%", "Validation", scale=100)
+
+
+# --- evaluation and prediction ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
+    """Label every image of this process that can be read: its index, image (3, H, W), true and predicted labels (H, W).
+
+    One at a time, since GRN would pool over the padding of unequal sizes.
+    """
+    batches, training = divided(range(dist.rank(), len(images), dist.world_size()), 1), net.training
+    net.eval()
+    for batch, (image, truth) in zip(batches, make_loader(images, batches, args.num_workers)):
+        if images.readable(batch):
+            with dist.autocast(args.amp, device):
+                prediction = probabilities(net, image[0].to(device), args).argmax(dim=0)
+            yield batch[0][1], image[0], truth[0].to(device).long(), prediction
+    net.train(training)
+
+
+def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """uint8 (3, H, W) -> (K, H, W), each class's probability, averaged over --test_scales and --flip."""
+    views, total = list(product(args.test_scales, (False, True) if args.flip else (False,))), 0
+    for scale, flip in views:
+        size = list(scaled_size(*image.shape[1:], args.test_size * scale, least=net.encoder.patch_size))
+        view = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR)  # (3, H, W) -> (3, h, w)
+        view = normalise(view.flip(2) if flip else view, STATISTICS[args.statistics], image.device)
+        logits = slide(net, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
+        logits = logits.flip(3) if flip else logits
+        total = total + resize(logits, image[None])[0].softmax(dim=0)  # (1, K, h, w) -> (K, H, W)
+    return total / len(views)
+
+
+def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
+    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows; without a window of the whole image.
+
+    The last window of a row or column ends with the image.
+    """
+    if window is None:
+        return net(imgs).float()
+    starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
+    total, times = 0, imgs.new_zeros(imgs.shape[2:])
+    for top, left in product(*starts):
+        place = (..., slice(top, top + window), slice(left, left + window))
+        logits = net(imgs[place]).float()
+        total = imgs.new_zeros(len(imgs), logits.shape[1], *imgs.shape[2:]) if times.max() == 0 else total
+        total[place] += logits
+        times[place] += 1
+    return total / times
+
+
+def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> tuple:
+    """Scores to log, over all pixels of all images; and all scores with six `maps.Example`s, spread over the set."""
+    classes, count, examples = len(images.classes), 0, {}
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+    chosen = {k * len(images) // 6 for k in range(6)}
+    for index, image, truth, prediction in label(net, images, args, device):
+        counted = truth != IGNORED
+        confusion += (classes * truth + prediction)[counted].bincount(minlength=classes * classes)
+        count += 1
+        if index in chosen:
+            examples[index] = image, *(labels.to(torch.uint8).cpu() for labels in (truth, prediction))
+    counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
+    examples = sorted((index, example) for part in parts for index, example in part.items())
+    scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
+    chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}
+    return chief, ({"images": sum(counts)} | scores, [example for _, example in examples])
 
 
 def describe(scores: dict) -> str:
-    """The chief numbers, in percent."""
+    """The chief scores, in percent."""
     return f"mIoU {100 * scores['mIoU']:.1f}, accuracy {100 * scores['accuracy']:.1f}"
 
 
-def draw(path: Path, records: list[dict]) -> None:
-    """Write scores.png from the log's records."""
-    records = [record for record in records if "val_mIoU" in record]
-    names = {"mIoU": "mIoU", "accuracy": "accuracy", "mean accuracy of classes": "mean_accuracy"}
-    epochs = [record["epoch"] for record in records]
-    curves = {title: (epochs, [100 * record[f"val_{name}"] for record in records]) for title, name in names.items()}
-    plot_curves(path, curves, "epoch", "%", "Validation")
+def write_scores(folder: Path, results: tuple[dict, list], classes: list[str], colours: list[tuple]) -> None:
+    """Write scores.json, and segmentation.png of the examples."""
+    make_directory(folder)
+    scores, examples = results
+    save_json(folder / "scores.json", scores)
+    maps.draw_segmentation(folder / "segmentation.png", examples, classes, colours)
 
 
-def write_scores(path: Path, maps: LabelMaps, scores: dict, shown: dict[int, np.ndarray]) -> None:
-    """scores.json (`path`), and beside it segmentation.png."""
-    save_json(path, scores)
-    draw_segmentation(path.with_name("segmentation.png"), maps, shown)
+def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], list, list]:
+    """The networks of --resume, "model" and, if there is one, "model_ema"; names and colours of their classes."""
+    content, path = weights.read_content(args.resume), args.resume
+    if not {"classes", "colours", "model"} <= content.keys():
+        raise UserError(f"{path} is no checkpoint of segment.py; train one with segment.py --finetune {path}")
+    classes, colours = content["classes"], [tuple(colour) for colour in content["colours"]]
+    nets = weights.load_saved(content, lambda: make_segmenter(args, len(classes)), path, device)
+    return nets, classes, colours
 
 
-def evaluate_checkpoint(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Evaluate the checkpoint of --resume on the validation pictures, its moving average too."""
-    segmenters, classes, colours = load_segmenters(args.resume, args, processes.device)
-    if args.data_set == "folder" and not args.nb_classes and (file := class_file(args.data_path, args.classes)):
-        match_classes(classes, read_classes(file)[0])
-    maps = load_maps(args, "val", (classes, colours))
-    match_classes(classes, maps.classes)  # the embedded ones have their own
-    found = {name: evaluate(segmenter, maps, args, processes) for name, segmenter in segmenters.items()}
-    if processes.is_main:
-        how = f"scales {' '.join(f'{scale:g}' for scale in args.test_scales)}{' and mirrored' * args.flip}"
-        for name, (scores, _) in found.items():
-            where = f"{scores['images']:,} images of {args.data_path or args.data_set}"
-            print(one_line(f"{name}: {describe(scores)} on {where}, short side {args.test_size} px, {how}"))
-        winner = max(found, key=lambda name: found[name][0]["mIoU"])
-        write_scores(output_dir / "scores.json", maps, *found[winner])
-        print(f"in {output_dir}: scores.json and segmentation.png, of {winner}")
+def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
+    nets, classes, colours = load_segmenters(args, device)
+    if (names := find_classes(args, (classes, colours))[0]) != classes:
+        before, now = (f"{', '.join(words[:5])} ({len(words)} in all)" for words in (classes, names))
+        raise UserError(f"the classes of {args.resume} are {before}, the validation data's {now}; they must agree")
+    images, results = load_images(args, "val", classes), {}
+    scales = f"scales {' '.join(f'{scale:g}' for scale in args.test_scales)}{' and mirrored' * args.flip}"
+    for name, net in nets.items():
+        scores, (details, _) = results[name] = evaluate(net, images, args, device)
+        where = f"{details['images']:,} images of {args.data_path or args.data_set}"
+        dist.say(f"{name}: {describe(scores)} on {where}, short side {args.test_size} px, {scales}")
+    winner = max(results, key=lambda name: results[name][0]["mIoU"])
+    if dist.rank() == 0:
+        write_scores(Path(args.output_dir), results[winner][1], classes, colours)
+        print(f"in {args.output_dir}: scores.json and segmentation.png, of {winner}")
 
 
-def predict(args: argparse.Namespace, processes: Processes, output_dir: Path) -> None:
-    """Write a map of labels for every picture, and the picture with the classes' colours laid over it."""
-    segmenters, classes, colours = load_segmenters(args.resume, args, processes.device)
-    paths = find_images(args.predict)
-    maps = LabelMaps(paths, None, classes, colours, args.statistics)
-    folder = output_dir / "predictions"
-    folder.mkdir(exist_ok=True)
-
-    def use(index, prediction, _):
+def predict(args: argparse.Namespace, device: torch.device) -> None:
+    """Write a label map for every image, and the image with the classes' colours laid over it."""
+    nets, classes, colours = load_segmenters(args, device)
+    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict)
+    images = LabelledImages(paths, None, classes, None, STATISTICS[args.statistics])
+    folder = make_directory(Path(args.output_dir, "predictions"))
+    for index, image, _, prediction in label(net, images, args, device):
         labels, name = prediction.to(torch.uint8).cpu(), f"{index:05d}-{Path(paths[index]).stem}"
-        write_labels(folder / f"{name}.png", labels.numpy(), colours, args.reduce_zero_label)
-        picture = v2.functional.pil_to_tensor(maps.open(index)[0])
-        columns = {"picture": [enlarged(picture, 480)], "labels": [enlarged(blended(picture, labels, colours), 480)]}
-        counts = labels.flatten().bincount(minlength=len(classes))
-        draw_with_legend(folder / f"{name}-overlay.png", columns, set(counts.nonzero()[:, 0].tolist()), maps, 4)
-        largest = counts.argsort(descending=True)[:5].tolist()
-        shares = ", ".join(f"{classes[k]} {counts[k] / labels.numel():.1%}" for k in largest if counts[k])
-        print(one_line(f"{paths[index]}: {shares}"))
-
-    label(segmenters.get("model_ema", segmenters["model"]), maps, args, processes, use)
-    processes.gather(None)  # the other processes' files are there too
-    if processes.is_main:
-        print(f"in {folder}: a label map and an overlay of each picture")
+        maps.write_labels(folder / f"{name}.png", labels.numpy(), colours, args.reduce_zero_label)
+        maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes, colours)
+        counts, order = labels.flatten().bincount(minlength=len(classes)).sort(descending=True)
+        largest = [f"{classes[k]} {n / labels.numel():.1%}" for k, n in zip(order.tolist(), counts[:5].tolist()) if n]
+        print(f"{paths[index]}: {', '.join(largest)}")
+    dist.gather(None)  # the other processes' files are there too
+    dist.say(f"in {folder}: a label map and an overlay of each image")
 
 
 if __name__ == "__main__":
-    run_script(main, get_args)
+    main(get_args())
