@@ -1,76 +1,40 @@
 """What all tests share."""
 
-import json
 import os
 import signal
 from functools import partial
 
 import pytest
 
-# Before torch is imported, and for the processes that tests start too. Networks this small gain nothing from a second thread,
-# and lose much where the cores are busy with something else, as with `pytest -n`; and a process with OpenMP's threads cannot be
-# forked, as tests do, whatever the user's own setting.
+# Before torch is imported, and for the processes that tests start too: networks this small gain nothing from a second
+# thread, and lose much where the cores are busy, as with `pytest -n`.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import stress
+from matplotlib.figure import Figure
 
-import detect
-import finetune
-import pretrain
-import segment
-from maps import draw_segmentation
 from model import MODELS, ConvNeXt
-from plumbing import scores
-from plumbing.files import write_atomically
-from plumbing.signals import STOP_SIGNALS
-from scenes import draw_detections
+from plumbing.loading import STOP_SIGNALS
 
-DRAW = {module: module.draw for module in (pretrain, finetune, detect, segment)}
-DRAW_CONFUSION = scores.draw_confusion
-PICTURES = {
-    pretrain: ("reconstructions.png", "loss.png"),
-    finetune: ("accuracy.png",),
-    detect: ("scores.png",),
-    segment: ("scores.png",),
-}
+SAVE = Figure.savefig
 
 
 @pytest.fixture(scope="session", autouse=True)
 def sketched():
-    """Training in the tests' own process writes its log where its pictures belong: drawing takes longer than these short runs."""
-
-    def sketch(module):
-        def draw(path, *args):
-            text = json.dumps(stress.untimed(args[-1]))
-            for name in PICTURES[module]:
-                write_atomically(path.with_name(name), lambda file: file.write_text(text))
-
-        return draw
-
+    """Write empty files for plots, which take longer to draw than these short runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in DRAW:
-            patch.setattr(module, "draw", sketch(module))
-        patch.setattr(
-            scores, "draw_confusion", lambda path, content: write_atomically(path, lambda file: file.write_text(str(content)))
-        )
-        patch.setattr(detect, "draw_detections", lambda path, scenes, found: path.write_text(json.dumps(found)))
-        patch.setattr(segment, "draw_segmentation", lambda path, maps, found: path.write_text(str(found)))
+        patch.setattr(Figure, "savefig", lambda self, path, **_: open(path, "wb").close())
         yield
 
 
 @pytest.fixture
 def drawn(sketched, monkeypatch):
-    """Pictures are drawn after all."""
-    for module, draw in DRAW.items():
-        monkeypatch.setattr(module, "draw", draw)
-    monkeypatch.setattr(scores, "draw_confusion", DRAW_CONFUSION)
-    monkeypatch.setattr(detect, "draw_detections", draw_detections)
-    monkeypatch.setattr(segment, "draw_segmentation", draw_segmentation)
+    """Draw plots after all."""
+    monkeypatch.setattr(Figure, "savefig", SAVE)
 
 
 @pytest.fixture
 def at_a_terminal():
-    """Signals as a process has them at a terminal, and afterwards as they were. In the background of a shell's script SIGINT is ignored from the start."""
+    """Signals as a process has them at a terminal; where a shell's script runs in the background, SIGINT is ignored."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -81,6 +45,7 @@ def at_a_terminal():
 
 @pytest.fixture
 def small_models(monkeypatch):
-    """Networks that tests can afford."""
+    """Replace every size by a network that tests can afford."""
     for name in MODELS:
-        monkeypatch.setitem(MODELS, name, partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)))
+        shape = (1, 1, 1, 1), (8, 8, 16, 16)
+        monkeypatch.setitem(MODELS, name, partial(ConvNeXt, *shape, version=2 - ("v2" not in name)))

@@ -1,4 +1,4 @@
-"""What many tests need: small pictures on disk, short command lines, runs in the tests' own process, and ways to stop them."""
+"""What many tests need: small images on disk, short command lines, runs in the tests' own process, and ways to stop them."""
 
 import itertools
 import json
@@ -11,12 +11,10 @@ from PIL import Image
 
 import finetune
 import pretrain
-from data import SHAPES, TEXTURES, draw_images, draw_scenes
-from plumbing.coco import embedded_annotations
 from plumbing.files import find_checkpoints, load_file
-from plumbing.processes import Processes
+from plumbing.shapes import SHAPES, TEXTURES, draw_images, draw_scenes
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 TINY = dict(depths=(1, 1, 2, 1), dims=(8, 16, 32, 64))  # a network that tests can afford
 
 
@@ -35,7 +33,7 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def save_noise(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **options) -> None:
@@ -45,8 +43,10 @@ def save_noise(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", 
     Image.fromarray(values).convert(mode).save(path, **options)
 
 
-def picture_folder(root: Path, classes: tuple[str, ...] = ("stripes", "rings", "dots"), size: int = 32, **splits: int) -> Path:
-    """ROOT/<split>/<class>/<i>.png of drawn pictures, so many of each split (`train=12, val=7`), dealt to the classes in turn."""
+def image_folder(
+    root: Path, classes: tuple[str, ...] = ("stripes", "rings", "dots"), size: int = 32, **splits: int
+) -> Path:
+    """ROOT/<split>/<class>/<i>.png of drawn images, so many of each split (`train=12, val=7`), dealt to the classes in turn."""
     per_class = -(-sum(splits.values()) // len(classes)) + len(splits)
     images, labels = draw_images(50 * -(-per_class // 5), seed=0, size=size)  # 50 have 5 of each class
     drawn = {name: iter(images[labels == TEXTURES.index(name)]) for name in classes}
@@ -59,14 +59,16 @@ def picture_folder(root: Path, classes: tuple[str, ...] = ("stripes", "rings", "
 
 
 def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, change=lambda data_set: None) -> dict:
-    """Drawn pictures and their objects in COCO's layout under `root`; `change` works on the annotations first."""
-    pictures, kinds, masks = draw_scenes(count, seed, size)
+    """Drawn images and their objects in COCO's layout under `root`; `change` works on the annotations first."""
+    images, kinds, masks = draw_scenes(count, seed, size)
+    from plumbing.coco import embedded_annotations
+
     data_set = embedded_annotations(kinds, masks, SHAPES, 20)
     folder = root / f"{split}2017"
     folder.mkdir(parents=True)
-    for row, picture in zip(data_set["images"], pictures):
+    for row, image in zip(data_set["images"], images):
         row["file_name"] = f"{row['id']:03}.png"
-        Image.fromarray(picture).save(folder / row["file_name"])
+        Image.fromarray(image).save(folder / row["file_name"])
     change(data_set)
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data_set))
@@ -74,28 +76,36 @@ def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, ch
 
 
 def write_maps(root: Path, split: str, count: int, seed: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
-    """Drawn pictures and their maps of labels in ADE20K's layout under `root`: uint8 (n, S, S, 3) and (n, S, S)."""
-    pictures, kinds, masks = draw_scenes(count, seed, size)
+    """Drawn images and their maps of labels in ADE20K's layout under `root`: uint8 (n, S, S, 3) and (n, S, S)."""
+    images, kinds, masks = draw_scenes(count, seed, size)
     labels = np.zeros(masks.shape[::2] + masks.shape[3:], dtype=np.uint8)
     for layer in range(3):
         for kinds_of, mask, label in zip(kinds, masks, labels):
             label[mask[layer]] = kinds_of[layer] + 1
-    for kind, arrays in (("images", pictures), ("annotations", labels)):
+    for kind, arrays in (("images", images), ("annotations", labels)):
         folder = root / kind / split
         folder.mkdir(parents=True)
         for index, array in enumerate(arrays):
             Image.fromarray(array).save(folder / f"{index:03}.png")
     (root / "classes.txt").write_text("\n".join(["ground", *SHAPES]))
-    return pictures, labels
+    return images, labels
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 SMALL = dict(
-    input_size=16, stem_stride=1, batch_size=4, epochs=2, warmup_epochs=1, lr=1e-3, num_workers=0, log_every=1, device="cpu"
+    input_size=16,
+    stem_stride=1,
+    batch_size=4,
+    epochs=2,
+    warmup_epochs=1,
+    lr=1e-3,
+    num_workers=0,
+    log_every=1,
+    device="cpu",
 )
 FLAGS = {
-    pretrain: SMALL | dict(input_size=32, decoder_embed_dim=16),
+    pretrain: SMALL | dict(input_size=32, decoder_embed_dim=16, disable_eval=True),
     finetune: SMALL | dict(model="convnextv2_atto", aa="none", reprob=0),
 }
 
@@ -104,7 +114,11 @@ def words(**flags) -> list[str]:
     """A command line: `words(lr=0.1, opt_betas=(0.9, 0.99), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "0.99"]."""
     line = []
     for name, value in flags.items():
-        line += [f"--{name}", *map(str, value)] if isinstance(value, list | tuple) else [f"--{name}={value}"] * (value is not None)
+        line += (
+            [f"--{name}", *map(str, value)]
+            if isinstance(value, list | tuple)
+            else [f"--{name}={value}"] * (value is not None)
+        )
     return line
 
 
@@ -119,16 +133,26 @@ def run(script, data_path: Path, output_dir: Path, **flags) -> dict:
     return load_file(find_checkpoints(output_dir)[-1])
 
 
+def read_log(directory: Path, *keys: str) -> list:
+    """The records of a run's log.jsonl; with `keys` their values, without one of them None."""
+    records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [[record.get(key) for key in keys] for record in records] if keys else records
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-def stop() -> None:
-    """As if somebody had pressed Ctrl-C twice."""
-    raise KeyboardInterrupt
+class Killed(BaseException):
+    """As if the process had been killed: nothing is saved."""
 
 
-def call_at(monkeypatch, module, name: str, turn: int, act=stop) -> None:
-    """Have the `turn`-th call of module.name be preceded by `act()`."""
+def kill() -> None:
+    """End the run at once."""
+    raise Killed
+
+
+def call_at(monkeypatch, module, name: str, turn: int, act=kill) -> None:
+    """Call `act()` before the `turn`-th call of module.name."""
     original, calls = getattr(module, name), []
 
     def patched(*args, **kwargs):

@@ -23,7 +23,9 @@ PATH = ROOT / "lesson.ipynb"
 
 def digest(notebook: nbformat.NotebookNode) -> str:
     """Of all code cells, in order."""
-    return hashlib.sha256(json.dumps([cell.source for cell in notebook.cells if cell.cell_type == "code"]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([cell.source for cell in notebook.cells if cell.cell_type == "code"]).encode()
+    ).hexdigest()
 
 
 def execute(notebook: nbformat.NotebookNode, directory: Path, timeout: float = 900) -> None:
@@ -32,7 +34,9 @@ def execute(notebook: nbformat.NotebookNode, directory: Path, timeout: float = 9
     timeout: of one cell, in seconds.
     """
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    client = NotebookClient(notebook, timeout=timeout, coalesce_streams=True, record_timing=False, kernel_name="python3")
+    client = NotebookClient(
+        notebook, timeout=timeout, coalesce_streams=True, record_timing=False, kernel_name="python3"
+    )
     client.resources = {"metadata": {"path": str(directory)}}
     client.execute(env=os.environ | {"PYTHONPATH": path})  # coalesced streams: of a progress bar its last line alone
 

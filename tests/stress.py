@@ -7,6 +7,8 @@ SIGKILL goes to all processes of a run at once, uniformly over the time that it 
 --torchrun it goes to one process of two, and torchrun itself starts both again.
 """
 
+import argparse
+import importlib
 import json
 import os
 import random
@@ -26,36 +28,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
-from helpers import picture_folder, write_coco, write_maps
+from helpers import image_folder, write_coco, write_maps
 
-import detect
-import finetune
-import pretrain
-import segment
 from plumbing.files import load_file
-from plumbing.flags import BoolFlag, Parser, number
-from plumbing.script import run_script
 
-TIMES = {"seconds", "images_per_second", "data_wait"}  # what differs between equal runs
+TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
 DETECT = COMMON + "--input_size 32 --fpn_dim 8 --box_dim 8 --mask_dim 8 --regions 8 --proposals 20 5 --anchor_scale 2 "
 SEGMENT = COMMON + "--input_size 32 --channels 8 --aux_channels 8 "
 COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
 STAGES = {
-    "pretrain": (pretrain, COMMON + "--decoder_embed_dim 16"),
-    "detect": (detect, DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3"),
-    "segment": (segment, SEGMENT + "--model_ema --drop_path 0.2"),
-    "finetune": (finetune, COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25"),
+    "pretrain": COMMON + "--decoder_embed_dim 16",
+    "detect": DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3",
+    "segment": SEGMENT + "--model_ema --drop_path 0.2",
+    "finetune": COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25",
 }
 
 
-def pictures_in(root: Path) -> Path:
+def images_in(root: Path) -> Path:
     """Pictures in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
     for split, count in (("train", 12), ("val", 3)):
         write_coco(root, split, count, seed=count, size=32)
         write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
-    return picture_folder(root, train=12, val=6)
+    return image_folder(root, train=12, val=6)
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
@@ -73,14 +69,16 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
                 output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(output, 1)
                 os.dup2(output, 2)
-                sys.argv = ["train.py"]
                 if processes > 1:
-                    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port)
+                    names = dict(
+                        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port
+                    )
                     os.environ |= {name: str(value) for name, value in names.items()}
-                run_script(lambda _: work(), lambda: None)
+                work()
                 status = 0
             except SystemExit as exit:
-                status = exit.code
+                status = exit.code if isinstance(exit.code, int) else 1
+                print(exit.code)
             except Exception:
                 traceback.print_exc()
             finally:
@@ -91,18 +89,25 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
     return pids
 
 
-def start(stage: str, pictures: Path, directory: Path, processes: int) -> list[int]:
+def start(stage: str, images: Path, directory: Path, processes: int) -> list[int]:
     """Start a run in `directory`."""
-    module, flags = STAGES[stage]
-    words = [*flags.split(), "--data_path", str(pictures), "--batch_size", str(4 // processes)]
+    module, flags = importlib.import_module(stage), STAGES[stage]
+    words = [*flags.split(), "--data_path", str(images), "--batch_size", str(4 // processes)]
     return fork(lambda: module.main(module.get_args(words)), directory, processes)
 
 
-def under_torchrun(stage: str, pictures: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
+def under_torchrun(stage: str, images: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
     """Run to the end under torchrun with up to `kills` kills of one process; their number. AssertionError when the run failed."""
-    module, flags = STAGES[stage]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
-    command += [module.__file__, *flags.split(), "--data_path", str(pictures), "--batch_size", "2"]
+    module, flags = importlib.import_module(stage), STAGES[stage]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        f"--max-restarts={kills}",
+    ]
+    command += [module.__file__, *flags.split(), "--data_path", str(images), "--batch_size", "2"]
     killed = 0
     with open(directory / "output.txt", "w") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
@@ -148,14 +153,8 @@ def contents(directory: Path) -> dict:
     def parse(text):
         return untimed(map(json.loads, text.splitlines()))
 
-    found = {}
-    for path in (directory / "run").iterdir():
-        if path.suffix == ".pth":
-            found[path.name] = load_file(path)
-            found[path.name]["log"] = parse(found[path.name].get("log", ""))
-        else:
-            found[path.name] = parse(path.read_text()) if path.suffix == ".jsonl" else path.read_bytes()
-    return found
+    readers = {".pth": load_file, ".jsonl": lambda path: parse(path.read_text())}
+    return {path.name: readers.get(path.suffix, Path.read_bytes)(path) for path in (directory / "run").iterdir()}
 
 
 def difference(a, b, place: str = "") -> str | None:
@@ -166,21 +165,21 @@ def difference(a, b, place: str = "") -> str | None:
         keys = a.keys() if isinstance(a, dict) else range(len(a))
         if len(a) != len(b) or (isinstance(a, dict) and keys != b.keys()):
             return f"{place}: {sorted(map(str, a))[:20]} and {sorted(map(str, b))[:20]}"
-        return next((found for key in keys if (found := difference(a[key], b[key], f"{place}/{key}"))), None)
+        return next((other for key in keys if (other := difference(a[key], b[key], f"{place}/{key}"))), None)
     return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
 
 
 def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
     rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
-    pictures_in(root / "pictures")
+    images_in(root / "images")
     (root / "whole").mkdir()
-    wait(start(stage, root / "pictures", root / "whole", processes))
+    wait(start(stage, root / "images", root / "whole", processes))
     whole = contents(root / "whole")
     if torchrun:
         (root / "timed").mkdir()
         began = time.monotonic()
-        under_torchrun(stage, root / "pictures", root / "timed", 0, rng, 0)
+        under_torchrun(stage, root / "images", root / "timed", 0, rng, 0)
     lasts = time.monotonic() - began
     done = runs = identical = 0
     while done < kills:
@@ -188,13 +187,13 @@ def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = F
         directory.mkdir()
         times = min(rng.randint(1, 3), kills - done)
         if torchrun:
-            done += under_torchrun(stage, root / "pictures", directory, times, rng, lasts)
+            done += under_torchrun(stage, root / "images", directory, times, rng, lasts)
         else:
             for _ in range(times):
-                if wait(start(stage, root / "pictures", directory, processes), rng.uniform(0, lasts)):
+                if wait(start(stage, root / "images", directory, processes), rng.uniform(0, lasts)):
                     break
                 done += 1
-            wait(start(stage, root / "pictures", directory, processes))
+            wait(start(stage, root / "images", directory, processes))
         differs = difference(whole, contents(directory))
         runs, identical = runs + 1, identical + (differs is None)
         if differs is None:
@@ -203,7 +202,9 @@ def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = F
             print(f"{directory} differs from {root / 'whole'} in {differs}")
     minutes = (time.monotonic() - began) / 60
     under = " under torchrun" if torchrun else ""
-    print(f"{stage}, {processes} process(es){under}: {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min")
+    print(
+        f"{stage}, {processes} process(es){under}: {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
+    )
     if identical == runs:
         shutil.rmtree(root)
     return identical == runs
@@ -211,12 +212,12 @@ def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = F
 
 def main() -> None:
     """Stress the stages that the command line names; exit status 1 when a run differs."""
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=number(int, 1), default=50, help="kills of each stage")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
-    parser.add_argument("--torchrun", action=BoolFlag, default=False, help="kill one process of two under torchrun")
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--torchrun", action="store_true", help="kill one process of two under torchrun")
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="stage to kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.processes = 2 if args.torchrun else args.processes

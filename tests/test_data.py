@@ -1,308 +1,477 @@
-"""Claims about data.py."""
+"""Claims about data.py, plumbing/loading.py and plumbing/shapes.py: images, order, splits, labels and augmentation."""
 
 import argparse
+import random
+import re
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ALONE, save_noise
-from PIL import Image
+from helpers import CPU, save_noise
+from PIL import Image, features
+from timm.data import auto_augment
+from torchvision.transforms import InterpolationMode
 
 import data
-import detect
 import finetune
 import pretrain
-import segment
-from data import STATISTICS, TEXTURES, Images, center_transform, draw_images, load_images, pretrain_transform, training_transform
-from plumbing.loading import EpochSampler, Unreadable, make_loader
-from plumbing.script import UserError
-from plumbing.seeds import mix_seed
+from data import Images, load_images, pretrain_transform
+from plumbing import augmentation
+from plumbing.files import UserError
+from plumbing.loading import EpochSampler, make_loader, mix_seed
+from plumbing.shapes import TEXTURES, draw_images
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def folder(path, transform=None, split="train"):
-    return load_images("folder", str(path), split, transform or center_transform(16))
+@pytest.fixture(autouse=True)
+def nothing_said():
+    """As in a process of its own, where no line has been printed yet."""
+    data.say_once.cache_clear()
 
 
-# --- the embedded data
+def folder(path: Path, transform=None, split: str = "train") -> Images:
+    return load_images("folder", str(path), split, transform or data.center_transform(16))
 
 
-def test_embedded_pictures_are_deterministic_balanced_and_independent_of_the_count():
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+
+
+# --- drawn images -----------------------------------------------------------------------------------------------------
+
+
+def test_drawn_images_are_deterministic_balanced_and_independent_of_the_count():
     images, labels = draw_images(60, seed=3, size=32)
-    again, _ = draw_images(120, seed=3, size=32)
     assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
-    assert np.array_equal(images, again[:60])
+    assert np.array_equal(images, draw_images(120, seed=3, size=32)[0][:60])
     assert np.bincount(labels[:50]).tolist() == [5] * len(TEXTURES)
-    assert not np.array_equal(images, draw_images(60, seed=4, size=32)[0])
-
-
-def test_embedded_splits_share_no_picture():
-    train, val = (load_images("embedded", None, split, center_transform(64)) for split in ("train", "val"))
-    assert (len(train), len(val)) == (4000, 1000) and train.classes == TEXTURES
-    seen = {image.tobytes() for image in train.items}
-    assert len(seen) == 4000 and not any(image.tobytes() in seen for image in val.items)
 
 
 def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatch):
-    asked = ["--embedded_images", "70", "55", "--output_dir", str(tmp_path)]
-    assert [len(images) for images in finetune.load_labelled(finetune.get_args([*asked, "--scratch"]))] == [70, 55]
-    for load, args in ((detect.load_scenes, detect.get_args(asked)), (segment.load_maps, segment.get_args(asked))):
-        found = [load(args, split, None) if load == segment.load_maps else load(args, split)[0] for split in data.SPLITS]
-        assert [len(images) for images in found] == [70, 55]
+    argv = ["--embedded_images", "70", "55", "--output_dir", str(tmp_path)]
+    train, val = finetune.load_labelled(finetune.get_args([*argv, "--scratch"]))
+    assert (len(train), len(val)) == (70, 55) and train.classes == val.classes == TEXTURES
+    assert len({image.tobytes() for images in (train, val) for image in images.items}) == 125  # the splits share none
     counts = []
-    monkeypatch.setattr(pretrain, "Run", lambda args, images, *more: counts.append(len(images)) or sys.exit())
+    monkeypatch.setattr(pretrain, "Run", lambda args, images, *_: counts.append(len(images)) or sys.exit())
     with pytest.raises(SystemExit):
-        pretrain.main(pretrain.get_args(asked))
+        pretrain.main(pretrain.get_args(argv))
     assert counts == [70]
 
 
-def test_a_shape_is_larger_than_its_clutter_and_differs_from_its_ground(monkeypatch):
-    """Of three shapes in a picture the first two are clutter. The same pictures are drawn with some of them left out."""
-    distance = data._distance
+# --- files ------------------------------------------------------------------------------------------------------------
 
-    def draw(*shapes):
-        asked = iter(range(3 * len(data.SHAPES)))  # once for every kind of shape, three times over
-        monkeypatch.setattr(
-            data, "_distance", lambda *args: distance(*args) if next(asked) // 10 in shapes else np.ones_like(args[1])
-        )
-        return draw_images(50, seed=0)[0].astype(int)
-
-    ground = draw()
-    seen = [
-        abs(draw(shape) - ground).max(axis=3) for shape in range(3)
-    ]  # (n, H, W): how far a shape's pixels are from the ground's
-    small, other, main = ((difference > 8).mean(axis=(1, 2)) for difference in seen)  # (n,): the share of the picture
-    assert main.min() > 0.05 and main.max() < 0.3 and max(small.max(), other.max()) < 0.04 and min(small.min(), other.min()) > 0.005
-    assert (main > 2 * np.maximum(small, other)).all()
-    assert all(difference[difference > 8].mean() > 60 for difference in seen[2])  # of 255 levels
+MODES = "jpg RGB,JPEG L,jpeg CMYK,png P,png RGBA,png LA,png 1,png I;16,webp RGB,bmp RGB,tif L,tiff F,gif P,avif L"
+MODES = [(*pair.split(), {}) for pair in MODES.split(",")]
+MODES += [("png", "P", {"transparency": b"\0" * 256}), ("png", "RGB", {"transparency": (0, 0, 0)})]
 
 
-# --- folders
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "options"),
-    [
-        ("a.jpg", "RGB", {}),
-        ("a.JPEG", "L", {}),
-        ("a.jpeg", "CMYK", {}),
-        ("a.png", "P", {}),
-        ("a.png", "P", {"transparency": b"\0" * 256}),
-        ("a.png", "RGB", {"transparency": (0, 0, 0)}),
-        ("a.png", "RGBA", {}),
-        ("a.png", "LA", {}),
-        ("a.png", "1", {}),
-        ("a.png", "I;16", {}),
-        ("a.webp", "RGB", {}),
-        ("a.bmp", "RGB", {}),
-        ("a.tif", "RGB", {}),
-        ("a.tiff", "F", {}),
-        ("a.gif", "P", {}),
-    ],
-)
-def test_every_format_and_mode_becomes_rgb(tmp_path, name, mode, options):
+@pytest.mark.parametrize(("suffix", "mode", "options"), MODES)
+def test_every_format_and_mode_becomes_rgb(tmp_path, suffix, mode, options):
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
     if mode == "I;16":
-        Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / name)
+        Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / "a.png")
     else:
-        save_noise(tmp_path / name, mode=mode, **options)
-    image, label, failed = folder(tmp_path)[0, 0]
-    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and (label, failed) == (-1, -1)
+        save_noise(tmp_path / f"a.{suffix}", mode=mode, **options)
+    images = folder(tmp_path)
+    image, label = images[0, 0]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8 and label == -1 and not images.unreadable.any()
     assert 40 < image.float().mean() < 215 and image.float().std() > 5
 
 
-def test_sixteen_bit_images_keep_their_gradation(tmp_path):
-    Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "a.png")
-    image, _, _ = folder(tmp_path)[0, 0]
-    assert torch.equal(image[0].flatten(), torch.arange(256, dtype=torch.uint8))
-
-
-def test_nested_flat_and_class_folders(tmp_path):
-    for name in ("b.jpg", "deep/er/a.png", "ünï cödé\n'x'.jpg", "note.txt"):
-        save_noise(tmp_path / "flat" / name) if not name.endswith("txt") else (tmp_path / "flat" / name).write_text("")
-    flat = folder(tmp_path / "flat")
-    assert len(flat) == 3 and flat.labels is None
-    for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/..data/z.jpg", "val/cat/w.jpg"):
-        save_noise(tmp_path / "classes" / name)
-    train, val = folder(tmp_path / "classes"), folder(tmp_path / "classes", split="val")
-    assert train.classes == ["..data", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
-    assert [train[0, i][1] for i in range(3)] == [0, 1, 2]
-
-
-def test_links_are_followed_but_never_in_circles(tmp_path):
-    save_noise(tmp_path / "real/a.jpg")
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/link").symlink_to(tmp_path / "real")
-    (tmp_path / "real/loop").symlink_to(tmp_path / "images")
-    assert len(folder(tmp_path / "images")) == 1
+def test_images_keep_gradation_and_orientation_as_stored_and_their_first_frame(tmp_path):
+    Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "16bit.png")
+    assert np.asarray(data.open_rgb(str(tmp_path / "16bit.png")))[..., 0].flatten().tolist() == list(range(256))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    save_noise(tmp_path / "turned.jpg", exif=exif)
+    assert data.open_rgb(str(tmp_path / "turned.jpg")).size == (40, 30)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert data.open_rgb(str(tmp_path / "moving.gif")).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(("name", "side"), [("a.jpg", 512), ("a.jpg", 16), ("a.png", 512), ("grey.jpg", 512)])
 def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, name, side, monkeypatch):
-    ramp = np.linspace(0, 255, side)
-    waves = 40 * np.sin(np.arange(side) / side * 10)
-    pixels = np.stack([np.add.outer(ramp, waves), np.add.outer(waves, ramp), np.add.outer(-ramp + 255, waves)], axis=-1)
+    ramp, waves = np.linspace(0, 255, side), 40 * np.sin(np.arange(side) / side * 10)
+    pixels = np.stack([np.add.outer(*pair) for pair in ((ramp, waves), (waves, ramp), (255 - ramp, waves))], axis=-1)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("L" if "grey" in name else "RGB")
     image.save(tmp_path / name, quality=95)
-    images, decoded = folder(tmp_path, transform=pretrain_transform(32)), []
-    original = data.to_rgb
-    monkeypatch.setattr(data, "to_rgb", lambda image: decoded.append(image.width) or original(image))
+    images, widths, to_rgb = folder(tmp_path, pretrain_transform(32)), [], data.to_rgb
+    monkeypatch.setattr(data, "to_rgb", lambda image: widths.append(image.width) or to_rgb(image))
     for epoch in range(20):
-        found = images[epoch, 0][0].float()
+        crop = images[epoch, 0][0].float()
         torch.manual_seed(mix_seed("crop", 0, epoch, 0))
-        wanted = pretrain_transform(32)(Image.open(tmp_path / name).convert("RGB")).float()
-        assert (found - wanted).abs().mean() < 4
+        expected = pretrain_transform(32)(Image.open(tmp_path / name).convert("RGB")).float()
+        assert (crop - expected).abs().mean() < 4
         if "png" in name or side == 16:
-            assert torch.equal(found, wanted)
-    assert set(decoded) == ({side} if "png" in name or side == 16 else {64, 128})  # never less than 32 pixels of crop
+            assert torch.equal(crop, expected)
+    assert set(widths) == ({side} if "png" in name or side == 16 else {64, 128})
 
 
-def test_an_unreadable_image_is_replaced_named_and_counted(tmp_path, capsys):
-    for i in range(200):
-        save_noise(tmp_path / f"{i:03}.jpg")
-    (tmp_path / "007.jpg").write_bytes((tmp_path / "007.jpg").read_bytes()[:300])
-    images = folder(tmp_path)
-    assert images[0, 7][2] == 7 and torch.equal(images[0, 7][0], images[0, 8][0]) and images[0, 8][2] == -1
-    unreadable = Unreadable(images)
-    for _ in range(2):
-        unreadable.note(torch.tensor([-1, 7]))
-    assert capsys.readouterr().err.count("007.jpg") == 1
-    unreadable.check(ALONE)
-    unreadable.note(torch.arange(20, 29))
-    unreadable.check(ALONE)  # ten may be a small folder's share of bad luck
-    unreadable.note(torch.tensor([3]))
-    with pytest.raises(UserError, match=r"11 of 200 images cannot be read, more than ten and 1%"):
-        unreadable.check(ALONE)
+def test_a_crop_is_never_decoded_smaller_than_its_output(tmp_path, monkeypatch):
+    Image.fromarray(noise(512, 512, 3)).save(tmp_path / "a.jpg")
+    boxes, crop = [], data.v2.RandomResizedCrop(32)
+    monkeypatch.setattr(crop, "make_params", lambda _: dict(top=0, left=0, height=130, width=500))
+    monkeypatch.setattr(crop, "transform", lambda image, box: boxes.append(box))
+    data.open_rgb(str(tmp_path / "a.jpg"), crop)
+    assert boxes[0]["height"] == 32 and boxes[0]["width"] == 125
 
 
-# --- held on the device
+PROBLEMS = {
+    "empty": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:700]), "(image file is truncated|broken data)"),
+    "no image": (lambda path: path.write_text("hello"), "cannot identify"),
+    "missing": (lambda path: path.unlink(), "no such file"),
+    "bomb": (lambda path: save_noise(path, size=(60, 30)), ".*exceeds limit of 1600 pixels"),
+}
 
 
-@pytest.mark.parametrize("size", [24, 32, 48])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_held_images_are_the_loaders_to_rounding(stage, size):
-    transform = pretrain_transform(size) if stage == "pretrain" else training_transform(size, STATISTICS["embedded"])
-    images = load_images("embedded", None, "val", transform, seed=5)
-    held = data.HeldImages(images, torch.device("cpu"))
-    places = [(3, index) for index in range(0, 1000, 10)]
-    loaded, rendered = (
-        torch.cat([source.render(batch) for batch, _, _ in make_loader(source, [places[:50], places[50:]], workers, False)]).float()
-        for source, workers in ((images, 0), (held, 1))
-    )
-    assert rendered.shape == loaded.shape and [held[place][1:] for place in places] == [images[place][1:] for place in places]
-    difference = (rendered - loaded).abs()
-    assert difference.mean() < 0.3 and (difference <= 1).float().mean() > 0.99  # Pillow rounds twice, and clips between
-    mirrored = rendered.flip(3)
-    assert (mirrored - loaded).abs().mean() > 10
-
-
-def test_only_what_is_cropped_and_flipped_in_memory_is_held(tmp_path):
-    save_noise(tmp_path / "a.png")
-    device = torch.device("cpu")
-    statistics = STATISTICS["embedded"]
-    assert not data.HeldImages.fit(folder(tmp_path, pretrain_transform(16)))
-    images = load_images("embedded", None, "val", None)
-    for fit, transform in (
-        (True, training_transform(16, statistics)),
-        (False, training_transform(16, statistics, aa="rand-m9-mstd0.5-inc1")),
-        (False, training_transform(48, statistics, color_jitter=0.4)),
-        (False, training_transform(48, statistics, reprob=0.25)),
-        (False, training_transform(48, statistics, interpolation="bilinear")),
-        (False, center_transform(16)),
-        (False, None),
-    ):
-        images.transform = transform
-        assert data.HeldImages.fit(images) == fit
-        assert (
-            data.hold_on_device(images, argparse.Namespace(hold_data=None), device) is images
-        )  # CPUs keep the loader unless told otherwise
-        if fit:
-            assert isinstance(data.hold_on_device(images, argparse.Namespace(hold_data=True), device), data.HeldImages)
-        else:
-            with pytest.raises(UserError, match="hold_data"):
-                data.hold_on_device(images, argparse.Namespace(hold_data=True), device)
-
-
-# --- CIFAR
-
-
-@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
-def test_cifar_comes_from_torchvision_with_its_own_statistics(name, classes, monkeypatch):
-    class Fake:
-        def __init__(self, root, train, download):
-            self.data = np.zeros((5, 32, 32, 3), dtype=np.uint8)
-            self.targets, self.classes = [0, 1, 2, 3, 4], [str(k) for k in range(classes)]
-
-    monkeypatch.setattr(data.datasets, "CIFAR10", Fake)
-    monkeypatch.setattr(data.datasets, "CIFAR100", Fake)
-    images = load_images(name, None, "train", center_transform(32))
-    assert images.statistics == data.STATISTICS[name] and len(images.classes) == classes
-    assert images[0, 4][1] == 4
-
-
-def test_cifar_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(data.datasets, "CIFAR10", refuse)
-    with pytest.raises(UserError, match="cifar10 is not in .*no network"):
-        load_images("cifar10", str(tmp_path), "train", None)
-
-
-# --- randomness and loaders
-
-
-@pytest.mark.parametrize("transform", [pretrain_transform(16), training_transform(16, ()), training_transform(40, ())])
-def test_half_of_the_crops_are_mirrored(transform):
-    ramp = np.arange(48, dtype=np.uint8)[None, None, :, None].repeat(48, axis=1).repeat(3, axis=3)  # brighter to the right
-    images = Images(ramp, None, None, transform, None)
-    mirrored = sum(crop[..., :8].sum() > crop[..., -8:].sum() for crop, _, _ in (images[epoch, 0] for epoch in range(400)))
-    assert 150 < mirrored < 250  # 200 and five standard deviations of 10
-
-
-def test_a_crop_depends_on_seed_epoch_and_index_alone():
-    images = load_images("embedded", None, "val", pretrain_transform(32), seed=5)
-    first = images[2, 11][0]
-    torch.manual_seed(123)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_next_replaces_an_unreadable_image(tmp_path, capsys, monkeypatch, recwarn, problem, suffix):
+    paths = [tmp_path / f"{k}.{suffix}" for k in range(3)]
+    for path in paths:
+        save_noise(path)
+    damage, reason = PROBLEMS[problem]
+    damage(paths[1])
+    images = Images([*map(str, paths)], [0, 1, 2], list("abc"), pretrain_transform(16), IMAGENET, seed=5)
     state = torch.get_rng_state()
-    assert torch.equal(images[2, 11][0], first)
-    assert torch.equal(torch.get_rng_state(), state)  # and leaves the global generator alone
-    assert not torch.equal(images[3, 11][0], first)
-    images.seed = 6
-    assert not torch.equal(images[2, 11][0], first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 800)  # of more Pillow warns, twice as many it refuses
+        samples = [images[3, 1] for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state) and not recwarn.list
+    torch.manual_seed(mix_seed("crop", 5, 3, 1))  # the draws are those of seed, epoch and index, whatever is read
+    expected = pretrain_transform(16)(Image.open(paths[2]).convert("RGB"))
+    assert all(torch.equal(image, expected) and label == 2 for image, label in samples)
+    assert images.unreadable.tolist() == [False, True, False]
+    assert re.fullmatch(rf"warning: cannot read {paths[1]} \({reason}.*\)\n", capsys.readouterr().err)
 
 
-def test_any_number_of_workers_gives_the_same_batches(tmp_path):
+def test_images_of_which_none_can_be_read_are_refused(tmp_path):
+    for k in range(20):
+        (tmp_path / f"{k:02}.png").touch()
+    with pytest.raises(UserError, match=r"none of 7 images tried can be read, such as .*00\.png \(cannot identify"):
+        folder(tmp_path)
+    save_noise(tmp_path / "03.png")  # the second that is tried
+    assert len(folder(tmp_path)) == 20
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_nested_flat_and_class_folders(tmp_path):
+    for name in ("b.jpg", "deep/er/a.png", "ünï cödé\n'x'.jpg"):
+        save_noise(tmp_path / "flat" / name)
+    flat = folder(tmp_path / "flat")
+    assert len(flat) == 3 and flat.labels is None
+    with pytest.raises(UserError, match=r"b.jpg lies in no class folder.*train/<class>/"):
+        data.check_labels(flat)
+    for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/..data/z.jpg", "val/cat/w.jpg"):
+        save_noise(tmp_path / "classes" / name)
+    train, val = (folder(tmp_path / "classes", split=split) for split in ("train", "val"))
+    assert train.classes == ["..data", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
+    assert [train[0, i][1] for i in range(3)] == [0, 1, 2]
+    data.check_classes(["b", "a"], ["a", "b"])
+    for images, message in (
+        (train, "lack the class ..data, dog .2 in all"),
+        (val, "have an unknown class ..data, dog"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.check_classes(images.classes, (val if images is train else train).classes)
+
+
+def test_links_are_followed_once_and_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
+    for name in ("real", "images", "images/closed"):
+        save_noise(tmp_path / name / "a.png")
+    (tmp_path / "images/link").symlink_to(tmp_path / "real")
+    (tmp_path / "real/loop").symlink_to(tmp_path / "images")
+    assert len(folder(tmp_path / "images")) == 3
+    walk = data.os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    monkeypatch.setattr(data.os, "scandir", refuse)  # root may read everything
+    assert [Path(path).parent.name for path in data.list_images(tmp_path / "images")] == ["images", "link"]
+    error = f"warning: cannot read the folder {tmp_path / 'images/closed'} (Permission denied)\n"
+    assert capsys.readouterr().err == error
+
+
+def test_files_of_other_kinds_are_counted_in_one_line_and_litter_is_not(tmp_path, capsys):
+    for name in ("a.jpg", "b.PNG"):
+        save_noise(tmp_path / name)
+    litter = (".DS_Store", ".hidden.txt", "._a.jpg", "Thumbs.db", "desktop.ini")
+    for name in ("1.heic", "2.HEIC", "deep/3.heic", "c.mov", "d.mov", "README", *litter):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no image")
+    for _ in range(2):  # once to train with and once to draw, say
+        assert len(data.list_images(tmp_path)) == 2
+    assert capsys.readouterr().out == f"{tmp_path}: 2 images; not read: 3 .heic, 2 .mov, 1 without a suffix\n"
+    with pytest.raises(UserError, match="no images under .*deep, but 1 .heic; .*convert others, such as HEIC, to JPEG"):
+        folder(tmp_path / "deep")
+    with pytest.raises(UserError, match="--predict nowhere does not exist"):
+        data.find_images([str(tmp_path / "a.jpg"), "nowhere"])
+    paths = [str(tmp_path / "b.PNG"), str(tmp_path)]  # in the order given, a file twice if it is given twice
+    assert [Path(path).name for path in data.find_images(paths)] == ["b.PNG", "a.jpg", "b.PNG"]
+
+
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_validation_beside_train_is_taken_for_val_and_said(tmp_path, capsys, name):
+    for path in (
+        f"split/{name}/a",
+        "split/train/a",
+        f"classes/{name}",
+        "classes/broken",
+        "test/train/a",
+        "test/test/a",
+    ):
+        save_noise(tmp_path / path / "a.png")
+    root = tmp_path / "split"
+    assert folder(root, split="val").items == [str(root / name / "a/a.png")]
+    assert capsys.readouterr().out == f"{root / name} is taken for {root / 'val'}, which is not there\n"
+    save_noise(root / "val/a/b.png")
+    assert folder(root, split="val").items == [str(root / "val/a/b.png")]
+    assert folder(tmp_path / "classes", split="val").classes == ["broken", name]
+    with pytest.raises(UserError, match=r"a folder .*train and none named val; add it, name .* --holdout 0.2"):
+        folder(tmp_path / "test", split="val")
+    for path, problem in (("nowhere", "does not exist"), ("split/train/a/a.png", "is not a directory")):
+        with pytest.raises(UserError, match=problem):
+            folder(tmp_path / path)
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------------------------
+
+
+CIFAR = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_cifar_comes_from_torchvision_with_its_own_statistics(name, monkeypatch):
+    def fake(root, train, download):
+        if root != "data":
+            raise RuntimeError("no network")
+        return argparse.Namespace(data=noise(5 + train, 32, 32, 3), targets=list(range(5 + train)), classes=["c"] * 7)
+
+    monkeypatch.setattr(data.datasets, name.upper(), fake)
+    train, val = (load_images(name, None, split, data.center_transform(32)) for split in ("train", "val"))
+    assert train.statistics == CIFAR[name] and len(train.classes) == 7 and (len(train), len(val)) == (6, 5)
+    image, label = train[0, 4]
+    assert label == 4 and np.array_equal(image.permute(1, 2, 0), noise(6, 32, 32, 3)[4])
+    with pytest.raises(UserError, match=f"{name} is not in elsewhere and could not be downloaded .no network"):
+        load_images(name, "elsewhere", "train", None)
+
+
+# --- randomness and loaders -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [pretrain_transform(16), augmentation.training_transform(16, ()), augmentation.training_transform(40, ())],
+)
+def test_half_of_the_crops_are_mirrored(transform):
+    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None], (1, 48, 48, 3))  # brighter to the right
+    images = Images(ramp, None, None, transform, IMAGENET)
+    crops = (images[epoch, 0][0] for epoch in range(400))
+    assert 150 < sum(bool(crop[..., :8].sum() > crop[..., -8:].sum()) for crop in crops) < 250  # five std of 10
+
+
+def test_any_number_of_workers_gives_the_same_batches_and_reports_the_same_replacements(tmp_path):
     for i in range(12):
-        save_noise(tmp_path / f"{i}.jpg")
-    images = folder(tmp_path, pretrain_transform(16))
+        save_noise(tmp_path / f"{i:02}.jpg")
+    (tmp_path / "11.jpg").write_text("no image")  # the last one's replacement is the first
     runs = []
     for workers in (0, 2):
+        images = folder(tmp_path, pretrain_transform(16))
         sampler = EpochSampler(len(images), 4, 0, 1, seed=1)
-        loader = make_loader(images, sampler, workers, False)
-        epochs = []
+        loader, epochs = make_loader(images, sampler, workers), []
         for sampler.epoch in range(2):
-            epochs.append(torch.stack([batch[0] for batch in loader]))
+            epochs.append(torch.stack([pixels for pixels, _ in loader]))
+            readable = [images.readable(batch).tolist() for batch in sampler]
+            assert readable == [[index != 11 for _, index in batch] for batch in sampler]
         runs.append(torch.stack(epochs))
     assert torch.equal(*runs) and not torch.equal(runs[0][0], runs[0][1])
 
 
 def test_the_order_is_the_same_however_it_is_divided():
-    def order(batch_size, world_size, length=26, first=0):
+    def order(batch_size, world_size, length=26, first=0, epoch=3):
         samplers = [EpochSampler(length, batch_size, rank, world_size, seed=1) for rank in range(world_size)]
         for sampler in samplers:
-            sampler.epoch, sampler.first_batch = 3, first
+            sampler.epoch, sampler.first_batch = epoch, first
         return [index for batches in zip(*samplers) for batch in batches for _, index in batch]
 
     whole = order(8, 1)
     assert len(whole) == len(set(whole)) == 24
     assert order(4, 2) == order(2, 4) == order(2, 1)[:24] == whole
     assert order(4, 2, first=1) == whole[8:]  # continued after one batch of each
-    assert order(8, 1, length=25) != whole
+    assert order(8, 1, length=25) != whole != order(8, 1, epoch=4)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(seed: int = 0, length: int = 60) -> Images:
+    """Numbered images of three classes: the number's remainder."""
+    items = np.arange(length, dtype=np.uint8).reshape(length, 1, 1, 1)
+    return Images(items, [k % 3 for k in range(length)], ["a", "b", "c"], None, None, seed)
+
+
+def numbers(images: Images) -> set[int]:
+    values = images.items.flatten().tolist()
+    assert [value % 3 for value in values] == images.labels and images.classes == ["a", "b", "c"]
+    return set(values)
+
+
+def test_few_labels_are_balanced_seeded_and_nested():
+    def choose(count, seed):
+        subset = data.few_labels(labelled(7), count, seed)
+        assert subset.seed == 7 and [subset.labels.count(k) for k in range(3)] == [count] * 3
+        return numbers(subset)
+
+    assert choose(4, 0) == choose(4, 0) < choose(9, 0)
+    assert choose(4, 1) != choose(4, 0)
+    with pytest.raises(UserError, match="--labels_per_class 21 is more than the 20"):
+        data.few_labels(labelled(), 21, 0)
+
+
+def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
+    train, held = data.split_holdout(labelled(7), 0.2)
+    assert train.seed == held.seed == 7
+    assert numbers(train) | numbers(held) == set(range(60)) and not numbers(train) & numbers(held)
+    assert [held.labels.count(k) for k in range(3)] == [4] * 3
+    assert numbers(data.split_holdout(labelled(1), 0.2)[1]) == numbers(held) != set(range(12))
+    for fraction, count in ((0.01, 0), (1.0, 60)):
+        with pytest.raises(UserError, match=f"--holdout {fraction} of 60 images is {count}"):
+            data.split_holdout(labelled(), fraction)
+
+
+# --- transforms -------------------------------------------------------------------------------------------------------
 
 
 def test_normalise_and_denormalise_are_inverse():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    x = data.normalise(pixels, data.STATISTICS["folder"], torch.device("cpu"))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in data.STATISTICS["folder"])
-    torch.testing.assert_close(x, (pixels / 255 - mean) / std)
-    torch.testing.assert_close(data.denormalise(x, data.STATISTICS["folder"]), pixels / 255, rtol=0, atol=1e-6)
+    assert data.STATISTICS["folder"] == IMAGENET
+    imgs, _ = Images([], None, None, None, IMAGENET).on_device(pixels, torch.arange(2), CPU)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    torch.testing.assert_close(imgs, (pixels / 255 - mean) / std)
+    torch.testing.assert_close(data.denormalise(imgs, IMAGENET), pixels / 255, rtol=0, atol=1e-6)
+    assert data.denormalise(torch.full((1, 3, 1, 1), 99.0), IMAGENET).max() == 1
+
+
+def test_random_crops_keep_the_papers_fractions_of_the_area():
+    assert tuple(pretrain_transform(224).transforms[0].scale) == (0.2, 1.0)
+    assert tuple(augmentation.training_transform(224, IMAGENET).transforms[0].scale) == (0.08, 1.0)
+    assert tuple(augmentation.training_transform(224, IMAGENET, min_crop=0.03).transforms[0].scale) == (0.03, 1.0)
+    for transform in (pretrain_transform(224), augmentation.training_transform(224, IMAGENET)):
+        assert transform.transforms[0].interpolation == InterpolationMode.BICUBIC
+
+
+@pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
+def test_erased_rectangles_hold_noise_one_colour_or_the_mean(remode):
+    mean, std = ((0.5, 0.4, 0.3), (0.05, 0.05, 0.05)) if remode == "const" else ((0.5, 0.5, 0.5), (0.1, 0.1, 0.1))
+    erase, values = augmentation.EraseBytes((mean, std), remode, 4), []
+    assert erase.scale == pytest.approx((0.02 / 4, 1 / 12))
+    for seed in range(150):
+        torch.manual_seed(seed)
+        image = erase(torch.zeros(3, 40, 40, dtype=torch.uint8))
+        erased = image[:, image.sum(0) > 0].double() / 255  # (3, area)
+        assert 0.004 < erased.shape[1] / 1600 < 0.1 and (remode == "pixel" or (erased == erased[:, :1]).all())
+        values.append(erased if remode == "pixel" else erased[:, :1])
+    values = torch.cat(values, dim=1)
+    torch.testing.assert_close(values.mean(1), torch.tensor(mean).double(), rtol=0, atol=0.02)
+    assert values.std(1).tolist() == pytest.approx([0 if remode == "const" else 0.1] * 3, abs=0.015)
+
+
+def test_evaluation_crops_below_384_and_warps_from_there_on():
+    pixels = np.zeros((256, 512, 3), dtype=np.uint8)
+    pixels[:, :64] = 255  # visible only when the whole image is warped
+    image = Image.fromarray(pixels)
+    crop, warped = (data.evaluation_transform(size)(image) for size in (224, 384))
+    assert crop.shape == (3, 224, 224) and not crop.any() and warped.shape == (3, 384, 384) and warped[:, :, :40].all()
+    assert not data.evaluation_transform(224, crop_pct=1.0)(image).any()  # no wider than high, whatever the fraction
+    assert data.evaluation_transform(32)(image)[:, :, :3].all()  # as training at that size
+    assert data.describe_evaluation(384, 0.75, "x") == "at 384 px (the centre of a short side of 512), normalised as x"
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, None), (224, 1.0), (224, 0.95), (96, None), (48, 1.0)])
+def test_evaluation_keeps_the_aspect_below_384_as_the_authors_code_does(size, crop_pct):
+    image = Image.fromarray(noise(300, 451, 3))
+    short = int(size / (crop_pct or 224 / 256))
+    resized = image.resize((int(short * 451 / 300), short), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - size) / 2), round((short - size) / 2)
+    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
+    assert np.array_equal(data.evaluation_transform(size, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_strip_is_trimmed_and_its_centre_stays_what_it_was():
+    assert data.trim(Image.new("RGB", (3, 5000))).size == (3, 48)  # a whole line, scaled up, would fill the memory
+    strip = Image.fromarray(noise(4, 600, 3))
+    scaled = strip.resize((2400, 16), Image.Resampling.BICUBIC).crop((1192, 0, 1208, 16))
+    assert np.array_equal(data.center_transform(16)(strip).permute(1, 2, 0), np.asarray(scaled))
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "original", "trivial"])
+def test_automatic_augmentation_fills_with_the_mean_colour_and_resamples_as_crops_are(name):
+    flat = Image.new("RGB", (24, 24), data.GREY)
+    stripes = Image.fromarray(np.repeat((np.arange(24) % 2 * 255).astype(np.uint8)[None, :, None], 24, 0).repeat(3, 2))
+    differences = 0
+    for seed in range(60):
+        arrays = []
+        for mode, image in (("bicubic", flat), ("bicubic", stripes), ("nearest", stripes)):
+            torch.manual_seed(seed)
+            transform = augmentation.automatic_augmentation(name, IMAGENET[0], InterpolationMode(mode))
+            arrays.append(np.asarray(transform(image)).reshape(-1, 3))
+        assert len(np.unique(arrays[0], axis=0)) == 1  # whatever moves
+        differences += not np.array_equal(arrays[1], arrays[2])
+    assert differences > 5
+
+
+def test_randaugment_is_timms_and_unknown_augmentations_are_refused():
+    image = Image.fromarray(np.random.default_rng(0).integers(60, 200, size=(24, 24, 3), dtype=np.uint8))
+    augment = partial(augmentation.automatic_augmentation, mean=IMAGENET[0], interpolation=InterpolationMode.BICUBIC)
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    name = "rand-m9-n2-mstd0-inc1"  # timm fails where its std leads to posterising to no bits at all
+    theirs = auto_augment.rand_augment_transform(name, dict(translate_const=10, img_mean=data.GREY))
+    alone = [sum(transform(image) == image for _ in range(400)) / 400 for transform in (theirs, augment(name))]
+    assert alone[0] == pytest.approx(0.25, abs=0.06) and alone[1] == pytest.approx(alone[0], abs=0.1)
+    (operation,) = augment("rand-m7-n1").transforms[0].transforms
+    assert (operation.magnitude, operation.num_magnitude_bins, operation.num_ops) == (21, 31, 1)
+    assert len(augment("rand-m9-n3").transforms) == 3
+    for name, problem in (("rand-m11", "both end at 10"), ("rand-n0", "n begins at 1"), ("augmix", "choose rand-m9")):
+        with pytest.raises(UserError, match=problem):
+            augment(name)
+
+
+MIXING = [(0.8, 0.0, 1, 0.5), (0.0, 1.0, 1, 0.5), (0.8, 1.0, 1, 0.5), (0.8, 1.0, 0.5, 0.2), (0.0, 0.0, 1, 0.5)]
+
+
+@pytest.mark.parametrize(("mixup", "cutmix", "prob", "switch"), MIXING)
+def test_mixed_targets_are_fractions_that_match_the_pixels(mixup, cutmix, prob, switch):
+    args = argparse.Namespace(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_switch_prob=switch)
+    mix, labels = augmentation.mixing(args, classes=4), torch.arange(4)
+    imgs = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).contiguous()  # channel c is the fraction of image c
+    mixed = cuts = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        x, y = mix(imgs, labels)
+        if y.ndim == 1:
+            assert torch.equal(x, imgs) and torch.equal(y, labels)
+            continue
+        mixed += 1
+        cuts += bool(((x == 0) | (x == 1)).all())
+        torch.testing.assert_close(y.sum(dim=1), torch.ones(4))
+        torch.testing.assert_close(x.mean(dim=(2, 3)), y, atol=1e-5, rtol=0)
+    assert mixed / 200 == pytest.approx(prob if mixup or cutmix else 0, abs=0.1 * (prob < 1))
+    assert cuts / max(mixed, 1) == pytest.approx((switch if mixup else 1) if cutmix else 0, abs=0.15)

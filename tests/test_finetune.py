@@ -1,44 +1,46 @@
-"""Claims about finetune.py."""
+"""Claims about finetune.py, plumbing/scores.py, plumbing/optim.py and plumbing/recipes.py."""
 
-import random
+import argparse
+import csv
+import io
+import json
+import math
+import os
 import re
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stress
 import torch
-from helpers import assert_equal, call_at, picture_folder, small
-from helpers import run as run_script
+from helpers import CPU, TINY, assert_equal, image_folder, randomised, run, small, words
 from PIL import Image
-from stress import fork, untimed, wait
-from timm.data import auto_augment
-from torchvision.transforms import InterpolationMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import finetune
-from data import (
-    STATISTICS,
-    Images,
-    automatic_augmentation,
-    draw_images,
-    evaluation_transform,
-    few_labels,
-    training_transform,
-)
+import plumbing.scores
+import pretrain
+import weights
+from data import Images, evaluation_transform
 from model import MODELS, ConvNeXt
-from plumbing.files import load_file, save_tensors
-from plumbing.log import RunLog, read_log
-from plumbing.optim import averaged, layer_groups, layer_id
-from plumbing.script import UserError
+from plumbing import dist, plots
+from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
+from plumbing.scores import write_by_class
+from plumbing.shapes import draw_images
+from plumbing.tasks import averaged, layer_groups, layer_id, make_optimizer
 
-ROOT = Path(__file__).parent.parent
+CLASSES = ["dots", "rings", "stripes"]
+MEAN, STD = (np.array(values, np.float32) for values in data.STATISTICS["folder"])
+train = partial(run, finetune)
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Three classes: 12 training images and 7 validation images in class folders."""
-    return picture_folder(tmp_path_factory.mktemp("shapes"), train=12, val=7)
+    return image_folder(tmp_path_factory.mktemp("images"), train=12, val=7)
 
 
 @pytest.fixture(scope="module")
@@ -51,354 +53,525 @@ def encoder(tmp_path_factory) -> Path:
     return path
 
 
-run = partial(run_script, finetune)
+def get_args(**flags) -> argparse.Namespace:
+    return finetune.get_args(words(**flags))
 
 
-# --- recipes, layers, optimiser
-
-# The published table, column by column as it is printed: A F P N T B L H.
-IN1K = """
-blr 2e-4 2e-4 2e-4 2e-4 8e-4 6.25e-4 6.25e-4 1.25e-3
-epochs 600 600 600 600 300 100 100 50
-warmup_epochs 0 0 0 0 40 20 20 10
-weight_decay .3 .05 .3 .3 .05 .05 .05 .05
-layer_decay .9 .9 .9 .9 .9 .6 .6 .75
-drop_path .1 0 0 .1 .2 .1 .2 .3
-mixup 0 .3 .3 .5 .8 .8 .8 .8
-cutmix 0 .3 .3 .5 1 1 1 1
-smoothing .2 .2 .2 .2 .1 .1 .1 .1
-"""
-IN22K_TO_IN1K = """
-layer_decay .9 .9 .8 .8 .85
-drop_path .1 .1 .2 .3 .5
-epochs 90 90 30 30 30
-"""
+def use(task: str, checkpoint: Path, *paths, **flags) -> None:
+    """Evaluate or predict with a checkpoint."""
+    finetune.main(finetune.get_args([task, *map(str, paths), *words(resume=checkpoint, device="cpu", **flags)]))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "sizes", "table"),
-    [
-        ("in1k", "atto femto pico nano tiny base large huge", IN1K),
-        ("in22k_to_in1k", "nano tiny base large huge", IN22K_TO_IN1K),
-        (
-            "in22k",
-            "nano tiny base large huge",
-            "layer_decay .9 .9 .8 .8 .8\ndrop_path 0 0 .1 .1 .3\nblr 2.5e-4 2.5e-4 2.5e-4 2.5e-4 2.5e-4",
-        ),
-    ],
-)
-def test_recipes_equal_the_published_tables(recipe, sizes, table):
-    for line in table.strip().splitlines():
-        name, *values = line.split()
-        for size, value in zip(sizes.split(), values):
-            args = finetune.get_args(["--recipe", recipe, "--model", f"convnextv2_{size}", "--data_path", "x"])
-            assert getattr(args, name) == float(value), (size, name)
+def read_log(directory: Path, key: str = "lr") -> list[dict]:
+    """The log's records that have a key: "lr" of updates, "val_top1" of evaluations."""
+    records = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
+    return [record for record in records if key in record]
 
 
-def test_a_recipe_is_complete_and_flags_win():
-    args = finetune.get_args(
-        [
-            "--recipe",
-            "in1k",
-            "--model",
-            "convnextv2_base",
-            "--data_path",
-            "x",
-            "--mixup",
-            "0.1",
-            "--epochs",
-            "7",
-            "--warmup_epochs",
-            "1",
-        ]
-    )
-    assert (args.mixup, args.epochs, args.cutmix, args.layer_decay_type, args.model_ema) == (0.1, 7, 1.0, "group", True)
-    assert (args.reprob, args.aa, args.min_lr, args.model_ema_decay, args.opt_betas) == (
-        0.25,
-        "rand-m9-mstd0.5-inc1",
-        1e-6,
-        0.9999,
-        (0.9, 0.999),
-    )
+def read_table(path: Path) -> list[dict]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def test_head_scale_follows_the_start():
-    assert finetune.get_args(["--data_path", "x"]).head_init_scale == 1.0
-    assert finetune.get_args(["--data_path", "x", "--head_init_scale", "0.5"]).head_init_scale == 0.5
+# --- recipes ----------------------------------------------------------------------------------------------------------
 
-
-# Written out by hand from the rule: id of downsample layer i, then of the blocks of stage i.
-SINGLE = {
-    "atto": ([1, 3, 5, 11], [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]], 13),
-    "tiny": ([1, 4, 7, 16], [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18]], 19),
-    "base": ([1, 4, 7, 34], [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]], 37),
+# The published tables, column by column as they are printed.
+TABLES = {
+    "in1k": """atto femto pico nano tiny base large huge; epochs 600 600 600 600 300 100 100 50
+        blr 2e-4 2e-4 2e-4 2e-4 8e-4 6.25e-4 6.25e-4 1.25e-3; warmup_epochs 0 0 0 0 40 20 20 10
+        weight_decay .3 .05 .3 .3 .05 .05 .05 .05; layer_decay .9 .9 .9 .9 .9 .6 .6 .75; drop_path .1 0 0 .1 .2 .1 .2 .3
+        mixup 0 .3 .3 .5 .8 .8 .8 .8; cutmix 0 .3 .3 .5 1 1 1 1; smoothing .2 .2 .2 .2 .1 .1 .1 .1""",
+    "in22k": """nano tiny base large huge; layer_decay .9 .9 .8 .8 .8; drop_path 0 0 .1 .1 .3
+        blr 2.5e-4 2.5e-4 2.5e-4 2.5e-4 2.5e-4""",
+    "in22k_to_in1k": """nano tiny base large huge; layer_decay .9 .9 .8 .8 .85; drop_path .1 .1 .2 .3 .5
+        epochs 90 90 30 30 30""",
 }
-GROUP = ([0, 2, 3, 12], [[1] * 3, [2] * 3, [3 + j // 3 for j in range(27)], [12] * 3], 13)
 
 
-@pytest.mark.parametrize(("size", "kind"), [("atto", "single"), ("tiny", "single"), ("base", "single"), ("base", "group")])
-def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
-    downsample, blocks, last = GROUP if kind == "group" else SINGLE[size]
-    with torch.device("meta"):
-        net = MODELS[f"convnextv2_{size}"]()
-    expected = {}
-    for name, _ in net.named_parameters():
-        part, i, j, *_ = [*name.split("."), 0, 0]
-        expected[name] = downsample[int(i)] if part == "downsample_layers" else blocks[int(i)][int(j)] if part == "stages" else last
-        assert layer_id(name, net.depths, kind) == expected[name], name
-    names = {id(p): name for name, p in net.named_parameters()}
-    seen = set()
-    for group in layer_groups(net, 0.05, 0.9, kind):
-        for p in group["params"]:
-            name = names[id(p)]
-            seen.add(name)
-            assert group["lr_scale"] == pytest.approx(0.9 ** (last - expected[name]))
-            assert group["weight_decay"] == (0.05 if p.ndim > 1 and "grn" not in name else 0.0)
-    assert seen == set(expected)
+@pytest.mark.parametrize(("recipe", "table"), TABLES.items())
+def test_recipes_equal_the_published_tables(recipe, table):
+    sizes, *rows = (row.split() for row in table.replace("\n", ";").split(";"))
+    for k, size in enumerate(sizes):
+        args = get_args(recipe=recipe, model=f"convnextv2_{size}", data_path="x")
+        assert {name: getattr(args, name) for name, *_ in rows} == {name: float(row[k]) for name, *row in rows}, size
 
 
-def test_the_moving_average_equals_a_loop():
-    net = ConvNeXt((1, 1, 1, 1), (4, 4, 4, 4), num_classes=2)
-    ema = averaged(net, decay=0.3)
-    generator, expected = torch.Generator().manual_seed(0), None
-    for t in range(6):
-        for p in net.parameters():
-            p.data = torch.randn(p.shape, generator=generator)
-        weight = net.head.weight.detach().clone()
-        decay = min(0.3, (1 + t) / (10 + t))
-        expected = weight if t == 0 else decay * expected + (1 - decay) * weight
-        ema.update_parameters(net)
-    torch.testing.assert_close(ema.module.head.weight, expected)
-
-
-@pytest.mark.parametrize(("mixup", "cutmix", "prob"), [(0.8, 0, 1), (0, 1, 1), (0.8, 1, 1), (0.8, 1, 0.5)])
-def test_mixed_targets_sum_to_one_and_match_the_pixels(mixup, cutmix, prob):
-    args = finetune.get_args(["--data_path", "x", "--mixup", str(mixup), "--cutmix", str(cutmix), "--mixup_prob", str(prob)])
-    mix = data.mixing(args, classes=4)
-    labels = torch.arange(4)
-    imgs = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).contiguous()  # channel c is the share of image c
-    mixed = 0
-    for seed in range(20):
-        torch.manual_seed(seed)
-        x, y = mix(imgs, labels)
-        if y.ndim == 1:
-            continue
-        mixed += 1
-        torch.testing.assert_close(y.sum(dim=1), torch.ones(4))
-        torch.testing.assert_close(x.mean(dim=(2, 3)), y, atol=1e-5, rtol=0)
-    assert mixed == 20 if prob == 1 else 0 < mixed < 20
-
-
-def test_no_mixing_without_alphas():
-    batch = torch.randn(4, 3, 8, 8), torch.arange(4)
-    mixed = data.mixing(finetune.get_args(["--data_path", "x"]), 4)(*batch)
-    assert all(torch.equal(a, b) for a, b in zip(mixed, batch))
-
-
-# --- data
-
-
-def test_few_labels_are_balanced_seeded_and_nested():
-    images = Images(np.arange(60, dtype=np.uint8).reshape(60, 1, 1, 1), [k % 3 for k in range(60)], ["a", "b", "c"], None, None)
-
-    def chosen(n, seed):
-        subset = few_labels(images, n, seed)
-        assert [subset.labels.count(k) for k in range(3)] == [n] * 3
-        assert [int(item.item()) % 3 for item in subset.items] == subset.labels
-        return {int(item.item()) for item in subset.items}
-
-    assert chosen(4, 0) == chosen(4, 0) < chosen(9, 0)
-    assert chosen(4, 1) != chosen(4, 0)
-    with pytest.raises(UserError, match="--labels_per_class 21 is more than the 20"):
-        few_labels(images, 21, 0)
-
-
-@pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5-inc1", "rand-m5-n1", "original", "trivial"])
-def test_training_augmentation_makes_bytes_of_the_right_size(aa):
-    statistics = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)
-    for size in (32, 40):
-        for remode in ("pixel", "rand", "const"):
-            transform = training_transform(size, statistics, aa=aa, color_jitter=0.4, reprob=1.0, remode=remode, recount=2)
-            x = transform(Image.fromarray(np.full((50, 60, 3), 7, dtype=np.uint8)))
-            assert x.shape == (3, size, size) and x.dtype == torch.uint8
-            assert (x != x[:, :1, :1]).any()
-
-
-def test_evaluation_crops_below_384_and_warps_from_there_on():
-    picture = np.zeros((256, 512, 3), dtype=np.uint8)
-    picture[:, :64] = 255  # seen only when the whole image is warped
-    small, large = (evaluation_transform(size)(Image.fromarray(picture)) for size in (224, 384))
-    assert small.shape == (3, 224, 224) and not small.any() and large.shape == (3, 384, 384) and large[:, :, :40].all()
-    assert not evaluation_transform(224, crop_pct=1.0)(Image.fromarray(picture)).any()  # no wider than high, whatever the share
-    assert evaluation_transform(32)(Image.fromarray(picture))[:, :, :3].all()  # as training at that size
-
-
-@pytest.mark.parametrize(("size", "crop_pct"), [(224, None), (224, 1.0), (224, 0.95), (96, None), (48, 1.0)])
-def test_evaluation_keeps_the_aspect_below_384_as_the_authors_code_does(size, crop_pct):
-    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(300, 451, 3), dtype=np.uint8))
-    short = int(size / (crop_pct or 224 / 256))
-    resized = picture.resize((int(short * 451 / 300), short), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((short - size) / 2)
-    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
-    assert np.array_equal(evaluation_transform(size, crop_pct)(picture).permute(1, 2, 0).numpy(), expected)
-
-
-@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "original", "trivial"])
-def test_automatic_augmentation_fills_with_the_mean_colour_and_resamples_as_crops_are(name):
-    """A picture of the mean colour has one colour whatever moves it; stripes of two colours, nearest, stay of two."""
-    mean = STATISTICS["folder"][0]
-    flat = Image.new("RGB", (24, 24), tuple(round(255 * value) for value in mean))
-    stripes = Image.fromarray(np.repeat((np.arange(24) % 2 * 255).astype(np.uint8)[None, :, None], 24, 0).repeat(3, 2))
-    differ = 0
-    for seed in range(60):
-        found = []
-        for mode, picture in (("bicubic", flat), ("bicubic", stripes), ("nearest", stripes)):
-            torch.manual_seed(seed)
-            transform = automatic_augmentation(name, mean, InterpolationMode(mode))
-            found.append(np.asarray(transform(picture)).reshape(-1, 3))
-        assert len(np.unique(found[0], axis=0)) == 1
-        differ += not np.array_equal(found[1], found[2])
-    assert differ > 5
-
-
-def test_randaugment_leaves_as_many_images_alone_as_timms():
-    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, size=(24, 24, 3), dtype=np.uint8))
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    name, mean = "rand-m9-n2-mstd0-inc1", STATISTICS["folder"][0]  # timm fails where a deviation posterises to no bits at all
-    theirs = auto_augment.rand_augment_transform(name, dict(translate_const=10, img_mean=(124, 116, 104)))
-    ours = automatic_augmentation(name, mean, InterpolationMode.BICUBIC)
-    share = {each: sum(each(picture) == picture for _ in range(400)) / 400 for each in (ours, theirs)}
-    assert share[theirs] == pytest.approx(0.25, abs=0.06) and share[ours] == pytest.approx(share[theirs], abs=0.1)
-
-
-# --- training
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(shapes, tmp_path, monkeypatch):
-    more = dict(update_freq=2, mixup=0.8, cutmix=1.0, drop_path=0.3, model_ema="true", aa="rand-m9")
-    whole = run(shapes, tmp_path / "whole", epochs=3, **more)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        call_at(patch, RunLog, "report", 5)
-        run(shapes, tmp_path / "parts", epochs=3, **more)
-    parts = run(shapes, tmp_path / "parts", epochs=3, **more)
-    for name in ("model", "model_ema"):
-        assert_equal(parts[name], whole[name])
-    assert untimed(read_log(tmp_path / "parts")) == untimed(read_log(tmp_path / "whole"))
-
-
-def test_data_held_on_the_device_train_as_loaded_ones(tmp_path, monkeypatch):
-    pictures, labels = draw_images(50, seed=0, size=32)
-    monkeypatch.setattr(
-        finetune, "load_images", lambda *args: Images(pictures, labels, tuple("abcdefghij"), None, STATISTICS["embedded"])
-    )
-    losses = {}
-    for hold in (True, False):
-        output_dir = tmp_path / str(hold)
-        run("any", output_dir, hold_data=hold, labels_per_class=1, data_set="cifar10", disable_eval=True)
-        losses[hold] = [record["loss"] for record in read_log(output_dir)]
-    assert losses[True] == pytest.approx(losses[False], rel=5e-3) and losses[True] != losses[False]
-
-
-def test_outputs_evaluation_and_prediction(shapes, tmp_path, capsys, drawn):
-    state = run(shapes, tmp_path, epochs=2, model_ema="true")
-    names = {".lock", "checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"}
-    names |= {"classes.csv", "confusion.csv", "confusion.png"}
-    assert {p.name for p in tmp_path.iterdir()} == names
-    assert min(Image.open(tmp_path / "accuracy.png").size) > 300
-    assert state["classes"] == ["dots", "rings", "stripes"] and state["config"]["nb_classes"] == 3
-    last = [record for record in read_log(tmp_path) if "val_top1" in record][-1]
-
-    finetune.main(finetune.get_args(["--eval", "--resume", str(tmp_path / "checkpoint-2.pth"), "--data_path", str(shapes)]))
-    out = capsys.readouterr().out
-    for name, key in (("model", "val"), ("model_ema", "val_ema")):
-        top1, top5, loss = map(
-            float, re.search(rf"^{name}: top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 7 images", out, re.M).groups()
-        )
-        assert (top1, loss) == pytest.approx((last[f"{key}_top1"], last[f"{key}_loss"]), abs=0.006) and top5 == 100
-
-    picture = next((shapes / "val/stripes").iterdir())
-    finetune.main(
-        finetune.get_args(["--predict", str(picture), str(shapes / "val/rings"), "--resume", str(tmp_path / "checkpoint-best.pth")])
-    )
-    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    assert len(lines) == 3 and lines[0].startswith(f"{picture}: ")
-    shares = [float(share) for share in re.findall(r"(?:stripes|rings|dots) ([\d.]+)%", lines[0])]
-    assert len(shares) == 3 and sum(shares) == pytest.approx(100, abs=0.2) and shares == sorted(shares, reverse=True)
-
-
-def test_pretrained_weights_are_loaded_and_named(shapes, encoder, tmp_path, capsys):
-    args = finetune.get_args(["--data_path", str(shapes), "--finetune", str(encoder)])
-    assert (args.model, args.stem_stride, args.input_size, args.head_init_scale) == ("convnextv2_atto", 1, 16, 0.001)
-    state = run(shapes, tmp_path, finetune=encoder, epochs=1, lr=1e-12, min_lr=0)
-    before = load_file(encoder)["model"]
-    for key, value in before.items():
-        torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-6)
-    assert str(encoder) in capsys.readouterr().out
-
-
-def test_a_head_of_matching_shape_is_kept(shapes, tmp_path):
-    first = run(shapes, tmp_path / "first", epochs=1)
-    second = run(shapes, tmp_path / "second", epochs=1, lr=1e-12, min_lr=0, finetune=tmp_path / "first/checkpoint-1.pth")
-    torch.testing.assert_close(second["model"]["head.weight"], first["model"]["head.weight"], rtol=0, atol=1e-6)
+def test_a_recipe_is_complete_and_flags_win(capsys):
+    expected = dict(mixup=0.1, epochs=7, warmup_epochs=1)
+    args = vars(get_args(recipe="in1k", model="convnextv2_base", data_path="x", **expected))
+    assert "from recipe in1k: blr 0.000625, " in capsys.readouterr().out
+    expected |= dict(cutmix=1, layer_decay_type="group", model_ema=True, reprob=0.25, aa="rand-m9-mstd0.5-inc1")
+    expected |= dict(min_lr=1e-6, model_ema_decay=0.9999, opt_betas=(0.9, 0.999))
+    assert {name: args[name] for name in expected} == expected
+    with pytest.raises(SystemExit):
+        get_args(recipe="in22k", model="convnextv2_atto", data_path="x")
+    assert "has no settings for size atto; it has nano, tiny" in capsys.readouterr().err
 
 
 def test_a_linear_probe_is_moco_v3s_and_flags_win():
     """Its released main_lincls.py: SGD at 0.1 per 256 images for 90 epochs, a cosine to zero, crops and flips alone."""
     theirs = dict(opt="sgd", blr=0.1, momentum=0.9, weight_decay=0, epochs=90, warmup_epochs=0, min_lr=0, min_crop=0.08)
-    none = dict(aa=None, color_jitter=None, reprob=0, mixup=0, cutmix=0, smoothing=0, drop_path=0, clip_grad=None, model_ema=False)
-    line = ["--linear_probe", "--data_path", "x"]
-    args = vars(finetune.get_args(line))
-    assert {name: args[name] for name in theirs | none} == theirs | none
-    args = vars(finetune.get_args([*line, "--opt", "adamw", "--smoothing", "0.2", "--epochs", "5", "--aa", "trivial"]))
-    assert (args["opt"], args["smoothing"], args["epochs"], args["aa"], args["blr"]) == ("adamw", 0.2, 5, "trivial", 0.1)
-    assert finetune.get_args(["--linear_probe", "--scratch"]).epochs == 3  # the embedded data stay a matter of minutes
+    theirs |= dict(aa=None, color_jitter=None, reprob=0, mixup=0, cutmix=0, smoothing=0, drop_path=0, clip_grad=None)
+    args = vars(get_args(linear_probe=True, data_path="x"))
+    assert {name: args[name] for name in theirs} == theirs and not args["model_ema"]
+    flags = dict(opt="adamw", smoothing=0.2, epochs=5, aa="trivial")
+    args = vars(get_args(linear_probe=True, data_path="x", **flags))
+    assert {name: args[name] for name in flags} == flags and args["blr"] == 0.1
+    assert get_args(linear_probe=True, scratch=True).epochs == 3  # the drawn images stay a matter of minutes
 
 
-def test_a_linear_probe_trains_the_head_alone(shapes, encoder, tmp_path):
-    state = run(shapes, tmp_path, finetune=encoder, linear_probe="true", epochs=2, lr=1e-2)
-    before = load_file(encoder)["model"]
-    assert all(torch.equal(state["model"][key], value) for key, value in before.items())
-    assert len(state["optimizer"]["state"]) == 2
+# Written out by hand from the rule: id of downsampling layer i, then of the blocks of stage i, then of the head.
+SINGLE = {
+    "atto": ([1, 3, 5, 11], [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]], 13),
+    "base": ([1, 4, 7, 34], [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]], 37),
+}
+GROUP = ([0, 2, 3, 12], [[1] * 3, [2] * 3, [3 + j // 3 for j in range(27)], [12] * 3], 13)
 
 
-def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(shapes, tmp_path):
+@pytest.mark.parametrize(("size", "kind"), [*((size, "single") for size in SINGLE), ("base", "group")])
+def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
+    downsample, blocks, last = GROUP if kind == "group" else SINGLE[size]
+    with torch.device("meta"):
+        net = MODELS[f"convnextv2_{size}"]()
+    layers = {}
+    for name, parameter in net.named_parameters():
+        part, i, j, *_ = [*name.split("."), 0, 0]
+        table = {"downsample_layers": downsample, "stages": blocks}.get(part)
+        layers[parameter] = last if not table else table[int(i)] if table is downsample else table[int(i)][int(j)]
+        for prefix in ("", "encoder.", "backbone.encoder."):
+            assert layer_id(prefix + name, net.depths, kind) == layers[parameter], name
+    matrices = {p for name, p in net.named_parameters() if p.ndim > 1 and "grn" not in name}
+    for group in layer_groups(net, 0.05, 0.9, kind):
+        for parameter in group["params"]:
+            assert group["lr_scale"] == pytest.approx(0.9 ** (last - layers.pop(parameter)))
+            assert group["weight_decay"] == (0.05 if parameter in matrices else 0.0)
+    assert not layers  # each is in one group
+
+
+def test_sgd_has_nesterovs_momentum():
+    for momentum in (0.9, 0.0):
+        groups = [dict(params=[torch.nn.Parameter(torch.ones(1))])]
+        defaults = make_optimizer(argparse.Namespace(opt="sgd", momentum=momentum), groups).defaults
+        assert (defaults["momentum"], defaults["nesterov"]) == (momentum, momentum > 0)
+
+
+def test_the_moving_average_equals_a_loop():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    ema, generator, expected = averaged(net, decay=0.3), torch.Generator().manual_seed(0), {}
+    for t in range(6):
+        for value in net.state_dict().values():
+            value.copy_(torch.randint(100, value.shape, generator=generator))
+        decay = min(0.3, (1 + t) / (10 + t)) if t else 0
+        for name, value in net.state_dict().items():
+            mean = decay * expected.get(name, 0) + (1 - decay) * value
+            expected[name] = mean if value.is_floating_point() else value.clone()  # num_batches_tracked only counts
+        ema.update_parameters(net)
+    assert_equal(dict(ema.module.state_dict()), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_for_the_same_classes_is_kept_and_one_for_others_starts_anew(images, tmp_path, capsys, small_models):
+    first = train(images, tmp_path / "first", epochs=1)["model"]["head.weight"]
+    others = image_folder(tmp_path / "others", classes=("waves", "grid", "rays"), train=12, val=6)
+    flags = dict(epochs=1, lr=1e-12, min_lr=0, finetune=tmp_path / "first/checkpoint-1.pth")
+    same, other = (train(path, tmp_path / path.name, **flags)["model"]["head.weight"] for path in (images, others))
+    assert torch.allclose(same, first, atol=1e-6) and not torch.allclose(other, first, atol=1e-3)
+    assert "head.weight, head.bias" in capsys.readouterr().out
+
+
+def test_a_linear_probe_trains_a_head_alone_on_pretrained_weights(images, encoder, tmp_path, capsys, monkeypatch):
+    args = get_args(data_path=images, finetune=encoder)
+    assert (args.model, args.stem_stride, args.input_size, args.head_init_scale) == ("convnextv2_atto", 1, 16, 0.001)
+    assert get_args(data_path=images).head_init_scale == 1.0
+    modes, evaluate = [], finetune.evaluate
+    monkeypatch.setattr(finetune, "evaluate", lambda net, **k: modes.append(net.training) or evaluate(net, **k))
+    state = train(images, tmp_path, finetune=encoder, linear_probe=True, lr=1e-2, head_init_scale=1)
+    assert all(torch.equal(state["model"][key], value) for key, value in load_file(encoder)["model"].items())
+    assert len(state["optimizer"]["state"]) == 2 and modes == [False, False]  # before each evaluation
+    assert re.search(rf"{encoder}: (.|\n)* 963 of them trained", capsys.readouterr().out)  # 320 x 3 and 3
+
+
+def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(images, tmp_path, small_models):
     """Of the 7 images to evaluate on one process gets 4 and the other 3."""
-    args = finetune.get_args(small(finetune, shapes, tmp_path / "two", batch_size=2))
-    wait(fork(lambda: finetune.main(args), tmp_path, 2))
-    one, two = run(shapes, tmp_path / "one", batch_size=4)["model"], load_file(tmp_path / "two/checkpoint-2.pth")["model"]
-    assert_equal(two, one, rtol=1e-4, atol=2e-5)
-    for a, b in zip(*(untimed(read_log(tmp_path / name)) for name in ("two", "one")), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    args = finetune.get_args(small(finetune, images, tmp_path / "two", batch_size=2))
+    stress.wait(stress.fork(lambda: finetune.main(args), tmp_path, 2))
+    one, two = train(images, tmp_path / "one"), load_file(tmp_path / "two/checkpoint-2.pth")
+    assert_equal(two["model"], one["model"], rtol=1e-4, atol=2e-5)
+    for key in ("lr", "val_top1"):
+        for a, b in zip(*(read_log(tmp_path / name, key) for name in ("one", "two")), strict=True):
+            timeless = [name for name in a if name not in stress.TIMES]
+            assert [b[name] for name in timeless] == pytest.approx([a[name] for name in timeless], rel=1e-4)
 
 
-def test_v1_trains_all_of_its_weights_by_sgd(shapes, tmp_path):
-    state = run(shapes, tmp_path, model="convnext_atto", opt="sgd", epochs=1)
-    moments = state["optimizer"]["state"].values()
-    assert len(moments) == len(state["model"]) and all(found["momentum_buffer"].any() for found in moments)
+def test_fine_tuning_starts_from_what_was_pre_trained_on_the_same_data(images, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "OURS", str(encoder))
+    assert (get_args().finetune, get_args(scratch=True).finetune) == (str(encoder), None)
+    assert get_args().head_init_scale == get_args(scratch=True).head_init_scale == 1.0
+    assert get_args(data_path="x").finetune is None and get_args(data_set="cifar10").finetune is None
+    monkeypatch.chdir(tmp_path)
+    run(pretrain, images, tmp_path / "runs/pretrain", epochs=1)
+    monkeypatch.setattr(finetune, "OURS", "runs/pretrain/encoder.pth")
+    args = get_args(data_path=images)
+    assert (args.finetune, args.input_size, args.stem_stride) == (finetune.OURS, 32, 1)
+    assert get_args(data_path=images, scratch=True).finetune is get_args().finetune is None
 
 
-@pytest.mark.parametrize("opt", ["adam", "adamw"])
-def test_half_precision_trains_as_float32_does(shapes, tmp_path, opt):
-    for amp in (True, False):
-        run(shapes, tmp_path / str(amp), use_amp=amp, epochs=1, opt=opt)
-    half, full = ([record["loss"] for record in read_log(tmp_path / name) if "loss" in record] for name in ("True", "False"))
+def test_the_authors_documented_flags_run_in_half_precision_as_in_float32(images, encoder, tmp_path):
+    line = f"""--model convnextv2_atto --batch_size 4 --update_freq 2 --blr 6.25e-4 --epochs 1 --warmup_epochs 0
+        --layer_decay_type single --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8
+        --cutmix 1.0 --smoothing 0.1 --model_ema True --model_ema_eval True --finetune {encoder} --data_path {images}
+        --data_set image_folder --nb_classes 3 --dist_eval true --num_workers 0 --input_size 16"""
+    for use_amp in ("True", "false"):
+        more = ["--use_amp", use_amp, "--output_dir", str(tmp_path / use_amp), "--log_every", "1"]
+        finetune.main(finetune.get_args([*line.split(), *more]))
+        assert "val_ema_top1" in read_log(tmp_path / use_amp, "val_top1")[-1]
+    half, full = ([record["loss"] for record in read_log(tmp_path / name)] for name in ("True", "false"))
     assert half == pytest.approx(full, rel=0.03) and half != full
 
 
-def test_scratch_leaves_encoders_of_earlier_runs_alone(encoder, monkeypatch):
-    monkeypatch.setattr(finetune, "OURS", str(encoder))
-    args, scratch = finetune.get_args([]), finetune.get_args(["--scratch"])
-    assert (args.finetune, scratch.finetune) == (str(encoder), None)
-    assert (args.layer_decay, args.head_init_scale) == (scratch.layer_decay, scratch.head_init_scale) == (1.0, 1.0)
-    assert finetune.get_args(["--data_path", "x"]).finetune is None  # only the embedded data go on from the embedded data
+def test_mistakes_are_one_line(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    for message, flags in {
+        "--nb_classes 2 is fewer than the data's 3 classes": dict(nb_classes=2),
+        "lies in no class folder": dict(eval_data_path="train/dots"),
+        "has no train/<class>/ folders; .*--holdout 0.2": dict(data_path="train"),
+        "--data_set folder needs --data_path": dict(data_path=None, data_set="folder"),
+        "image size 16": dict(stem_stride=4),
+    }.items():
+        with pytest.raises(UserError, match=message):
+            train(**dict(data_path=images, output_dir=tmp_path) | flags)
+    with pytest.raises(SystemExit, match="2"):
+        get_args(eval_data_path="val")  # alone has no images to train on
 
 
-def test_the_authors_documented_flags_run(shapes, encoder, tmp_path):
-    words = f"""--model convnextv2_atto --batch_size 4 --update_freq 2 --blr 6.25e-4 --epochs 1 --warmup_epochs 0 --layer_decay_type single
-        --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --smoothing 0.1 --model_ema True
-        --model_ema_eval True --use_amp True --finetune {encoder} --data_path {shapes} --output_dir {tmp_path} --data_set image_folder
-        --nb_classes 3 --auto_resume true --dist_eval true --num_workers 0 --input_size 16 --stem_stride 1""".split()
-    finetune.main(finetune.get_args(words))
-    assert "val_ema_top1" in read_log(tmp_path)[-1]
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+# The position of each image's label in the network's order: 0 counts for top-1, up to 4 for top-5.
+POSITIONS = [0, 1, 0, 4, 1, 5, 2, 1, 0, 6, 1, 3, 1]
+SETTINGS = argparse.Namespace(batch_size=4, amp=None, num_workers=0, dist_eval=True)
+
+
+@torch.no_grad()
+def logits_of(net: ConvNeXt, array: np.ndarray, size: int = 16) -> torch.Tensor:
+    """(classes,) of a single image, warped to a square."""
+    pixels = np.asarray(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+    return net.eval()(torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)[None])[0]
+
+
+@pytest.fixture
+def scored() -> tuple[ConvNeXt, np.ndarray, list[int]]:
+    """A network, 13 images, and labels in the positions above."""
+    torch.manual_seed(0)
+    net, arrays = randomised(ConvNeXt(**TINY, num_classes=7, stem_stride=1)), draw_images(13, seed=0, size=20)[0]
+    labels = [logits_of(net, array).argsort(descending=True)[k].item() for array, k in zip(arrays, POSITIONS)]
+    return net, arrays, labels
+
+
+def as_images(items, labels) -> Images:
+    return Images(items, labels, list("abcdefg"), evaluation_transform(16, 1.0), data.STATISTICS["folder"])
+
+
+def assert_naive_scores(result: tuple[dict, torch.Tensor], net: ConvNeXt, arrays, labels: list[int]) -> None:
+    """The scores are those of a naive count, up to floating-point error; the outcomes may come in any order."""
+    top1 = top5 = loss = 0
+    outcomes = []
+    for array, label in zip(arrays, labels):
+        logits = logits_of(net, array).tolist()
+        better = sum(value > logits[label] for value in logits)
+        top1, top5 = top1 + (better < 1), top5 + (better < 5)
+        loss += math.log(sum(math.exp(value) for value in logits)) - logits[label]
+        outcomes.append([label, logits.index(max(logits))])
+    n = len(labels)
+    assert result[0] == pytest.approx({"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}, rel=1e-4)
+    assert sorted(torch.as_tensor(result[1]).tolist()) == sorted(outcomes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 14, 100])
+def test_scores_equal_a_naive_count_over_single_images_that_can_be_read(scored, tmp_path, capsys, batch_size):
+    net, arrays, labels = scored
+    paths = [str(tmp_path / f"{i:02}.png") for i in range(14)]
+    Path(paths[5]).write_text("not an image")
+    for path, array in zip(paths[:5] + paths[6:], arrays):
+        Image.fromarray(array).save(path)
+    images, settings = as_images(paths, [*labels[:5], 0, *labels[5:]]), argparse.Namespace(**vars(SETTINGS))
+    settings.batch_size = batch_size
+    scores, outcomes = finetune.evaluate(net.train(), images, settings, CPU)
+    assert net.training  # as before; that a probe's network stays in evaluation is above
+    assert_naive_scores((scores, outcomes), *scored)
+    assert [round(scores[key] * 13 / 100) for key in ("top1", "top5")] == [3, 11]  # top-2 would be 8
+    output = capsys.readouterr()
+    assert output.err.count("cannot read") == 1 and "1 of 14 images cannot be read and are left out" in output.out
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_two_processes_count_every_image_once_or_each_of_them_all(scored, tmp_path, divide):
+    net, arrays, labels = scored
+    settings = argparse.Namespace(**vars(SETTINGS) | {"dist_eval": divide})
+    counts = []
+
+    def work():
+        torch.set_num_threads(1)
+        net.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+        scores, outcomes = finetune.evaluate(net, as_images(arrays, labels), settings, dist.setup("cpu"))
+        Path(f"{os.environ['RANK']}.json").write_text(json.dumps([scores, outcomes.tolist(), sum(counts)]))
+
+    stress.wait(stress.fork(work, tmp_path, 2))
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for scores, outcomes, _ in results:
+        assert_naive_scores((scores, outcomes), *scored)
+    assert [count for *_, count in results] == ([7, 6] if divide else [13, 13])
+
+
+def test_the_tables_by_class_equal_a_count_in_a_loop(tmp_path, monkeypatch):
+    names = ["class", "b, c", "images", "none"]  # names like columns', with a comma, of no images; and one is missing
+    outcomes = torch.randint(3, (50, 2), generator=torch.Generator().manual_seed(0))
+    outcomes[7] = torch.tensor([1, 4])
+    write_by_class(tmp_path / "new", outcomes, names)
+    names.append("(output 4)")
+    pairs = [(names[i], names[j]) for i, j in outcomes.tolist()]
+    table = read_table(tmp_path / "new/confusion.csv")
+    assert [row["true / predicted"] for row in table] == names
+    for row in table:
+        assert [int(row[name]) for name in names] == [pairs.count((row["true / predicted"], name)) for name in names]
+    for row in read_table(tmp_path / "new/classes.csv"):
+        predicted = [prediction for true, prediction in pairs if true == row["class"]]
+        correct = predicted.count(row["class"])
+        assert [int(row["images"]), int(row["correct"])] == [len(predicted), correct]
+        assert row["accuracy"] == (f"{100 * correct / len(predicted):.6g}" if predicted else "")
+    monkeypatch.setattr(plumbing.scores, "MOST_CLASSES", 4)  # with more, there is no table of all pairs
+    write_by_class(tmp_path / "many", outcomes, names)
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["classes.csv"]
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_the_plot_shows_fractions_of_each_class_and_names_only_a_few(drawn, tmp_path, monkeypatch, classes, recwarn):
+    figures = []
+    save = plots.save_figure
+    monkeypatch.setattr(plumbing.scores, "save_figure", lambda *args: figures.append(args[0]) or save(*args))
+    outcomes = torch.randint(classes, (5 * classes, 2), generator=torch.Generator().manual_seed(0))
+    names = [f"日本 {k}" for k in range(classes)]  # which the font lacks
+    write_by_class(tmp_path, outcomes, names)
+    axes = figures[0].axes[0]
+    percent, labels = axes.images[0].get_array(), [text.get_text() for text in axes.get_yticklabels()]
+    for k in range(classes):
+        row = outcomes[outcomes[:, 0] == k, 1]
+        expected = 100 * row.bincount(minlength=classes) / max(1, len(row))
+        assert percent[k].tolist() == pytest.approx(expected.tolist())
+    assert (names[2] in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
+    assert 400 < min(Image.open(tmp_path / "confusion.png").size) < 1500 and not recwarn.list
+
+
+# --- checkpoints and what uses them -----------------------------------------------------------------------------------
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on MPS: making a tensor of float64 is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, func
+        return result
+
+
+def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_models, monkeypatch):
+    monkeypatch.setattr(torch.amp.GradScaler, "_lazy_init_scale_growth_tracker", lambda *_: None)  # never enabled here
+    with NoFloat64():
+        state = train(images, tmp_path, model_ema=True, mixup=0.8, cutmix=1.0, drop_path=0.1, clip_grad=1.0)
+    names = {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "log.jsonl", "config.json", "accuracy.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"classes.csv", "confusion.csv", "confusion.png"}
+    assert min(Image.open(tmp_path / "accuracy.png").size) > 300
+    assert state["classes"] == CLASSES and state["config"]["nb_classes"] == 3
+    last = read_log(tmp_path, "val_top1")[-1]
+    with NoFloat64():
+        use("--eval", tmp_path / "checkpoint-2.pth", data_path=images)
+    out = capsys.readouterr().out
+    for name, key in (("model", "val"), ("model_ema", "val_ema")):
+        scores = f"top-1 {last[f'{key}_top1']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
+        assert f"\n{name}: {scores} on 7 images of {images}, at 16 px (whole, warped" in out
+    assert f"in {tmp_path}: classes.csv, confusion.csv and" in out
+    use("--eval", tmp_path, output_dir=tmp_path / "new")  # the best checkpoint
+    assert sum(int(row["images"]) for row in read_table(tmp_path / "new/classes.csv")) == 7
+    for tops in ((1, 2), (2, 1)):
+        monkeypatch.setattr(finetune, "evaluate", pretended(*tops))
+        use("--eval", tmp_path / "checkpoint-2.pth")
+        assert read_table(tmp_path / "classes.csv")[0]["images"] == "2"  # of the weights or the average, the better
+
+
+def pretended(*tops: int):
+    """An `evaluate` that returns these top-1 accuracies in turn, each with as many outcomes."""
+    results = [(dict(loss=1.0, top1=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops]
+    return lambda *_, **__: results.pop(0)
+
+
+# Top-1 of the weights and of their average after each epoch; which of them are the best.
+BEST = [
+    ([(60, 50), (40, 55)], (1, "model")), ([(50, 60), (61, 40)], (2, "model")), ([(60, 60), (60, 60)], (1, "model")),
+    ([(60, 50), (50, 61)], (2, "model_ema")), ([(50, 60), (40, 55), (58, 57)], (1, "model_ema")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scores", "best"), BEST)
+def test_the_best_checkpoint_is_kept(images, tmp_path, monkeypatch, scores, best, small_models):
+    monkeypatch.setattr(finetune, "evaluate", pretended(*(top for pair in scores for top in pair)))
+    counts, write = [], write_by_class
+    monkeypatch.setattr(finetune, "write_by_class", lambda *a, **k: counts.append(len(a[1])) or write(*a, **k))
+    train(images, tmp_path, model_ema=True, epochs=len(scores))
+    epoch, name = best
+    assert counts == [max(scores[0]), max(scores[1])][:epoch]  # written for each better evaluation alone
+    assert read_table(tmp_path / "classes.csv")[0]["images"] == str(max(map(max, scores)))
+    states = [load_file(path) for path in find_checkpoints(tmp_path)]
+    kept, expected = load_file(tmp_path / "checkpoint-best.pth"), states[epoch - 1][name]
+    assert_equal(kept["model"], expected)
+    others = [state[key] for state in states for key in ("model", "model_ema") if state[key] is not expected]
+    assert all(stress.difference(kept["model"], other) for other in others)
+    assert (kept["epoch"], kept["top1"], kept["classes"]) == (epoch, max(map(max, scores)), CLASSES)
+    records = read_log(tmp_path, "val_ema_top1")
+    assert [(record["val_top1"], record["val_ema_top1"]) for record in records] == scores
+    assert records[-1]["best_top1"] == kept["top1"]
+
+
+def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path, capsys, small_models):
+    folder, checkpoint = images / "train", tmp_path / "run/checkpoint-2.pth"
+    state = train(folder, tmp_path / "run", holdout=0.5)
+    assert state["classes"] == CLASSES and state["config"]["images"] == 6
+    note = f"{folder} has no train/<class>/ folders: all of it is used, and the 3 folders in it are the classes"
+    assert note in capsys.readouterr().out
+    loss = f"loss {read_log(tmp_path / 'run', 'val_top1')[-1]['val_loss']:.4f}"
+    for flags in ({}, dict(data_path=folder)):
+        use("--eval", checkpoint, **flags)
+        assert f"{loss} on 6 images of {folder} (50% of each class, held out)" in capsys.readouterr().out
+    use("--eval", checkpoint, eval_data_path=folder)
+    assert f"on 12 images of {folder}, at" in capsys.readouterr().out  # named as images to evaluate on, they are
+    train(images, tmp_path / "tuned", holdout=0.5, epochs=1)  # of a folder with a split to validate on
+    capsys.readouterr()
+    use("--eval", tmp_path / "tuned")
+    assert f"on 7 images of {images}, at" in capsys.readouterr().out
+
+
+def test_runs_folders_and_weights_that_do_not_say_their_data(images, encoder, tmp_path, small_models):
+    train(images, tmp_path, epochs=1)
+    assert get_args(finetune=encoder.parent).finetune == str(encoder)
+    best = tmp_path / "checkpoint-best.pth"
+    assert get_args(finetune=tmp_path).finetune == get_args(eval=True, resume=tmp_path).resume == str(best)
+    best.unlink()
+    assert get_args(predict=["x.jpg"], resume=tmp_path).resume == f"{tmp_path}/checkpoint-1.pth"
+    with pytest.raises(UserError, match=r"has no checkpoint-best.pth or newest checkpoint"):
+        get_args(eval=True, resume=encoder.parent)
+    path = tmp_path / "foreign.pth"
+    torch.save(ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), num_classes=10).state_dict(), path)
+    with pytest.raises(UserError, match="--data_set folder needs --data_path DIR"):
+        get_args(eval=True, resume=path)
+    args = get_args(predict=["x.jpg"], resume=path)
+    assert (args.input_size, args.crop_pct, args.data_set) == (224, None, "folder")
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """ROOT/val/<class>/: seven images, none of them square, of three classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    for i, array in enumerate(draw_images(7, seed=3, size=150)[0]):
+        path = root / "val" / CLASSES[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array[: 145 - 10 * i, : 70 + 12 * i]).save(path)
+    return root
+
+
+def network(stem_stride: int = 4, seed: int = 0) -> ConvNeXt:
+    """Whose logits differ among images by far more than floating-point error."""
+    torch.manual_seed(seed)
+    net = randomised(ConvNeXt(**TINY, num_classes=3, stem_stride=stem_stride), seed)
+    net.head.weight.data *= 2
+    return net
+
+
+def save_checkpoint(path: Path, photographs: Path, content: dict, **flags) -> Path:
+    """A checkpoint as training on these images writes it."""
+    args = get_args(data_path=photographs, scratch=True, **flags)
+    save_tensors(path, content | {"classes": CLASSES, "config": vars(args)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(photographs, tmp_path_factory) -> Path:
+    """Of a training at 32 pixels; of its weights the average counts."""
+    path, content = tmp_path_factory.mktemp("run") / "checkpoint-best.pth", {"model": network(1, seed=1).state_dict()}
+    content["model_ema"] = network(1).state_dict()
+    return save_checkpoint(path, photographs, content, input_size=32, stem_stride=1)
+
+
+def predict(checkpoint: Path, output_dir: Path, *paths: Path, **flags) -> list[dict]:
+    """The rows of predictions.csv."""
+    use("--predict", checkpoint, *paths, output_dir=output_dir, num_workers=0, **flags)
+    return read_table(output_dir / "predictions.csv")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_predictions_are_those_of_a_plain_loop_in_the_order_given(photographs, checkpoint, tmp_path, capsys, size):
+    bad, first = tmp_path / "bad.png", photographs / "val/stripes/2.png"
+    bad.write_text("not an image")
+    rows = predict(checkpoint, tmp_path, first, bad, photographs, batch_size=size)
+    paths = [str(first), *sorted(str(path) for path in photographs.rglob("*.png"))]
+    assert [row["file"] for row in rows] == paths
+    for row in rows:
+        exponentials = logits_of(network(1), np.asarray(Image.open(row["file"])), 32).exp()
+        probabilities = dict(zip(CLASSES, (exponentials / exponentials.sum()).tolist()))
+        ranked = sorted(CLASSES, key=probabilities.get, reverse=True)
+        assert [row["class"], row["class_2"], row["class_3"]] == ranked
+        values = [float(row[name]) for name in ("probability", "probability_2", "probability_3")]
+        assert values == pytest.approx([probabilities[name] for name in ranked], rel=1e-3, abs=1e-5)
+    output = capsys.readouterr()
+    preparation, *lines, written = output.out.splitlines()[-10:]
+    assert preparation == "9 images at 32 px (whole, warped to the square), normalised as folder"
+    assert [line.split(": ")[0] for line in lines] == paths and output.err.count("cannot read") == 1
+    assert written == f"in {tmp_path}: predictions.csv of 8 images"
+
+
+def test_topk_classes_are_told_of_each_image(photographs, checkpoint, tmp_path, capsys):
+    (row,) = predict(checkpoint, tmp_path, photographs / "val/dots/0.png", topk=2)
+    assert list(row) == ["file", "class", "probability", "class_2", "probability_2"]
+    assert capsys.readouterr().out.splitlines()[-2].count("%") == 2
+    (tmp_path / "bad.png").write_text("not an image")
+    with pytest.raises(UserError, match="none of 1 images tried can be read"):
+        predict(checkpoint, tmp_path, tmp_path / "bad.png")
+
+
+def test_two_processes_predict_every_image_once_in_the_order_given(photographs, checkpoint, tmp_path):
+    expected = predict(checkpoint, tmp_path / "one", photographs, batch_size=2)
+
+    def work():  # of one process 2 and 2 images, of the other 2 and 1
+        with open(f"{os.environ['RANK']}.txt", "w") as file, redirect_stdout(file):
+            use("--predict", checkpoint, photographs, output_dir=tmp_path / "two", batch_size=2)
+
+    stress.wait(stress.fork(work, tmp_path, 2))
+    names, rows = ("file", "class", "class_2"), read_table(tmp_path / "two/predictions.csv")
+    assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in expected]
+    lines = (tmp_path / "0.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in lines[-8:-1]] == [row["file"] for row in expected]
+    assert (tmp_path / "1.txt").read_text() == ""
+
+
+@pytest.mark.parametrize("origin", ["ours", "timm", "authors"])
+def test_predictions_are_those_of_the_lines_of_the_page(photographs, tmp_path, origin):
+    state_dict, file = network().state_dict(), tmp_path / "weights.pth"
+    torch.save({"model": state_dict} if origin == "authors" else weights.from_native(state_dict, "timm"), file)
+    if origin == "ours":
+        save_checkpoint(file, photographs, {"model": state_dict}, input_size=112, crop_pct=0.8)
+    use("--predict", file, photographs, num_workers=0)
+    rows = read_table(tmp_path / "predictions.csv")  # beside the checkpoint, unless told otherwise
+    page = re.search(
+        r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/weights.md").read_text(), re.S
+    ).group(1)
+    for row in rows:
+        code = page.replace("runs/finetune/checkpoint-best.pth", str(file)).replace("cat.jpg", row["file"])
+        assert code.count(str(file)) == code.count(row["file"]) == 1
+        names = {}
+        exec(code, names)
+        probability, index = names["logits"].softmax(dim=1)[0].max(dim=0)
+        assert row["class"] == (CLASSES[index] if origin == "ours" else f"class {index}")
+        assert float(row["probability"]) == pytest.approx(probability.item(), rel=1e-4)
+    assert len({row["probability"] for row in rows}) == 7

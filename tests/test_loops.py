@@ -1,6 +1,6 @@
 """Claims about the loops of the training scripts: each computes what a plain loop of a few lines computes, update by update.
 
-The plain loops share with the scripts the networks, the files of the pictures, MixUp and CutMix, and the seeds that `mix_seed` documents.
+The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that `mix_seed` documents.
 All else is their own: no `Run` and no loader, ordinary optimisers, rates and groups by hand, the masked dense encoder as an oracle.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import picture_folder, run
+from helpers import image_folder, read_log, run
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -17,8 +17,7 @@ import finetune
 import pretrain
 from fcmae import FCMAE, random_mask
 from model import MODELS
-from plumbing.log import read_log
-from plumbing.seeds import mix_seed
+from plumbing.loading import mix_seed
 
 SEED, EPOCHS, WARMUP, PEAK, MIN_LR = 5, 2, 0.75, 4e-3, 1e-4
 # Seven images in passes of two, of which two are an update: an epoch has an update of 4 images and one of 2.
@@ -28,8 +27,8 @@ UPDATES = [(epoch, places) for epoch in range(EPOCHS) for places in ([0, 1, 2, 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Seven pictures of three classes, larger than the network's input; and three to evaluate."""
-    return picture_folder(tmp_path_factory.mktemp("pictures"), train=7, val=3, size=24)
+    """Seven images of three classes, larger than the network's input; and three to evaluate."""
+    return image_folder(tmp_path_factory.mktemp("images"), train=7, val=3, size=24)
 
 
 def learning_rate(update: int) -> float:
@@ -57,12 +56,12 @@ def start_of(net: torch.nn.Module) -> dict:
     return {name: value.clone() for name, value in net.state_dict().items()}
 
 
-def assert_same_way(found: dict, expected: dict, start: dict) -> None:
+def assert_same_way(actual: dict, expected: dict, start: dict) -> None:
     """Every tensor has moved from `start` to the same place, but for a thousandth of its way, and the rounding of float32."""
-    assert found.keys() == expected.keys() == start.keys()
+    assert actual.keys() == expected.keys() == start.keys()
     for name in expected:
         way = (expected[name] - start[name]).norm()
-        assert way > 0 and (found[name] - expected[name]).norm() < 1e-3 * way + 1e-7 * expected[name].norm(), name
+        assert way > 0 and (actual[name] - expected[name]).norm() < 1e-3 * way + 1e-7 * expected[name].norm(), name
 
 
 def assert_same_log(directory: Path, expected: list[dict]) -> None:
@@ -78,7 +77,10 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
     """The weights before and after, and the log."""
     torch.manual_seed(SEED)
     mae = FCMAE(
-        MODELS["convnextv2_atto"](num_classes=0, stem_stride=1), decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked"
+        MODELS["convnextv2_atto"](num_classes=0, stem_stride=1),
+        decoder_embed_dim=16,
+        norm_pix_loss=norm_pix_loss,
+        backend="masked",
     )
     start, log = start_of(mae), []
     kernels = [p for name, p in mae.named_parameters() if p.ndim > 1 and "grn" not in name and name != "mask_token"]
@@ -87,7 +89,9 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     crop = v2.RandomResizedCrop(16, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     for update, (epoch, places) in enumerate(UPDATES):
-        imgs, _ = load(folder, epoch, places, crop)  # an update is one batch here, as every image has as many hidden patches
+        imgs, _ = load(
+            folder, epoch, places, crop
+        )  # an update is one batch here, as every image has as many hidden patches
         mask = random_mask(len(imgs), 2, 2, 0.6, torch.Generator().manual_seed(mix_seed("mask", SEED, update)))
         loss, _, _ = mae(imgs, mask)
         optimizer.zero_grad()
@@ -103,8 +107,8 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
     start, expected, log = pretrain_plainly(folder, norm_pix_loss)
-    found = run(pretrain, folder, tmp_path, norm_pix_loss=norm_pix_loss, weight_decay=0.3, clip_grad=0.05, **FLAGS)
-    assert_same_way(found["model"], expected, start)
+    state = run(pretrain, folder, tmp_path, norm_pix_loss=norm_pix_loss, weight_decay=0.3, clip_grad=0.05, **FLAGS)
+    assert_same_way(state["model"], expected, start)
     assert_same_log(tmp_path, log)
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
 
@@ -112,7 +116,13 @@ def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
 # --- fine-tuning ------------------------------------------------------------------------------------------------------
 
 TUNING = dict(
-    weight_decay=0.3, layer_decay=0.8, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20, model_ema=True, model_ema_decay=0.15
+    weight_decay=0.3,
+    layer_decay=0.8,
+    opt_betas=(0.8, 0.9),
+    opt_eps=1e-6,
+    clip_grad=20,
+    model_ema=True,
+    model_ema_decay=0.15,
 )
 REGULARISATION = dict(drop_path=0.4, smoothing=0.2, mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
 # The layers from the input on; a downsampling layer belongs to the block behind it. The final norm and the head are the last.
@@ -166,9 +176,9 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
 
 def test_fine_tuning_equals_a_plain_loop(folder, tmp_path):
     start, expected, average, log = finetune_plainly(folder)
-    found = run(finetune, folder, tmp_path, **TUNING, **REGULARISATION, **FLAGS)
-    assert_same_way(found["model"], expected, start)
-    assert_same_way(found["model_ema"], average, start)
+    state = run(finetune, folder, tmp_path, **TUNING, **REGULARISATION, **FLAGS)
+    assert_same_way(state["model"], expected, start)
+    assert_same_way(state["model_ema"], average, start)
     assert_same_log(tmp_path, log)
     norms = [line["grad_norm"] for line in log]
     assert min(norms) < 20 < max(norms), norms  # some are clipped

@@ -1,131 +1,116 @@
-"""Claims about plumbing/run.py that hold for any stage: runs counted in iterations, schedules of their own, targets of any kind."""
+"""Claims about plumbing/run.py that hold for any stage: it equals a plain loop, from wherever it was stopped."""
+
+import os
+import signal
+import threading
 
 import pytest
 import torch
-from helpers import ALONE, assert_equal, call_at, words
-from torch.utils.data import Dataset
+from helpers import Killed, assert_equal, call_at, read_log, words
 
-from plumbing import flags, run
-from plumbing.files import find_checkpoints, load_file
-from plumbing.log import read_log
-from plumbing.processes import Processes
+from plumbing import cli, dist, run, tasks
+from plumbing.files import UserError, find_checkpoints, load_file
+from plumbing.loading import Samples, mix_seed
 from plumbing.run import Run
-from plumbing.seeds import mix_seed
+
+CPU = torch.device("cpu")
 
 
-class Points(Dataset):
-    """Eleven points of three numbers, and for targets a dictionary each: what a network shall make of them."""
+class Points(Samples):
+    """Eleven points of three numbers; each target is a dictionary."""
 
     def __init__(self):
-        self.items = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+        super().__init__(torch.randn(11, 3, generator=torch.Generator().manual_seed(0)))
         self.targets = self.items @ torch.tensor([1.0, -2.0, 3.0])
 
-    def __len__(self) -> int:
-        return 11
+    def read(self, index: int) -> torch.Tensor:
+        return self.items[index]
 
-    def __getitem__(self, place: tuple[int, int]):
-        _, index = place
-        return self.items[index], {"value": self.targets[index], "index": index}, -1
+    def augment(self, point: torch.Tensor, index: int) -> tuple[torch.Tensor, dict]:
+        return point, {"value": self.targets[index], "index": index}
 
-    def collate(self, items: list) -> tuple[list, list, torch.Tensor]:
-        points, targets, failed = zip(*items)
-        return list(points), list(targets), torch.tensor(failed)
+    def collate(self, samples: list) -> list:
+        return [list(column) for column in zip(*samples)]
 
     def on_device(self, points: list, targets: list, device: torch.device) -> tuple[list, list]:
         return [point.to(device) for point in points], targets
 
 
-def settings(directory, **more):
-    parser = flags.Parser()
-    flags.add_data_flags(parser, ["points"], "none")
-    flags.add_optimisation_flags(parser, epochs=3, blr=1.0, min_lr=0.0, warmup="0")
-    flags.add_run_flags(parser, str(directory))
-    chosen = dict(lr=0.1, warmup_epochs=0, batch_size=2, log_every=1, num_workers=0, output_dir=directory, data_set="points") | more
-    return flags.merge(parser.parse_args(words(**chosen)), parser.general)
+def flags(directory, **more):
+    parser = cli.Parser()
+    cli.add_data_flags(parser, ["points"], "none", (1, 1))
+    tasks.add_transfer_flags(cli.add_optimisation_flags(parser, epochs=3, blr=1.0, min_lr=0.0, warmup=0))
+    cli.add_run_flags(parser, str(directory))
+    values = dict(lr=0.1, warmup_epochs=0, batch_size=2, log_every=1, num_workers=0, data_set="points") | more
+    return parser.parse_args(words(**values))
 
 
-def train(directory, iterations=None, schedule=None, **more) -> torch.Tensor | None:
-    """The weights (3,) that a run ends with, None if it had ended before."""
-    directory.mkdir(exist_ok=True)
-    this = Run(settings(directory, **more), Points(), ALONE, directory, iterations)
+def new_run(directory, iterations=None, schedule=None, spoiled=(), ema=None, **more) -> Run:
     net = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
-    network = this.start(net, torch.optim.SGD(net.parameters(), lr=this.peak_lr), "points.py", schedule=schedule)
-    if network is None:
-        return None
-    for epoch in this.epochs():
-        for batch in this.batches(epoch):
-            assert isinstance(batch.images, list) and set(batch.targets[0]) == {"value", "index"}
-            loss = sum((network(x)[0] - y["value"]) ** 2 for x, y in zip(batch.images, batch.targets)) / len(batch.images)
-            if this.backward(loss):
-                this.update()
-        if this.save_due(epoch):
-            this.save(epoch + 1)
-    this.close("nothing")
-    return net.weight.detach()[0]
+    ema = ema and tasks.averaged(net, ema)
+    optimizer, points = torch.optim.SGD(net.parameters()), Points()
+    for index in spoiled:
+        points.items[index] = float("nan")
+    make_schedule = schedule and (lambda _: schedule)
+    return Run(flags(directory, **more), points, CPU, net, optimizer, "points.py", ema, make_schedule, iterations)
+
+
+def train(directory, evaluate=None, **more) -> torch.Tensor:
+    """The weights (3,) that a run ends with."""
+    with new_run(directory, **more) as this:
+        for epoch in this.epochs():
+            for batch in this.batches(epoch):
+                errors = [this.network(x)[0] - y["value"] for x, y in zip(batch.images, batch.targets)]
+                if this.backward(sum(error**2 for error in errors) / len(errors)):
+                    this.update()
+            if evaluate and this.evaluation_due(epoch):
+                evaluate(this, epoch)
+            if this.save_due(epoch):
+                this.save(epoch + 1)
+    this.finish("nothing")
+    return this.net.weight.detach()[0]
 
 
 def train_plainly(rates: list[float], per_update: int = 2) -> torch.Tensor:
-    """As many updates as there are rates, each of so many points; ten of the eleven points are an epoch."""
-    points, weight, places = Points(), torch.zeros(3), range(0, 10, per_update)
+    """One update of `per_update` points for each learning rate; ten of the eleven points are an epoch."""
+    points, weight, starts = Points(), torch.zeros(3), range(0, 10, per_update)
     for update, rate in enumerate(rates):
-        epoch, place = divmod(update, len(places))
+        epoch, k = divmod(update, len(starts))
         order = torch.randperm(11, generator=torch.Generator().manual_seed(mix_seed("order", 0, epoch)))[:10]
-        chosen = order[places[place] : places[place] + per_update]
+        chosen = order[starts[k] : starts[k] + per_update]
         x, y = points.items[chosen], points.targets[chosen]
         weight = weight - rate * 2 * (x @ weight - y) @ x / len(chosen)
     return weight
 
 
 def stepped(update: int) -> float:
-    """Warm-up over four iterations, then a tenth from iteration 6 on."""
+    """Warm-up over four updates, then a tenth from update 6 on."""
     return 0.1 * min(1, (update + 1) / 4) * (0.1 if update >= 6 else 1)
 
 
 STEPPED = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.01, 0.01]
+EIGHT = dict(iterations=8, schedule=stepped)
 
 
-def test_a_run_of_iterations_ends_after_them_in_the_middle_of_an_epoch(tmp_path):
-    weight = train(tmp_path, iterations=8, schedule=stepped)
+# --- what a run computes ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_iterations_follows_its_own_schedule_and_ends_inside_an_epoch(tmp_path, capsys):
+    weight = train(tmp_path, **EIGHT)
     torch.testing.assert_close(weight, train_plainly(STEPPED))
-    records = read_log(tmp_path)
-    assert [record["update"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8] and records[-1]["epoch"] == 1.6
+    assert read_log(tmp_path, "lr") == [[pytest.approx(rate)] for rate in STEPPED]
+    assert [record["update"] for record in read_log(tmp_path)] == [*range(1, 9)] and read_log(tmp_path)[-1][
+        "epoch"
+    ] == 1.6
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert train(tmp_path, iterations=8, schedule=stepped) is None
+    assert torch.equal(train(tmp_path, **EIGHT), weight) and "had finished before" in capsys.readouterr().out
 
 
-def test_a_schedule_of_ones_own_is_followed_update_by_update(tmp_path):
-    train(tmp_path, iterations=8, schedule=stepped)
-    assert [record["lr"] for record in read_log(tmp_path)] == pytest.approx(STEPPED)
-
-
-def test_the_usual_schedule_of_a_run_of_iterations_falls_to_its_end(tmp_path):
-    train(tmp_path, iterations=8)  # half a cosine from 0.1 to 0
-    assert [record["lr"] for record in read_log(tmp_path)][::2] == pytest.approx([0.1, 0.08535534, 0.05, 0.01464466])
-
-
-@pytest.mark.parametrize("turn", [4, 7])
-def test_a_run_of_iterations_that_was_interrupted_continues_exactly(tmp_path, monkeypatch, turn):
-    more = dict(iterations=8, schedule=stepped, save_every_steps=2)
-    whole = train(tmp_path / "whole", **more)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        call_at(patch, Points, "on_device", turn)
-        train(tmp_path / "parts", **more)
-    assert not (tmp_path / "parts/checkpoint-2.pth").exists()
-    assert torch.equal(train(tmp_path / "parts", **more), whole)
-    states = [load_file(tmp_path / name / "checkpoint-2.pth")["model"] for name in ("whole", "parts")]
-    assert_equal(*states)
-    assert [record["update"] for record in read_log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_a_run_of_iterations_killed_between_its_last_update_and_its_end_has_nothing_left_to_train(tmp_path, monkeypatch):
-    more = dict(iterations=8, schedule=stepped, save_every_steps=4)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        call_at(patch, Run, "save_due", 2)
-        train(tmp_path, **more)
-    assert find_checkpoints(tmp_path)[-1].name == "checkpoint-1-3.pth"
-    torch.testing.assert_close(train(tmp_path, **more), train_plainly(STEPPED))
-    assert len(read_log(tmp_path)) == 8
+def test_the_default_schedule_is_half_a_cosine_to_the_end(tmp_path):
+    train(tmp_path, iterations=8)
+    rates = [lr for (lr,) in read_log(tmp_path, "lr")][::2]
+    assert rates == pytest.approx([0.1, 0.08535534, 0.05, 0.01464466])
 
 
 def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path):
@@ -133,16 +118,195 @@ def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path):
     torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update=4))
 
 
-# --- flags that a short run cannot show -------------------------------------------------------------------------------
+@pytest.mark.parametrize(("freq", "every", "turn"), [(1, 2, 4), (1, 2, 7), (2, 1, 4), (2, 1, 7)])
+def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, turn):
+    more = EIGHT | dict(iterations=8 // freq, save_every_steps=every, update_freq=freq, ema=0.5)
+    whole = train(tmp_path / "whole", **more)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        call_at(patch, Points, "on_device", turn)
+        train(tmp_path / "parts", **more)
+    assert find_checkpoints(tmp_path / "parts") and not (tmp_path / "parts/checkpoint-2.pth").exists()
+    assert torch.equal(train(tmp_path / "parts", **more), whole)
+    states = [load_file(find_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts")]
+    for name in ("model", "model_ema"):
+        assert_equal(states[0][name], states[1][name])
+    keys = "update", "lr", "loss", "grad_norm"
+    assert read_log(tmp_path / "parts", *keys) == read_log(tmp_path / "whole", *keys)
+
+
+def test_a_run_killed_between_its_last_update_and_its_end_has_nothing_left_to_train(tmp_path, monkeypatch):
+    more = EIGHT | dict(save_every_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        call_at(patch, Run, "save_due", 2)
+        train(tmp_path, **more)
+    assert find_checkpoints(tmp_path)[-1].name == "checkpoint-1-3.pth"
+    torch.testing.assert_close(train(tmp_path, **more), train_plainly(STEPPED))
+    assert len(read_log(tmp_path)) == 8
+
+
+def test_two_processes_share_an_update_and_draw_differently(tmp_path, monkeypatch):
+    """Every pass's `part` is the position of its points in the epoch's order, and no two passes are seeded alike."""
+    seeds, positions = set(), {}
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(run, "DistributedDataParallel", lambda net, **_: net)
+    monkeypatch.setattr(dist, "gather", lambda value: [value])
+    for rank in range(2):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        with new_run(tmp_path / str(rank), update_freq=2, batch_size=1) as this:
+            for batch in this.batches(0):
+                seeds.add(torch.initial_seed())
+                positions[batch.update, batch.part.start] = batch.targets[0]["index"]
+                this.done += this.completes_update
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(mix_seed("order", 0, 0)))[:10].tolist()
+    assert len(seeds) == 10
+    assert positions == {(k // 4, k % 4): index for k, index in enumerate(order)}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tmp_path, capsys):
+    train(tmp_path / "a", epochs=2)
+    with pytest.raises(UserError, match=r"--weight_decay 0.05 \(now 0.1\), --seed 0 \(now 1\); repeat these"):
+        new_run(tmp_path / "a", epochs=2, weight_decay=0.1, seed=1)
+    with pytest.raises(UserError, match=r"--batch_size x --update_freq x processes 2 \(now 4\)"):
+        new_run(tmp_path / "a", epochs=2, update_freq=2)
+    with pytest.raises(UserError, match=r"--epochs 2 \(now 1\)"):
+        new_run(tmp_path / "a", epochs=1)
+    assert new_run(tmp_path / "a", epochs=3).epochs() == range(2, 3)
+    assert "--epochs 2 before, now 3" in capsys.readouterr().out
+    resumed = new_run(tmp_path / "b", epochs=2, weight_decay=0.1, resume=tmp_path / "a/checkpoint-1.pth")
+    assert resumed.epochs() == range(1, 2) and len(resumed.records) == 5
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0  # the new run's own
+    torch.save({"model": {}, "stage": "other.py", "optimizer": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no checkpoint of a run of points.py"):
+        new_run(tmp_path / "c", resume=tmp_path / "other.pth")
+
+
+def test_a_killed_run_leaves_no_record_beyond_its_checkpoint(tmp_path):
+    train(tmp_path, epochs=1)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"update": 6}\n{"update": 7, "lo')  # cut short by a kill
+    train(tmp_path, epochs=2)
+    assert read_log(tmp_path, "update") == [[k] for k in range(1, 11)]
+
+
+def test_no_save_ckpt_writes_none(tmp_path):
+    train(tmp_path, save_ckpt=False, save_every_steps=1)
+    assert not find_checkpoints(tmp_path) and not (tmp_path / "checkpoint-best.pth").exists()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("winner", ["model", "model_ema"])
+def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path, winner):
+    scores = {"model": iter([1.0, 3.0, 2.0]), "model_ema": iter([0.5, 2.5, 2.0])}
+    if winner == "model_ema":
+        scores["model"], scores["model_ema"] = scores["model_ema"], scores["model"]
+    written, states = [], []
+
+    def evaluate(this, epoch):
+        networks = {"model": this.net, "model_ema": this.ema.module}
+
+        def score(net):
+            name = next(name for name, network in networks.items() if network is net)
+            return {"score": next(scores[name])}, f"{name} {epoch}"
+
+        states.append({name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()})
+        tasks.evaluate(this, epoch, score, "score", str, lambda _, details: written.append((this.best, details)))
+
+    train(tmp_path, evaluate, ema=0.9)
+    assert written == [(1.0, f"{winner} 0"), (3.0, f"{winner} 1")]
+    best = load_file(tmp_path / "checkpoint-best.pth")
+    assert_equal(best["model"], states[1][winner])
+    assert best["epoch"] == 2 and best["score"] == 3 and not torch.equal(*(s["weight"] for s in states[1].values()))
+    evaluations = [record for record in read_log(tmp_path) if "best_score" in record]
+    keys = ["val_score", "val_ema_score"] if winner == "model" else ["val_ema_score", "val_score"]
+    assert [[r[key] for key in (*keys, "best_score")] for r in evaluations] == [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
+
+
+def test_evaluations_come_every_so_many_epochs_and_at_the_end(tmp_path):
+    due = [e for e in range(3) if new_run(tmp_path, eval_freq=2).evaluation_due(e)]
+    assert due == [1, 2]
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(
+    tmp_path, monkeypatch, capsys, number, at_a_terminal
+):
+    whole = train(tmp_path / "whole", **EIGHT)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        call_at(patch, Points, "on_device", 3, lambda: os.kill(os.getpid(), number))
+        train(tmp_path / "parts", **EIGHT)
+    assert exit.value.code == 128 + number and "the same command continues" in capsys.readouterr().out
+    assert [path.name for path in find_checkpoints(tmp_path / "parts")] == ["checkpoint-0-3.pth"]
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert torch.equal(train(tmp_path / "parts", **EIGHT), whole)
+
+
+def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path, monkeypatch, at_a_terminal):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with new_run(tmp_path) as this:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not this.signal and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # within a second: the same one, by way of torchrun
+        this.received -= 2
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_in_a_thread_trains_without_signals(tmp_path):
+    weights = []
+    thread = threading.Thread(target=lambda: weights.append(train(tmp_path, **EIGHT)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(weights[0], train_plainly(STEPPED))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(UserError, match="not finite before update .*--clip_grad"):
+        train(tmp_path, spoiled=range(11), log_every=100, save_every_steps=1)
+    assert not find_checkpoints(tmp_path)
+
+
+def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
+    reads = Points.read
+    bad = set()
+    monkeypatch.setattr(Points, "read", lambda self, index: reads(self, index) if index not in bad else 1 / 0)
+    bad |= {0, 1}
+    train(tmp_path / "few", epochs=3)
+    assert read_log(tmp_path / "few", "unreadable_images")[-1] == [2]
+    samples = Points()
+    assert samples[0, 0][1]["index"] == 2 and samples.readable([(0, 0), (0, 2)]).tolist() == [False, True]
+    bad |= set(range(11))
+    with pytest.raises(OSError, match="none of the 11 images can be read"):
+        train(tmp_path / "all", epochs=1)
+    monkeypatch.setattr(
+        run, "max", lambda *_: 1, raising=False
+    )  # as if there were a thousand images, and eleven of them bad
+    bad -= {5, 6, 7}
+    with pytest.raises(UserError, match=r"\d of 11 images cannot be read"):
+        train(tmp_path / "many", epochs=1)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_loader_is_built_as_the_flags_say(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "make_loader", lambda images, sampler, workers, pin_memory: asked.append((workers, pin_memory)))
-    for device in ("cuda", "cpu"):
-        for more in (dict(), dict(num_workers=3), dict(pin_mem=False)):
-            Run(settings(tmp_path, amp="none", **more), Points(), Processes(0, 1, torch.device(device)), tmp_path)
-    assert asked == [(0, True), (3, True), (0, False), (0, False), (3, False), (0, False)]
+    monkeypatch.setattr(
+        run, "make_loader", lambda images, sampler, workers, pin_memory: asked.append((workers, pin_memory))
+    )
+    for device, workers in (("cuda", 0), ("cuda", 3), ("cpu", 3)):
+        args = flags(tmp_path, amp="none", num_workers=workers)
+        Run(args, Points(), torch.device(device), torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), "points.py")
+    assert asked == [(0, True), (3, True), (3, False)]
 
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
@@ -160,4 +324,12 @@ def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", Compiled)
     weights = [train(tmp_path / str(on), iterations=3, compile=on) for on in (False, True)]
     assert torch.equal(*weights) and [network.calls for network in compiled] == [6]
-    assert load_file(tmp_path / "True/checkpoint-1.pth")["model"].keys() == {"weight"}  # of the network, not of what compiles it
+    assert load_file(tmp_path / "True/checkpoint-1.pth")["model"].keys() == {"weight"}  # not the compiled wrapper's
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_at_a_terminal_and_plain_lines_in_a_file(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(run.sys.stderr, "isatty", lambda: terminal, raising=False)
+    train(tmp_path, epochs=1)
+    printed = capsys.readouterr()
+    assert ("loss" in printed.err) == terminal and ("epoch 1.00/1  loss" in printed.out) != terminal

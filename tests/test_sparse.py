@@ -4,23 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY, randomised
-from test_model import relative_error
+from test_model import gradients, kept_bytes, relative_error
+from torch import nn
 
+from fcmae import BACKENDS
 from model import ConvNeXt
-from sparse import (
-    Sites,
-    SparseTensor,
-    masked_stages,
-    reference_conv,
-    sparse_stages,
-    submanifold_conv,
-    upsample_mask,
-)
+from sparse import Sites, SparseTensor, reference_conv, submanifold_conv, upsample_mask
 
 H, W = 3, 4  # the grid of patches in most tests
+MASKS = ["equal", "unequal", "one image empty", "none visible", "all visible"]
 
 
-def some_mask(kind: str, n: int = 3) -> torch.Tensor:
+def make_mask(kind: str, n: int = 3) -> torch.Tensor:
     """(n, H, W), True = hidden."""
     generator = torch.Generator().manual_seed(1)
     if kind == "equal":
@@ -36,221 +31,200 @@ def some_mask(kind: str, n: int = 3) -> torch.Tensor:
     return mask
 
 
-MASKS = ["equal", "unequal", "one image empty", "none visible", "all visible"]
+def make_net(version=2, stem_stride=1, **options) -> ConvNeXt:
+    torch.manual_seed(0)
+    return randomised(ConvNeXt(**TINY, version=version, stem_stride=stem_stride, num_classes=0, **options).double())
 
 
-def network(version=2, stem_stride=1, **kwargs) -> ConvNeXt:
-    return randomised(ConvNeXt(**TINY, version=version, stem_stride=stem_stride, num_classes=0, **kwargs).double())
+def make_images(net: ConvNeXt, n: int = 3) -> torch.Tensor:
+    generator, (h, w) = torch.Generator().manual_seed(2), (H * net.patch_size, W * net.patch_size)
+    return torch.randn(n, net.in_chans, h, w, generator=generator, dtype=torch.float64)
 
 
-def images_for(net: ConvNeXt, n: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return torch.randn(n, net.in_chans, H * net.patch_size, W * net.patch_size, generator=generator, dtype=torch.float64)
+def encode(net, imgs, mask, backend) -> list[torch.Tensor]:
+    """The four stages' maps."""
+    stages = BACKENDS[backend](net, imgs, mask)
+    return [stage.dense() if isinstance(stage, SparseTensor) else stage for stage in stages]
 
 
-def encode(net, imgs, mask, backend):
-    if backend == "masked":
-        return masked_stages(net, imgs, mask)[-1]
-    conv = reference_conv if backend == "reference" else submanifold_conv
-    return sparse_stages(net, imgs, mask, conv)[-1].dense()
-
-
-# --- the convolution
-
-
-def refined(mask: torch.Tensor, side: int) -> Sites:
-    """`side` x `side` sites in each patch."""
-    sites = Sites.from_mask(mask)
-    while sites.side < side:
-        sites = sites.finer()
-    return sites
-
-
-@pytest.mark.parametrize("side", [2, 8])  # on whole images, and on patches with what surrounds them
-@pytest.mark.parametrize("conv", [reference_conv, submanifold_conv])
-@pytest.mark.parametrize("kind", MASKS)
-def test_convolution_equals_conv2d_between_two_masks(conv, kind, side):
-    mask = some_mask(kind)
-    sites = refined(mask, side)
-    assert sites.tiles.padding == (0 if side == 8 and "visible" not in kind else 3)
-    hidden = upsample_mask(mask, side)[:, None]
-    x = torch.randn(3, 6, side * H, side * W, dtype=torch.float64)
-    weight, bias = torch.randn(6, 1, 7, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    expected = F.conv2d(x.masked_fill(hidden, 0), weight, bias, padding=3, groups=6).masked_fill(hidden, 0)
-    y = conv(x.permute(0, 2, 3, 1).flatten(0, 2)[sites.cell], weight, bias, sites)
-    torch.testing.assert_close(SparseTensor(y, sites).dense(), expected)
-
-
-@pytest.mark.parametrize("side", [2, 8])
-def test_gradients_of_the_convolution_equal_finite_differences(side):
-    sites = refined(some_mask("unequal", 2), side)
-    x = torch.randn(len(sites.cell), 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, 7, 7, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *args: submanifold_conv(*args, sites), (x, weight, bias), fast_mode=True)
-
-
-@pytest.mark.parametrize("side", [2, 8])
-@pytest.mark.parametrize("n", [1, 3])
-def test_float32_weight_gradient_by_exchanged_roles_equals_float64(n, side):
-    sites = refined(some_mask("unequal", n), side)
-    x, weight, bias = torch.randn(len(sites.cell), 5), torch.randn(5, 1, 7, 7), torch.randn(5)
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        w = weight.detach().to(dtype).requires_grad_()
-        submanifold_conv(x.to(dtype), w, bias.to(dtype), sites).square().sum().backward()
-        gradients.append(w.grad.double())
-    assert relative_error(*gradients) < 1e-5
-
-
-# --- the sites
+def random_loss(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A sum with other weights for every element, so that no gradient is zero or lost in a sum."""
+    generator = torch.Generator().manual_seed(3)
+    return sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in tensors)
 
 
 def test_children_of_row_r_are_rows_4r_to_4r_plus_3():
-    mask = some_mask("unequal")
-    coarse = Sites.from_mask(mask)
+    coarse = Sites.from_mask(make_mask("unequal"))
     fine = coarse.finer()
     n, y, x = torch.unravel_index(coarse.cell, coarse.grid)
-    fn, fy, fx = torch.unravel_index(fine.cell, fine.grid)
+    positions = torch.stack(torch.unravel_index(fine.cell, fine.grid))
     for child in range(4):
-        assert torch.equal(fn[child::4], n)
-        assert torch.equal(fy[child::4], 2 * y + child // 2) and torch.equal(fx[child::4], 2 * x + child % 2)
-    assert fine.counts == [4 * int(v) for v in (~mask).sum(dim=(1, 2))]
+        expected = torch.stack([n, 2 * y + child // 2, 2 * x + child % 2])
+        assert torch.equal(positions[:, child::4], expected)
+    assert fine.grid == (3, 2 * H, 2 * W) and fine.counts == [4 * count for count in coarse.counts]
 
 
-# --- the encoder
+@pytest.mark.parametrize("side", [2, 8])
+@pytest.mark.parametrize("conv", [reference_conv, submanifold_conv])
+@pytest.mark.parametrize("kind", MASKS)
+def test_convolution_equals_conv2d_between_two_masks(conv, kind, side):
+    mask = make_mask(kind)
+    sites, hidden = Sites.from_mask(mask), upsample_mask(mask, side)[:, None]
+    while sites.grid[1] < side * H:
+        sites = sites.finer()
+    x, dwconv = torch.randn(3, 6, side * H, side * W).double(), nn.Conv2d(6, 6, 7, padding=3, groups=6).double()
+    expected = F.conv2d(x.masked_fill(hidden, 0), dwconv.weight, dwconv.bias, padding=3, groups=6)
+    y = conv(x.permute(0, 2, 3, 1).flatten(0, 2)[sites.cell], dwconv, sites)
+    torch.testing.assert_close(SparseTensor(y, sites).dense(), expected.masked_fill(hidden, 0))
 
 
 @pytest.mark.parametrize("backend", ["sparse", "reference"])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("version", [1, 2])
-def test_encoding_and_every_gradient_equal_the_masked_oracles(version, kind, backend):
-    net = network(version)
-    check_against_masked(net, images_for(net), some_mask(kind), backend)
-
-
-@pytest.mark.parametrize("stem_stride", [2, 4])
-@pytest.mark.parametrize("n", [1, 2])
-def test_sparse_equals_masked_for_other_stems_and_batches(stem_stride, n):
-    net = network(stem_stride=stem_stride, in_chans=2)
-    check_against_masked(net, images_for(net, n), some_mask("equal", n), "sparse")
+@pytest.mark.parametrize(
+    ("n", "options"), [(3, {}), (3, dict(version=1)), (1, dict(stem_stride=2)), (2, dict(stem_stride=4, in_chans=2))]
+)
+def test_stages_and_every_gradient_equal_the_masked_oracles(n, options, kind, backend):
+    net = make_net(**options)
+    check_against_masked(net, make_images(net, n), make_mask(kind, n), backend)
 
 
 def check_against_masked(net, imgs, mask, backend):
     results = []
     for name in ("masked", backend):
-        net.zero_grad()
         x = imgs.clone().requires_grad_()
-        out = encode(net, x, mask, name)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        results.append([out, x.grad] + [p.grad.clone() for p in net.parameters()])
-    for ours, oracle in zip(results[1], results[0]):
-        assert (ours - oracle).norm() <= 1e-10 * oracle.norm()
+        stages = encode(net, x, mask, name)
+        results.append([*stages, *torch.autograd.grad(random_loss(stages), [x, *net.parameters()])])
+    for expected, tensor in zip(*results):
+        assert (tensor - expected).norm() <= 1e-10 * expected.norm()
 
 
-def test_stochastic_depth_draws_as_the_dense_network_does():
-    net = network(drop_path_rate=0.5).train()
-    outputs = []
-    for backend in ("masked", "sparse"):
-        torch.manual_seed(0)
-        outputs.append(encode(net, images_for(net), some_mask("equal"), backend))
-    torch.testing.assert_close(*outputs)
+@pytest.mark.parametrize("backend", ["sparse", "masked"])
+def test_with_nothing_hidden_the_encoder_is_the_dense_network(backend):
+    net = make_net()
+    imgs, mask = make_images(net), make_mask("all visible")
+    for stage, expected in zip(encode(net, imgs, mask, backend), net.forward_stages(imgs)):
+        torch.testing.assert_close(stage, expected)
 
 
-@pytest.mark.parametrize("backend", ["sparse", "reference", "masked"])
+def test_the_leaky_encoder_is_the_dense_network_on_the_zero_filled_image():
+    net = make_net()
+    imgs, mask = make_images(net), make_mask("unequal")
+    expected = net.forward_stages(imgs * ~upsample_mask(mask, 8)[:, None])
+    for i, stage in enumerate(encode(net, imgs, mask, "leaky")):
+        assert torch.equal(stage, expected[i] * ~upsample_mask(mask, 8 >> i)[:, None])
+        assert not torch.allclose(stage, encode(net, imgs, mask, "masked")[i])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_hidden_pixels_do_not_change_the_encoding(backend, value):
-    net = network()
-    imgs, mask = images_for(net), some_mask("one image empty")
-    spoiled = imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], value)
-    assert torch.equal(encode(net, spoiled, mask, backend), encode(net, imgs, mask, backend))
+def test_hidden_pixels_change_neither_the_encoding_nor_its_gradients(backend, value):
+    net, mask, results = make_net(), make_mask("one image empty"), []
+    for filled in (0, value):
+        imgs = make_images(net).masked_fill(upsample_mask(mask, 8)[:, None], filled)
+        stages = encode(net, imgs, mask, backend)
+        results.append([*stages, *gradients(net, random_loss(stages)).values()])
+    assert all(torch.equal(tensor, expected) for tensor, expected in zip(*results))
+
+
+def test_mlps_and_norms_see_visible_sites_only():
+    net, mask, rows = make_net(), make_mask("equal"), {}
+    for name, module in net.named_modules():
+        if name.endswith((".norm", ".pwconv1", ".grn", ".pwconv2")):
+            module.register_forward_hook(lambda *args, name=name: rows.update({name: args[2][..., 0].numel()}))
+    encode(net, make_images(net), mask, "sparse")
+    assert len(rows) == 4 * sum(TINY["depths"])
+    assert all(count == int((~mask).sum()) * 4 ** (3 - int(name.split(".")[1])) for name, count in rows.items())
+
+
+@pytest.mark.parametrize("backend", ["dense", "masked", "sparse"])
+def test_activations_computed_again_give_the_same_gradients_from_less_memory(backend):
+    net = make_net()
+    run = (lambda: net.forward_stages(imgs)) if backend == "dense" else (lambda: encode(net, imgs, mask, backend))
+    imgs, mask, results, memory = make_images(net), make_mask("equal"), [], []
+    for enable in (False, True):
+        net.checkpoint_activations(enable)
+        results.append(gradients(net, random_loss(run())))
+        memory.append(kept_bytes(lambda: random_loss(run())))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert memory[1] < 0.6 * memory[0]
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal"])
-def test_an_images_encoding_does_not_depend_on_its_batch_mates(kind):
-    net = network()
-    imgs, mask = images_for(net), some_mask(kind)
-    together = sparse_stages(net, imgs, mask)[-1].dense()
-    for i in range(len(imgs)):
-        torch.testing.assert_close(
-            sparse_stages(net, imgs[i : i + 1], mask[i : i + 1])[-1].dense()[0], together[i], rtol=1e-12, atol=1e-12
-        )
-
-
-def test_mlps_norms_and_downsampling_see_visible_sites_only():
-    net = network()
-    mask = some_mask("equal")
-    visible = int((~mask).sum())
-    rows = {}
-
-    def count(name):
-        def hook(module, args, out):
-            rows[name] = out.numel() // out.shape[-1]
-
-        return hook
-
-    for name, module in net.named_modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.LayerNorm):
-            module.register_forward_hook(count(name))
-    sparse_stages(net, images_for(net), mask)
-    assert rows == {f"stages.{i}.{j}.{part}": visible * 4 ** (3 - i)
-                    for i in range(4) for j in range(TINY["depths"][i]) for part in ("norm", "pwconv1")} | {
-        f"stages.{i}.{j}.pwconv2": visible * 4 ** (3 - i) for i in range(4) for j in range(TINY["depths"][i])}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_stays_near_float64(dtype, kind):
-    net, mask = network(), some_mask(kind)
-    imgs = images_for(net)
-    expected = masked_stages(net, imgs, mask)[-1]
-    out = sparse_stages(net.to(dtype), imgs.to(dtype), mask)[-1].dense()
-    assert out.dtype == dtype
-    assert (out.double() - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[
-        dtype
-    ] * expected.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gradients_stay_near_the_masked_stages(dtype):
-    net, mask = network().float(), some_mask("equal")
-    imgs, gradients = images_for(net).float(), []
+def test_stochastic_depth_draws_as_the_dense_network_does(kind):
+    net, stages = make_net(drop_path_rate=0.5).train(), []
     for backend in ("masked", "sparse"):
-        net.zero_grad()
-        with torch.autocast("cpu", dtype):
-            out = encode(net, imgs, mask, backend)
-        out.float().square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert relative_error(gradients[1], gradients[0]) < {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+        torch.manual_seed(1)
+        stages.append(torch.cat([encode(net, make_images(net), make_mask(kind), backend)[-1] for _ in range(4)]))
+    torch.testing.assert_close(*stages)
+    assert not torch.allclose(stages[1][:3], stages[1][3:6])
+
+
+class Centred(nn.Module):
+    """(N, H, W, C) less its mean over sites: zeros at hidden sites would change it."""
+
+    def forward(self, x):
+        return x - x.mean(dim=(1, 2), keepdim=True)
+
+
+def test_another_module_in_grns_place_sees_visible_sites_only_and_needs_equally_many():
+    net = make_net()
+    for stage in net.stages:
+        for block in stage:
+            block.grn = Centred()
+    check_against_masked(net, make_images(net), make_mask("equal"), "sparse")
+    for backend in ("masked", "sparse"):
+        with pytest.raises(ValueError, match="unequal numbers of sites visible"):
+            encode(net, make_images(net), make_mask("unequal"), backend)
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "autocast"),
+    [(torch.float32, 1e-5, False)]
+    + [(torch.bfloat16, 0.1, a) for a in (0, 1)]
+    + [(torch.float16, 0.02, a) for a in (0, 1)],
+)
+def test_lower_precision_stays_near_float64(dtype, tolerance, autocast, kind):
+    net, mask, vectors = make_net(), make_mask(kind), []
+    imgs = make_images(net)
+    for backend, weights in (("masked", torch.float64), ("sparse", torch.float32 if autocast else dtype)):
+        net.to(weights)
+        with torch.autocast("cpu", dtype, enabled=bool(autocast) and backend == "sparse"):
+            last = encode(net, imgs.to(weights), mask, backend)[-1]
+        tensors = [last, *gradients(net, last.square().sum()).values()]
+        vectors.append(torch.cat([tensor.flatten().double() for tensor in tensors]))
+    assert relative_error(vectors[1], vectors[0]) < tolerance
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
 )
 @pytest.mark.parametrize("kind", MASKS)
-def test_cuda_gradients_equal_the_masked_oracles(kind, dtype, tolerance):
-    net, mask = network(), some_mask(kind)
-    imgs = images_for(net)
-    results = []
+def test_cuda_gradients_equal_the_masked_oracles_on_the_cpu(kind, dtype, tolerance):
+    net, mask = make_net(), make_mask(kind)  # the mask stays on the CPU
+    imgs, vectors = make_images(net), []
     for backend, device, kind_of_float in (("masked", "cpu", torch.float64), ("sparse", "cuda", dtype)):
-        net.to(device, kind_of_float).zero_grad()
-        out = encode(net, imgs.to(device, kind_of_float), mask, backend)
-        out.square().sum().backward()
-        results.append(torch.cat([out.flatten()] + [p.grad.flatten() for p in net.parameters()]).cpu().double())
-    assert (results[1] - results[0]).norm() <= tolerance * results[0].norm()
+        last = encode(net.to(device, kind_of_float), imgs.to(device, kind_of_float), mask, backend)[-1]
+        tensors = [last, *gradients(net, last.square().sum()).values()]
+        vectors.append(torch.cat([tensor.flatten() for tensor in tensors]).cpu().double())
+    assert (vectors[1] - vectors[0]).norm() <= tolerance * vectors[0].norm()
 
 
-def test_masks_and_images_of_the_wrong_kind_are_named():
-    net = network()
-    imgs, mask = images_for(net), some_mask("equal")
-    for bad_imgs, bad_mask, words in (
-        (imgs[:, :, :-1], mask, "image size 23 is not a multiple of the patch size 8"),
-        (imgs, mask[:, :2], "mask of shape (3, 2, 4)"),
-        (imgs, mask.float(), "mask of type torch.float32"),
-        (imgs, mask.tolist(), "mask of type list"),
-        (imgs[:, :2], mask, "(3, 2, 24, 32)"),
-    ):
-        with pytest.raises(ValueError) as error:
-            sparse_stages(net, bad_imgs, bad_mask)
-        assert words in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda imgs, mask: (imgs[:, :, :-1], mask), "image size 23 is not a multiple of the patch size 8"),
+        (lambda imgs, mask: (imgs, mask[:, :2]), "mask of shape (3, 2, 4)"),
+        (lambda imgs, mask: (imgs, mask.float()), "mask of type torch.float32"),
+        (lambda imgs, mask: (imgs, mask.tolist()), "mask of type list"),
+        (lambda imgs, mask: (imgs[:, :2], mask), "(3, 2, 24, 32)"),
+    ],
+)
+def test_masks_and_images_of_the_wrong_kind_are_named(change, words, backend):
+    net = make_net()
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        encode(net, *change(make_images(net), make_mask("equal")), backend)
+    assert words in str(error.value)

@@ -1,19 +1,22 @@
-"""Claims about weights.py."""
+"""Claims about weights.py: layouts, loading, files, the command; and about networks in the hands of other tools."""
 
 import argparse
-import sys
+import copy
+import pickle
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import TINY, Code, randomised
-from test_model import relative_error
+from helpers import CPU, TINY, Code, assert_equal, randomised, save_noise
+from torch.optim.swa_utils import AveragedModel
 
 import weights
+from fast import speed_up
 from fcmae import FCMAE
 from model import MODELS, SIZES, ConvNeXt
-from plumbing.script import UserError
+from plumbing.files import UserError
 
 WRITTEN = ("authors", "timm", "hf", "mmpretrain")
 
@@ -23,381 +26,305 @@ def net(seed: int = 0, **kwargs) -> ConvNeXt:
     return randomised(ConvNeXt(**TINY | dict(num_classes=5) | kwargs), seed).eval()
 
 
-def assert_equal(a: dict, b: dict):
-    """The same names in the same order, and the same values."""
-    assert list(a) == list(b)
-    for key in a:
-        assert a[key].shape == b[key].shape and torch.equal(a[key], b[key]), key
+def user_error(words: str):  # in a message of one line
+    return pytest.raises(UserError, match=rf"\A(?=[^\n]*{re.escape(words)})[^\n]+\Z")
 
 
-def assert_user_error(words: str, call, *args):
-    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        call(*args)
-    assert words in str(error.value)
-
-
-def sparse_layout(state: dict) -> dict:
-    """An encoder's tensors as the authors' pre-training code names and shapes them, kernels filled tap by tap."""
-    sparse = {}
-    for key, value in state.items():
-        module, kind = key.rsplit(".", 1)
-        downsampling = module.startswith("downsample_layers.") and not module.startswith("downsample_layers.0.")
-        if ".grn" in module:
-            sparse[key] = value.reshape(1, -1)
-        elif module.endswith(("pwconv1", "pwconv2")):
-            sparse[f"{module}.linear.{kind}"] = value
-        elif module.endswith(".norm") or (downsampling and module.endswith(".0")):
-            sparse[f"{module}.ln.{kind}"] = value
-        elif not (downsampling or module.endswith("dwconv")):
-            sparse[key] = value
-        elif kind == "bias":
-            sparse[key] = value[None]
-        else:
-            o, i, k, _ = value.shape
-            kernel = torch.zeros(k * k, i, o)
-            for y in range(k):
-                for x in range(k):
-                    kernel[x * k + y] = value[:, :, y, x].T
-            sparse[f"{module}.kernel"] = kernel if downsampling else kernel[:, 0]
-    return {f"encoder.{key}": value for key, value in sparse.items()}
+def without(state: dict, *starts: str) -> dict:
+    return {key: value for key, value in state.items() if not key.startswith(starts)}
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_size_round_trips_through_every_layout(name):
+def test_every_size_round_trips_through_every_layout_and_has_timms_names(name):
     with torch.device("meta"):
-        state = MODELS[name](num_classes=1000).state_dict()
-    shapes = {key: value.shape for key, value in state.items()}
+        state = MODELS[name](num_classes=7).state_dict()
+        theirs = {} if "yocto" in name else timm.create_model(name, num_classes=7).state_dict()
     for layout in WRITTEN:
-        written = weights.from_native(state, layout)
-        assert weights.detect_layout(written) == ("native" if layout == "authors" else layout)
-        assert {key: value.shape for key, value in weights.to_native(written).items()} == shapes
-    found = weights.architecture(state)
+        converted, known = weights.from_native(state, layout), layout.replace("authors", "native")
+        assert weights.describe(converted) == f"{known} layout, {len(state)} tensors, {name}, 7 classes"
+        for a, b in ((weights.to_native(converted), state), (converted, theirs if layout == "timm" else {})):
+            assert not b or {key: value.shape for key, value in a.items()} == {key: b[key].shape for key in b}
+        assert all(value.dim() == 1 for key, value in converted.items() if re.match(r"backbone.+\.grn\.", key))
     depths, dims = SIZES[name.split("_")[1]]
-    version = 2 if "v2" in name else 1
-    assert found == dict(depths=depths, dims=dims, version=version, num_classes=1000, in_chans=3, stem_stride=4)
-
-
-@pytest.mark.parametrize("name", [name for name in MODELS if "yocto" not in name])
-def test_written_names_and_shapes_are_those_of_timms_own_models(name):
-    with torch.device("meta"):
-        state, theirs = MODELS[name]().state_dict(), timm.create_model(name).state_dict()
-    written = weights.from_native(state, "timm")
-    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in theirs.items()}
+    shape = dict(depths=depths, dims=dims, version=2 if "v2" in name else 1, num_classes=7, in_chans=3, stem_stride=4)
+    assert weights.architecture(state) == shape
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"version": 1}, {"num_classes": 0}, {"in_chans": 1, "stem_stride": 2}])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
 @pytest.mark.parametrize("layout", WRITTEN)
-def test_values_round_trip(layout, kwargs):
+def test_values_round_trip_with_the_prefixes_of_wrappers_too(layout, prefix, kwargs):
     state = net(**kwargs).state_dict()
-    assert_equal(weights.to_native(weights.from_native(state, layout)), state)
-    other = ConvNeXt(**weights.architecture(state))
-    report = weights.load_weights(other, weights.to_native(weights.from_native(state, layout)))
-    assert_equal(other.state_dict(), state)
-    assert report == [f"loaded {len(state)} of the model's {len(state)} tensors"]
+    converted = {prefix + key: value for key, value in weights.from_native(state, layout).items()}
+    assert_equal(weights.to_native(converted), state)
+    assert_equal(weights.build(weights.to_native(converted)).state_dict(), state)
 
 
-def timm_model(version: int) -> torch.nn.Module:
-    kind = dict(ls_init_value=1e-6) if version == 1 else dict(use_grn=True, ls_init_value=None)
-    return timm.models.ConvNeXt(**TINY, num_classes=5, conv_mlp=True, **kind)
-
-
-def transformers_model(version: int, **config) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    name = "ConvNextV2" if version == 2 else "ConvNext"
-    config = getattr(transformers, f"{name}Config")(
-        depths=list(TINY["depths"]), hidden_sizes=list(TINY["dims"]), num_labels=5, **config
-    )  # fmt: skip
+def network_of(layout: str, version: int) -> torch.nn.Module:
+    """A small one of timm; or of transformers, with our eps in the final norm too, where its own default is 1e-12."""
+    if layout == "timm":
+        return timm.create_model("convnextv2_atto" if version == 2 else "convnext_atto", **TINY, num_classes=5)
+    transformers, name = pytest.importorskip("transformers"), "ConvNextV2" if version == 2 else "ConvNext"
+    sizes = dict(depths=list(TINY["depths"]), hidden_sizes=list(TINY["dims"]), num_labels=5)
+    config = getattr(transformers, f"{name}Config")(**sizes, layer_norm_eps=1e-6)
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
 @torch.no_grad()
-def error_of_logits(theirs: torch.nn.Module, layout: str, version: int, scale: float) -> float:
-    """Relative error of their logits from ours in float64; a small scale brings every norm's input down to its eps."""
-    ours, theirs = net(version=version).double(), theirs.double().eval()
+def difference(ours: ConvNeXt, theirs: torch.nn.Module) -> float:
+    """Relative difference of their logits from ours."""
+    imgs = torch.randn(2, 3, 64, 96, dtype=ours.head.weight.dtype)
+    expected, logits = ours.eval()(imgs), theirs.eval()(imgs)
+    return ((getattr(logits, "logits", logits) - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("scale", [1, 1e-3])  # a small one brings every norm's input down to its eps
+@pytest.mark.parametrize("version", [2, 1])
+@pytest.mark.parametrize("layout", ["timm", "hf"])
+def test_logits_equal_other_libraries_both_ways_also_where_eps_matters(layout, version, scale):
+    ours, theirs = net(version=version).double(), network_of(layout, version).double()
     for module in ours.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module is not ours.head:
-            module.weight *= scale
-            module.bias *= scale
-    written = weights.from_native(ours.state_dict(), layout)
-    theirs.load_state_dict(written)
-    assert_equal(weights.to_native({key: theirs.state_dict()[key] for key in written}), ours.state_dict())
-    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    logits = theirs(x)
-    return relative_error(getattr(logits, "logits", logits), ours(x))
+            module.load_state_dict({name: scale * value for name, value in module.state_dict().items()})
+    theirs.load_state_dict(weights.from_native(ours.state_dict(), layout))
+    assert difference(ours, theirs) < 1e-10
+    theirs = randomised(network_of(layout, version), 1)
+    assert difference(weights.build(weights.to_native(theirs.state_dict())), theirs) < 1e-5
 
 
-@pytest.mark.parametrize("scale", [1, 1e-3])
-@pytest.mark.parametrize("version", [2, 1])
-def test_logits_equal_timms_also_where_eps_matters(version, scale):
-    assert error_of_logits(timm_model(version), "timm", version, scale) < 1e-10
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_tiny", "convnext_atto"])
+def test_logits_equal_those_of_timms_named_models(name):
+    first, second = (randomised(timm.create_model(name, num_classes=5), seed) for seed in (0, 1))
+    ours = weights.build(weights.to_native(first.state_dict()))
+    assert difference(ours, first) < 1e-4 < difference(ours, second)
+    second.load_state_dict(weights.from_native(ours.state_dict(), "timm"))
+    assert difference(ours, second) < 1e-4
 
 
-@pytest.mark.parametrize("scale", [1, 1e-3])
-@pytest.mark.parametrize("version", [2, 1])
-def test_logits_equal_transformers_also_where_eps_matters(version, scale):
-    assert error_of_logits(transformers_model(version, layer_norm_eps=1e-6), "hf", version, scale) < 1e-10
-
-
-def test_transformers_default_eps_differs_in_the_final_norm_and_rarely_matters():
-    assert error_of_logits(transformers_model(2), "hf", 2, 1) < 1e-5
-    assert error_of_logits(transformers_model(2), "hf", 2, 1e-3) > 1e-2
-
-
-@pytest.mark.parametrize("version", [2, 1])
-def test_a_transformers_base_model_is_an_encoder_with_norm(version):
-    state = net(version=version).state_dict()
-    base = {k.split(".", 1)[1]: v for k, v in weights.from_native(state, "hf").items() if not k.startswith("classifier")}
-    assert_equal(weights.to_native(base), {key: value for key, value in state.items() if not key.startswith("head.")})
-
-
-def test_authors_sparse_kernels_become_dense_convolutions():
-    state = net(num_classes=0).state_dict()
-    sparse = sparse_layout(state)
-    assert sparse["encoder.stages.0.0.dwconv.kernel"].shape == (49, 8) and sparse["encoder.stages.0.0.dwconv.bias"].shape == (1, 8)
-    assert sparse["encoder.downsample_layers.1.1.kernel"].shape == (4, 8, 16)
-    assert weights.detect_layout(sparse) == "sparse"
-    assert_equal(weights.to_native(sparse), state)
-    decoder = {
-        "mask_token": torch.zeros(1, 4, 1, 1),
-        "proj.weight": torch.zeros(4, 64, 1, 1),
-        "decoder.0.dwconv.weight": torch.ones(4, 1, 7, 7),
-    }
-    assert_equal(weights.to_native(sparse | decoder), state)
-
-
-def test_the_released_self_supervised_files_are_read():
-    state = net(num_classes=0).state_dict()
+def test_the_authors_pre_training_and_released_files_are_read():
+    mae, sparse = FCMAE(net(num_classes=0), decoder_embed_dim=16), {}
+    state, whole = mae.encoder.state_dict(), mae.state_dict()
+    for key, value in state.items():
+        key = re.sub(r"(pwconv\d)\.", r"\1.linear.", re.sub(r"(\.norm|s\.[1-3]\.0)\.", r"\1.ln.", key))
+        if re.search(r"dwconv.weight|s\.[1-3]\.1\.weight", key):
+            key, taps = key.replace(".weight", ".kernel"), range(value.shape[2])
+            value = torch.stack([value[:, :, y, x].T for x in taps for y in taps]).squeeze(1)  # (K, i, o) or (K, C)
+        sparse[f"encoder.{key}"] = value.reshape(1, -1) if ".grn" in key or key.endswith("bias") else value
+    decoder = without(whole, "encoder.")
     released = {key: value.reshape(1, -1) if ".grn." in key else value for key, value in state.items()}
-    assert_equal(weights.to_native(released), state)
+    for file in (sparse, sparse | decoder, released, whole):
+        assert_equal(weights.to_native(file), state)
+    assert weights.describe(whole).endswith(f"no head; {len(decoder)} tensors besides the encoder are left out")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
-@pytest.mark.parametrize("layout", WRITTEN)
-def test_prefixes_of_wrapped_models_are_removed(layout, prefix):
-    state = net().state_dict()
-    wrapped = {prefix + key: value for key, value in weights.from_native(state, layout).items()}
-    assert_equal(weights.to_native(wrapped), state)
+FOREIGN = {
+    "nothing": (lambda s: {}, "0 tensors"),
+    "a detector": (lambda s: s | {"rpn_head.fc.bias": torch.zeros(1)}, "give a classifier or encoder"),
+    "a name twice": (lambda s: s | {"module.head.bias": torch.zeros(5)}, "head.bias"),
+    "scalars": (lambda s: {k: torch.zeros(()) for k in s}, "shape () cannot be the downsample_layers.1.1.weight"),
+    "a kernel of 48 taps": (lambda s: s | {"stages.0.0.dwconv.weight": torch.zeros(48, 8)}, "(48, 8)"),
+}
 
 
-def test_an_fcmae_gives_its_encoder_and_says_what_was_left_out():
-    mae = FCMAE(net(num_classes=0), decoder_embed_dim=16)
-    state = mae.state_dict()
-    assert_equal(weights.to_native(state), mae.encoder.state_dict())
-    decoder = [key for key in state if not key.startswith("encoder.")]
-    assert f"{len(decoder)} tensors of the pre-training decoder are left out" in weights.describe(state)
-    assert "no head" in weights.describe(state)
-
-
-@pytest.mark.parametrize("layout", WRITTEN)
-def test_a_file_is_described_by_its_layout_and_model(layout):
-    with torch.device("meta"):
-        state = MODELS["convnextv2_pico"](num_classes=7).state_dict()
-    words = weights.describe(weights.from_native(state, layout))
-    assert "convnextv2_pico" in words and "7 classes" in words and ("native" if layout == "authors" else layout) in words
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: {}, "0 tensors"),
-        (lambda s: {"conv1.weight": torch.zeros(1)}, "conv1.weight"),
-        (lambda s: s | {"neck.convs.0.weight": torch.zeros(1), "rpn_head.fc.bias": torch.zeros(1)}, "detector"),
-        (lambda s: {f"backbone.{k}": v for k, v in s.items()} | {"backbone.norm0.weight": torch.zeros(1)}, "detector"),
-        (lambda s: {f"backbone.body.{k}": v for k, v in s.items()}, "detector"),
-        (lambda s: s | {"stages.0.0.attn.weight": torch.zeros(1)}, "stages.0.0.attn.weight"),
-        (lambda s: s | {"module.head.bias": torch.zeros(5)}, "head.bias"),
-        (lambda s: sparse_layout(s) | {"encoder.stages.0.0.dwconv.kernel": torch.zeros(48, 8)}, "(48, 8)"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), FOREIGN.values(), ids=FOREIGN)
 def test_foreign_tensors_are_named(change, words):
-    assert_user_error(words, weights.to_native, change(net(num_classes=0).state_dict() | {"head.bias": torch.zeros(5)}))
+    with user_error(words):
+        weights.to_native(change(net().state_dict()))
 
 
-def test_only_native_tensors_are_written_and_only_to_known_layouts():
-    state = net().state_dict()
-    assert_user_error("'torchvision'", weights.from_native, state, "torchvision")
-    assert_user_error("extra", weights.from_native, state | {"extra": torch.zeros(1)}, "timm")
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+LEFT_OUT = {
+    "other classes": ({}, 7, ("head.",), "left out head.weight, head.bias: 5 classes in the file, 7 in the model"),
+    "no classes": ({}, 0, (), "left out norm.weight, norm.bias, head.weight, head.bias: the model has no classes"),
+    "an encoder": (("norm.", "head."), 5, ("norm.", "head."), "values: norm.weight, norm.bias, head.weight, head.bias"),
+    "without head": (("head.",), 5, ("head.",), "at their initial values: head.weight, head.bias"),
+}
 
 
-# --- loading into a model ---------------------------------------------------------------------------------------------
-
-
-def test_a_head_for_other_classes_is_left_out_and_said():
-    state, model = net().state_dict(), net(1, num_classes=7)
-    initial = {key: value.clone() for key, value in model.state_dict().items()}
-    report = " ".join(weights.load_weights(model, state))
-    assert "5 classes in the file, 7 in the model" in report and "initial values: head.weight, head.bias" in report
-    assert_equal(model.state_dict(), state | {key: initial[key] for key in ("head.weight", "head.bias")})
-
-
-@pytest.mark.parametrize(
-    ("fresh", "kept"), [(("norm.", "head."), "norm.weight, norm.bias, head.weight"), (("head.",), ": head.weight")]
-)
-def test_parts_that_an_encoders_file_lacks_stay_initial_and_are_said(fresh, kept):
-    model = net(1)
-    initial = {key: value.clone() for key, value in model.state_dict().items()}
-    encoder = {key: value for key, value in net().state_dict().items() if not key.startswith(fresh)}
-    assert kept in " ".join(weights.load_weights(model, encoder))
-    assert_equal(model.state_dict(), {key: encoder.get(key, value) for key, value in initial.items()})
-
-
-def test_a_model_without_classes_leaves_out_norm_and_head_and_says_so():
-    state, model = net().state_dict(), net(1, num_classes=0)
-    assert "left out norm.weight, norm.bias, head.weight, head.bias" in " ".join(weights.load_weights(model, state))
-    assert_equal(model.state_dict(), {key: state[key] for key in model.state_dict()})
+@pytest.mark.parametrize(("missing", "classes", "initial", "words"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_head_and_norm_that_do_not_fit_are_left_out_and_reported(missing, classes, initial, words):
+    state, model = without(net().state_dict(), *missing), net(1, num_classes=classes)
+    expected = {k: v.clone() if k.startswith(initial) else state[k] for k, v in model.state_dict().items()}
+    assert words in "\n".join(weights.load_weights(model, state))
+    assert_equal(model.state_dict(), expected)
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 2), (3, 4), (3, 6), (1, 3), (4, 3)])
 def test_an_adapted_stem_responds_equally_to_grey_images(old, new):
     source, model = net(in_chans=old).double(), net(1, in_chans=new).double()
-    report = weights.load_weights(model, source.state_dict())
-    assert f"stem adapted from {old} to {new} input channels" in report
+    assert f"stem adapted from {old} to {new} input channels" in weights.load_weights(model, source.state_dict())
     grey = torch.randn(2, 1, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(model(grey.expand(-1, new, -1, -1)), source(grey.expand(-1, old, -1, -1)))
-    kernel = source.state_dict()[weights.STEM]
-    if new == 1:
-        torch.testing.assert_close(model.state_dict()[weights.STEM], kernel.sum(dim=1, keepdim=True))
     if new == 6:
+        kernel = source.state_dict()[weights.STEM]
         torch.testing.assert_close(model.state_dict()[weights.STEM], torch.cat([kernel, kernel], dim=1) / 2)
 
 
-def without(state: dict, *names: str) -> dict:
-    return {key: value for key, value in state.items() if key not in names}
+UNFIT = [
+    (lambda s: without(s, "stages.2.1.grn.gamma"), 'Missing key(s) in state_dict: "stages.2.1.grn.gamma"'),
+    (lambda s: without(s, "head.weight"), '"head.weight"'),
+    (lambda s: without(s, "stages.1.0.dwconv.weight"), "the weights lack stages.1.0.dwconv.weight"),
+    (lambda s: s | {"mask_token": torch.zeros(1)}, 'Unexpected key(s) in state_dict: "mask_token"'),
+    (lambda s: s | {"norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
+    (lambda s: net(stem_stride=2).state_dict(), "with --stem_stride 2, do not fit the model"),
+    (lambda s: net(version=1).state_dict(), '"stages.0.0.grn.gamma"'),
+]
 
 
-@pytest.mark.parametrize(
-    ("native", "words"),
-    [
-        (lambda s: without(s, "stages.2.1.grn.gamma"), "1 missing: stages.2.1.grn.gamma"),
-        (lambda s: without(s, "norm.weight", "norm.bias"), "2 missing: norm.weight, norm.bias"),
-        (lambda s: without(s, "norm.bias", "head.weight", "head.bias"), "1 missing: norm.bias"),
-        (lambda s: without(s, "head.weight"), "1 missing: head.weight"),
-        (lambda s: without(s, "stages.1.0.dwconv.weight"), "stages.1.0.dwconv.weight"),
-        (lambda s: s | {"mask_token": torch.zeros(1)}, "1 unexpected: mask_token"),
-        (lambda s: s | {"norm.weight": torch.zeros(3)}, "1 misshaped: norm.weight (3,) for (64,)"),
-        (lambda s: s | {weights.STEM: torch.zeros(8, 3, 7, 7)}, "(8, 3, 7, 7)"),
-        (lambda s: net(stem_stride=2).state_dict(), "--stem_stride 2"),
-        (lambda s: net(dims=(8, 16, 32, 72)).state_dict(), "dims (8, 16, 32, 72)"),
-        (lambda s: net(depths=(1, 1, 1, 1)).state_dict(), "10 missing: stages.2.1.dwconv.weight"),
-    ],
-)
+@pytest.mark.parametrize(("native", "words"), UNFIT)
 def test_loading_is_strict_and_names_what_does_not_fit(native, words):
-    model = net(1)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert_user_error(words, weights.load_weights, model, native(net().state_dict()))
-    assert_equal(model.state_dict(), before)
+    with user_error(words):
+        weights.load_weights(net(1), native(net().state_dict()))
 
 
-def test_grn_never_stays_zero_in_silence():
-    v1, v2 = net(version=1).state_dict(), net().state_dict()
-    assert_user_error("10 missing: stages.0.0.grn.gamma", weights.load_weights, net(1), v1)
-    assert_user_error("10 unexpected: stages.0.0.grn.gamma", weights.load_weights, net(1, version=1), v2)
-    with torch.device("meta"):
-        v1, model = MODELS["convnext_atto"]().state_dict(), MODELS["convnextv2_atto"]()
-    assert_user_error("the weights are of convnext_atto, the model is convnextv2_atto", weights.load_weights, model, v1)
+def test_classifiers_encoders_and_flags_come_from_checkpoints(tmp_path):
+    make, path = MODELS["convnextv2_yocto"], tmp_path / "a.pth"
+    raw, averaged = (randomised(make(num_classes=2, stem_stride=2), seed).state_dict() for seed in (0, 1))
+    config = dict(config=dict(input_size=48, crop_pct=0.9), classes=["cat", "dog"])
+    torch.save(config | dict(model=raw, model_ema=averaged), path)
+    networks, classes = weights.load_classifier(path, CPU)
+    assert classes == ["cat", "dog"] and not networks["model"].training
+    assert_equal(networks["model"].state_dict(), raw)
+    assert_equal(networks["model_ema"].state_dict(), averaged)
+    flags = dict(model="convnextv2_yocto", stem_stride=2, input_size=48, crop_pct=0.9)
+    assert weights.flags_of(path, "crop_pct", "holdout") == flags
+    encoder = weights.make_encoder(
+        argparse.Namespace(**flags, drop_path=0.1, checkpoint_activations=True, mlp_norm=None)
+    )
+    assert encoder.stages[3][0].drop_path.p == 0.1 and encoder.stages[0][0].checkpoint_activations
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+def test_larger_networks_take_the_parts_that_fit_or_all(tmp_path):
+    def segmenter(classes: int) -> torch.nn.Module:
+        parts = dict(encoder=net(num_classes=0), fuse=torch.nn.Linear(3, 4), classifier=torch.nn.Linear(4, classes))
+        return torch.nn.ModuleDict(parts)
+
+    source, target, path = randomised(segmenter(2), 1), segmenter(3), tmp_path / "a.pth"
+    torch.save({"model": source.state_dict()}, path)
+    lines = weights.load_parts(target, target["encoder"], path, "segmenter")
+    assert lines[-1] == "loaded 2 of the segmenter's other tensors; at their initial values: classifier"
+    assert_equal(*(without(model.state_dict(), "classifier.") for model in (source, target)))
+    networks = weights.load_saved({"model": source.state_dict()}, lambda: segmenter(2), path, CPU)
+    assert_equal(networks["model"].state_dict(), source.state_dict())
+    with user_error(f"{path} and the network that it describes differ"):
+        weights.load_saved({"model": source.state_dict()}, lambda: segmenter(3), path, CPU)
 
 
-@pytest.mark.parametrize("top", [None, "model", "state_dict", "module"])
-def test_state_dicts_are_found_under_the_usual_keys(tmp_path, top):
-    state = net().state_dict()
-    torch.save({top: state, "epoch": 3} if top else state, tmp_path / "a.pth")
-    assert_equal(weights.read_file(tmp_path / "a.pth"), state)
+def test_a_detector_of_mmdetection_comes_as_detect_would_have_saved_it(tmp_path):
+    encoder, roi = MODELS["convnextv2_yocto"](num_classes=0).state_dict(), "roi_head.bbox_head."
+    shapes = {"rpn_head.rpn_conv": (6, 6, 3, 3), roi + "fc_cls": (4, 10), roi + "shared_fcs.0": (10, 294)}
+    shapes |= {roi + "fc_reg": (12, 10), "roi_head.mask_head.convs.0.conv": (5, 6, 3, 3), "backbone.norm2": (96,)}
+    heads = {f"{module}.weight": torch.randn(shape) for module, shape in shapes.items()}
+    file = {"state_dict": weights.from_native(encoder, "mmpretrain") | heads}
+    for classes, numbers in ((["dog", "cat", "zebra"], [18, 17, 24]), (["dog", "cat", "unicorn"], [1, 2, 3])):
+        torch.save(file | {"meta": {"dataset_meta": {"CLASSES": tuple(classes)}}}, tmp_path / "a.pth")
+        content = weights.read_content(tmp_path / "a.pth")
+        assert (content["classes"], content["category_ids"]) == (classes, numbers)
+    flags = dict(model="convnextv2_yocto", fpn_dim=6, box_dim=10, mask_dim=5, nms="soft", test_size=[800, 1333])
+    assert flags.items() <= weights.read_config(tmp_path / "a.pth").items()
+    assert_equal(weights.to_native(content["model"]), encoder)
+    scores = content["model"]["roi_heads.box_predictor.cls_score.weight"]
+    assert torch.equal(scores, heads[roi + "fc_cls.weight"][[3, 0, 1, 2]])  # the background comes first
 
 
-def test_averaged_weights_are_read_when_asked_for(tmp_path):
-    raw, averaged = net(0).state_dict(), net(1).state_dict()
-    torch.save({"model": raw, "model_ema": averaged, "optimizer": {}}, tmp_path / "a.pth")
-    assert_equal(weights.read_file(tmp_path / "a.pth"), raw)
-    assert_equal(weights.read_file(tmp_path / "a.pth", ema=True), averaged)
-    torch.save({"model": raw}, tmp_path / "b.pth")
-    assert_user_error("model_ema", lambda: weights.read_file(tmp_path / "b.pth", ema=True))
+# --- files and the command --------------------------------------------------------------------------------------------
 
 
-def test_the_authors_own_checkpoints_are_read_in_spite_of_their_namespace(tmp_path):
-    state = net().state_dict()
-    torch.save({"model": state, "args": argparse.Namespace(model="convnextv2_atto", lr=1e-3)}, tmp_path / "a.pth")
-    assert_equal(weights.read_file(tmp_path / "a.pth"), state)
+def test_weights_are_found_under_the_usual_keys_in_spite_of_a_namespace(tmp_path):
+    raw, averaged, path = net(0).state_dict(), net(1).state_dict(), tmp_path / "a.pth"
+    for content in (raw, {"state_dict": raw}, {"module": raw}, {"model": raw, "args": argparse.Namespace(lr=1e-3)}):
+        torch.save(content, path)
+        assert_equal(weights.read_file(path), raw)
+    with user_error("holds no averaged weights (model_ema)"):
+        weights.read_file(path, ema=True)
+    torch.save({"model": raw, "model_ema": averaged}, path)
+    assert_equal(weights.read_file(path, ema=True), averaged)
 
 
 def test_files_without_weights_are_named_and_no_code_runs(tmp_path):
-    whole = net().state_dict()
-    weights.write_file(tmp_path / "whole.pth", whole, "model")
-    contents = {"code": {"model": whole, "x": Code()}, "list": list(whole.values()), "optimizer": {"optimizer": {"state": {}}, "epoch": 1},
-                "empty": {}, "nothing": {"model": {}}, "mixed": whole | {"epoch": 1}}  # fmt: skip
+    state, contents = net().state_dict(), {"list": [], "epoch": {"epoch": 1}, "empty": {}, "nothing": {"model": {}}}
+    contents |= {"code": {"model": state, "x": Code()}, "mixed": state | {"epoch": 1}}
     for name, content in contents.items():
         torch.save(content, tmp_path / name)
-    (tmp_path / "text").write_text("hello")
-    (tmp_path / "truncated").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
-    for name in (*contents, "text", "truncated", "missing", "."):
-        assert_user_error(str(tmp_path / name), weights.read_file, tmp_path / name)
+    (tmp_path / "old_code").write_bytes(pickle.dumps({"model": Code()}, protocol=2))
+    weights.write_file(tmp_path / "whole.safetensors", state)
+    for name in ("cut", "cut.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
+    for name in (*contents, "old_code", "cut", "cut.safetensors", "missing", "missing.safetensors", "."):
+        with user_error(str(tmp_path / name)):
+            weights.read_file(tmp_path / name)
 
 
-def test_safetensors_are_written_read_and_refused_when_damaged(tmp_path):
-    pytest.importorskip("safetensors")
-    state, path = net().state_dict(), tmp_path / "a.safetensors"
-    for layout in WRITTEN:
-        weights.write_file(path, weights.from_native(state, layout))
-        read = weights.to_native(weights.read_file(path))
-        assert_equal({key: read[key] for key in state}, state)
-        assert len(read) == len(state)
-    path.write_bytes(path.read_bytes()[:-100])
-    (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("a", "text", "missing"):
-        assert_user_error(f"{name}.safetensors", weights.read_file, tmp_path / f"{name}.safetensors")
-
-
-def test_without_the_safetensors_package_one_line_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert_user_error("pip install safetensors", weights.read_file, tmp_path / "a.safetensors")
-    assert_user_error("pip install safetensors", weights.write_file, tmp_path / "a.safetensors", net().state_dict())
-
-
-# --- command line -----------------------------------------------------------------------------------------------------
-
-
-def convert(source: Path, target: Path, *flags: str):
-    weights.main(weights.get_args([str(source), str(target), *flags]))
-
-
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("layout", ["native", *WRITTEN])
-def test_the_command_converts_there_and_back(tmp_path, capsys, layout):
-    state = net().state_dict()
-    torch.save({"model": state}, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "b.bin", "--to", layout)
-    convert(tmp_path / "b.bin", tmp_path / "c.pt", "--to", "native")
-    assert_equal(torch.load(tmp_path / "c.pt")["model"], state)
-    out = capsys.readouterr().out
-    assert "native layout, 70 tensors, convnextv2 of depths (1, 1, 2, 1)" in out and f"{layout} layout, 70 tensors" in out
-
-
-def test_the_command_takes_averaged_weights_and_drops_the_decoder(tmp_path, capsys):
+def test_the_command_converts_there_and_back(tmp_path, monkeypatch, capsys, layout, suffix):
+    monkeypatch.chdir(tmp_path)
     mae, averaged = FCMAE(net(num_classes=0), decoder_embed_dim=16).state_dict(), net(1).state_dict()
-    torch.save({"model": mae, "model_ema": averaged}, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "authors", "--model_ema")
-    assert_equal(torch.load(tmp_path / "b.pth")["model"], averaged)
-    convert(tmp_path / "a.pth", tmp_path / "b.pth", "--to", "timm")
-    assert "tensors of the pre-training decoder are left out" in capsys.readouterr().out
-    assert_equal(weights.to_native(torch.load(tmp_path / "b.pth")), net(num_classes=0).state_dict())
+    torch.save({"model": mae, "model_ema": averaged}, "a.pth")
+    for flags, expected in (([], weights.to_native(mae)), (["--model_ema"], averaged)):
+        weights.main(weights.get_args(["a.pth", f"new/b.{suffix}", "--to", layout, *flags]))
+        weights.main(weights.get_args([f"new/b.{suffix}", "c.pt", "--to", "native"]))
+        assert_equal(torch.load("c.pt")["model"], expected)
+    assert f"b.{suffix}: {layout} layout, {len(averaged)} tensors" in capsys.readouterr().out
+    top = {"timm": set(), "hf": set(), "mmpretrain": {"state_dict"}}.get(layout, {"model"})
+    assert suffix != "pth" or torch.load("new/b.pth").keys() & {"model", "state_dict"} == top
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path):
-    path, state = tmp_path / "a.pth", net().state_dict()
-    torch.save({"model": state}, path)
-    torch.save({"model": without(state, "norm.bias")}, tmp_path / "incomplete.pth")
-    (tmp_path / "link.pth").symlink_to(path)
-    before = path.read_bytes()
-    assert_user_error("never overwritten", convert, path, path, "--to", "timm")
-    assert_user_error("never overwritten", convert, path, tmp_path / "link.pth", "--to", "timm")
-    assert_user_error("b.onnx", convert, path, tmp_path / "b.onnx", "--to", "timm")
-    assert_user_error("cannot write", convert, path, tmp_path / "nowhere/b.pth", "--to", "timm")
-    assert_user_error("cannot read", convert, tmp_path / "missing.pth", tmp_path / "b.pth", "--to", "timm")
-    assert_user_error("norm.bias", convert, tmp_path / "incomplete.pth", tmp_path / "b.pth", "--to", "timm")
-    assert path.read_bytes() == before
-    assert {file.name for file in tmp_path.iterdir()} == {"a.pth", "incomplete.pth", "link.pth"}
+def test_the_command_refuses_in_one_line_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = net().state_dict()
+    torch.save(state, "a.pth")
+    torch.save(without(state, "norm.bias"), "b.pth")
+    lines = {"a.pth ./a.pth": "never overwritten", "a.pth c.onnx": "must end in .pth", "b.pth c.pth": "norm.bias"}
+    for files, words in lines.items():
+        with user_error(words):
+            weights.main(weights.get_args([*files.split(), "--to", "timm"]))
+    assert_equal(torch.load("a.pth"), state)
+    with pytest.raises(SystemExit, match="2"):
+        weights.get_args(["a.pth", "b.pth", "--to", "tim"])
+    assert re.fullmatch(r".*invalid choice: 'tim' \(choose from .*timm.*\)\n", capsys.readouterr().err)
+
+
+# --- in the hands of other tools --------------------------------------------------------------------------------------
+
+SMALL = dict(depths=(1, 1, 1, 1), stem_stride=1)
+IMAGES = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+COPIES = [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), torch.nn.DataParallel, AveragedModel]
+
+
+@pytest.mark.parametrize("wrap", COPIES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_copies_and_wrappers_of_faster_networks_train_the_same(version, wrap):
+    models = speed_up(net(**SMALL, version=version)).train(), wrap(speed_up(net(**SMALL, version=version)).train())
+    for model in models:
+        model(IMAGES).square().sum().backward()
+    torch.testing.assert_close(*([p.grad for p in model.parameters()] for model in models), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("forward", ["forward", "forward_stages"])
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_an_exported_network_computes_the_same_for_another_number_of_images(version, forward):
+    model = speed_up(net(**SMALL, version=version))
+    model.forward = getattr(model, forward)
+    batch = ({0: torch.export.Dim("batch")},)
+    outputs = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=batch).module()(IMAGES)
+    torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_on_weights_run(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    for file, classes in {"runs/finetune/checkpoint-best.pth": 5, "runs/pretrain/encoder.pth": 0}.items():
+        weights.write_file(Path(file), net(depths=(1, 1, 1, 1), num_classes=classes).state_dict(), "model")
+    save_noise(tmp_path / "cat.jpg", (90, 60))
+    names = dict(images=torch.randn(2, 3, 64, 64))
+    page = (Path(__file__).parents[1] / "docs/weights.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)), names)
+    assert names["logits"].shape == (1, 5) and [len(x) for x in names["maps"]] == [2] * 4
+    assert all(Path(file).exists() for file in ("classifier.pt2", "classifier.onnx", "stages.onnx"))

@@ -1,0 +1,295 @@
+"""Claims about GRN's alternatives, other decoders, and the benchmarks, of which no time is ever asserted."""
+
+import csv
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CPU, TINY, image_folder, randomised, run, words
+from test_sparse import check_against_masked, make_images, make_mask, make_net
+from torchvision.ops import SqueezeExcitation
+
+import analyze
+import finetune
+import pretrain
+import weights
+from experiments import bench
+from experiments.decoders import DECODERS, Positions, TransformerBlock, UNet, make_decoder
+from experiments.norms import MLP_NORMS, replace_norm
+from fast import FastBlock
+from fcmae import FCMAE
+from model import SIZES, ConvNeXt
+from plumbing.files import UserError, save_csv
+from sparse import masked_stages, sparse_stages
+
+C = 32
+
+
+# --- GRN's alternatives -----------------------------------------------------------------------------------------------
+
+
+def make_norm(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    norm = randomised(MLP_NORMS[name](C).double())
+    return norm.get_submodule(name)
+
+
+def make_features() -> torch.Tensor:
+    return torch.randn(3, 4, 5, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MLP_NORMS)
+def test_encoding_and_every_gradient_equal_the_masked_oracles_and_the_dense_networks(name):
+    net = randomised(replace_norm(make_net(), name).double(), 3)
+    imgs = make_images(net)
+    check_against_masked(net, imgs, make_mask("equal"), "sparse")
+    stages = sparse_stages(net, imgs, make_mask("all visible"))
+    torch.testing.assert_close(stages[-1].dense(), net.forward_stages(imgs)[-1])
+
+
+@pytest.mark.parametrize("encode", [sparse_stages, masked_stages])
+def test_unequal_masks_are_refused_where_pooling_would_need_more(encode):
+    net = replace_norm(make_net(), "se").double()
+    with pytest.raises(ValueError, match="unequal"):
+        encode(net, make_images(net), make_mask("unequal"))
+
+
+FORMULAS = {  # G of a map, and N of a channel's G among those of all
+    "grn_l1": (lambda m: m.abs().sum(), lambda g, all_g: g / all_g.mean()),
+    "grn_average": (lambda m: m.mean(), lambda g, all_g: g / all_g.abs().mean()),
+    "grn_standardise": (lambda m: m.norm(), lambda g, all_g: (g - all_g.mean()) / all_g.std(correction=0)),
+    "grn_inverse": (lambda m: m.norm(), lambda g, all_g: 1 / all_g.mean()),
+    "grn_no_skip": (lambda m: m.norm(), lambda g, all_g: g / all_g.mean()),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_grns_relatives_are_the_papers_formulas_and_start_as_the_identity(name):
+    x, layer, (aggregate, normalise), skip = make_features(), make_norm(name), FORMULAS[name], name != "grn_no_skip"
+    expected, gamma, beta = torch.empty_like(x), layer.gamma.flatten(), layer.beta.flatten()
+    for n in range(len(x)):
+        g = torch.stack([aggregate(x[n, :, :, c]) for c in range(C)])
+        for c in range(C):
+            expected[n, :, :, c] = gamma[c] * x[n, :, :, c] * normalise(g[c], g) + beta[c] + skip * x[n, :, :, c]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)  # GRN's eps of 1e-6 is not in these formulas
+    assert torch.equal(MLP_NORMS[name](C).double()(x), x) == skip
+
+
+def test_other_norms_and_squeeze_and_excitation_equal_torchs():
+    x, theirs = make_features(), SqueezeExcitation(C, C // 16).double()
+    first = x.permute(0, 3, 1, 2)  # (N, C, H, W)
+    bn, ln, lrn, se = (make_norm(name) for name in ("bn", "ln", "lrn", "se"))
+    std = (first.var(1, correction=0, keepdim=True) + 1e-6).sqrt()
+    shapes = {key: value.shape for key, value in theirs.state_dict().items()}
+    theirs.load_state_dict({key: value.view(shapes[key]) for key, value in se.state_dict().items()})
+    expected = {
+        bn: F.batch_norm(first, None, None, bn.weight, bn.bias, training=True),
+        ln: (first - first.mean(1, keepdim=True)) / std * ln.weight.view(-1, 1, 1) + ln.bias.view(-1, 1, 1),
+        lrn: F.local_response_norm(first, 5, 1e-4, 0.75, 2.0) * lrn.gamma.view(-1, 1, 1) + lrn.beta.view(-1, 1, 1),
+        se: theirs(first),
+    }
+    for layer, y in expected.items():
+        torch.testing.assert_close(layer(x), y.permute(0, 2, 3, 1))
+
+
+def test_cbam_gates_channels_then_sites_by_mean_and_maximum():
+    x, cbam = make_features(), make_norm("cbam")
+    (a, b), bias, expected = cbam.site.weight[0], cbam.site.bias, torch.empty_like(x)
+    for n in range(len(x)):
+        pooled = x[n].mean((0, 1)), x[n].flatten(0, 1).max(dim=0).values
+        gated = x[n] * torch.sigmoid(sum(cbam.fc2(cbam.fc1(values).relu()) for values in pooled))
+        for i, j in torch.cartesian_prod(torch.arange(4), torch.arange(5)):
+            site = gated[i, j]
+            expected[n, i, j] = site * torch.sigmoid(a * site.mean() + b * site.max() + bias)
+    torch.testing.assert_close(cbam(x), expected)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("se", 109), ("cbam", 109), ("none", 89), ("ln", 89), ("grn", 89)])
+def test_base_models_have_the_papers_millions_of_parameters(name, millions):
+    with torch.device("meta"):
+        net = replace_norm(ConvNeXt(*SIZES["base"]), name)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == pytest.approx(millions, abs=1)
+
+
+def test_replacements_start_with_the_networks_initial_weights():
+    net = replace_norm(ConvNeXt(**TINY), "se")
+    linears = [module for module in net.stages[3][0].grn.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 2 and all(not layer.bias.any() and 0.01 < layer.weight.std() < 0.03 for layer in linears)
+
+
+def test_what_cannot_be_replaced_is_refused():
+    with pytest.raises(ValueError, match="gnr is not one of grn, none, .*cbam"):
+        replace_norm(ConvNeXt(**TINY), "gnr")
+    with pytest.raises(ValueError, match="ln replaces GRN, and ConvNeXt V1 has none"):
+        replace_norm(ConvNeXt(**TINY, version=1), "ln")
+    net = ConvNeXt(**TINY)
+    net.checkpoint_activations()
+    with pytest.raises(ValueError, match="twice"):
+        replace_norm(net, "bn")
+
+
+def make_classifier(name: str, seed: int = 0) -> ConvNeXt:
+    torch.manual_seed(seed)
+    return randomised(replace_norm(ConvNeXt(**TINY, stem_stride=1, num_classes=3), name), seed)
+
+
+@pytest.mark.parametrize("name", MLP_NORMS)
+def test_weights_are_known_by_their_norm_and_load_into_no_other_unasked(name):
+    source, imgs = make_classifier(name).eval(), torch.randn(2, 3, 16, 16)
+    native = weights.to_native({f"module.{key}": value for key, value in source.state_dict().items()})
+    assert weights.mlp_norm_of(native) == name
+    assert torch.equal(weights.build(native).eval()(imgs), source(imgs))
+    for other in MLP_NORMS.keys() - {name}:
+        model = make_classifier(other, seed=1)
+        with pytest.raises(UserError, match="do not fit"):
+            weights.load_weights(model, native)
+        initial = {key: value.clone() for key, value in model.state_dict().items()}
+        weights.load_weights(model, native, replace_mlp_norm=True)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, (initial if ".grn." in key else native)[key])
+    if name != "grn":
+        with pytest.raises(UserError, match=name):
+            weights.from_native(native, "timm")
+
+
+# --- decoders ---------------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[[True, False, True], [False, True, True]], [[True, True, False], [True, True, False]]])
+
+
+def make_autoencoder(decoder: str, stem_stride: int = 1, **options) -> FCMAE:
+    torch.manual_seed(0)
+    encoder = ConvNeXt(**TINY, num_classes=0, stem_stride=stem_stride)
+    return make_decoder(decoder, encoder, **dict(decoder_embed_dim=32) | options)
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_predicts_every_patch_and_starts_near_a_loss_of_one(decoder, stem_stride):
+    mae = make_autoencoder(decoder, stem_stride)
+    loss, pred, mask = mae(torch.rand(2, 3, 32, 48))
+    assert pred.shape == (2, mask[0].numel(), mae.patch_size**2 * 3) and 0.9 < loss < 1.15
+    loss.backward()
+    assert all(p.grad is not None for name, p in mae.named_parameters() if not name.startswith("encoder."))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_sparse_and_masked_encoders_serve_every_decoder_alike_and_no_hidden_pixel_reaches_it(decoder):
+    imgs = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    spoiled = imgs.masked_fill(MASK.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], torch.nan)
+    maes = [randomised(make_autoencoder(decoder, backend=name).double()) for name in ("sparse", "masked")]
+    assert torch.equal(maes[0](imgs, MASK)[1], maes[0](spoiled, MASK)[1])
+    losses = [mae(imgs, MASK)[0] for mae in maes]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(*(mae.parameters() for mae in maes)):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_only_the_u_net_with_skips_takes_finer_maps_and_depends_on_each():
+    features = {name: make_autoencoder(name).forward_encoder(torch.randn(2, 3, 16, 24), MASK) for name in DECODERS}
+    maps = features.pop("unet_skip")
+    assert [tuple(x.shape) for x in maps] == [(2, 8, 16, 24), (2, 16, 8, 12), (2, 32, 4, 6), (2, 64, 2, 3)]
+    assert {tuple(x.shape) for x in features.values()} == {(2, 64, 2, 3)}
+    net = randomised(UNet(64, 1, TINY["dims"]))
+    for k in range(3):
+        changed = [finer + (i == k) for i, finer in enumerate(maps[:3])]
+        assert not torch.allclose(net(maps[3], maps[:3]), net(maps[3], changed))
+
+
+def test_the_u_net_draws_its_pixels_where_they_belong():
+    mae = make_autoencoder("unet")
+    with torch.no_grad():
+        for parameter in (*mae.decoder.parameters(), mae.pred.weight):
+            parameter.zero_()
+        mae.pred.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    pred = mae(torch.randn(1, 3, 16, 16))[1]
+    assert torch.equal(mae.unpatchify(pred, 2, 2)[0, :, 5, 9], torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_the_transformers_block_normalises_first_and_its_positions_differ():
+    block, x = randomised(TransformerBlock(32)).eval(), torch.randn(2, 32, 3, 5)
+    tokens = x.flatten(2).transpose(1, 2)
+    y = F.layer_norm(tokens, (32,), block.norm1.weight, block.norm1.bias, 1e-6)
+    tokens = tokens + block.self_attn(y, y, y)[0]
+    y = F.layer_norm(tokens, (32,), block.norm2.weight, block.norm2.bias, 1e-6)
+    tokens = tokens + block.linear2(F.gelu(block.linear1(y)))
+    torch.testing.assert_close(block(x), tokens.transpose(1, 2).view(x.shape), rtol=1e-4, atol=1e-5)
+    positions = Positions()(torch.zeros(1, 32, 5, 7)).flatten(2)[0].T  # (35, 32)
+    assert (torch.cdist(positions, positions) + torch.eye(35)).min() > 0.1
+
+
+def test_decoders_that_cannot_be_made_are_refused():
+    with pytest.raises(ValueError, match="unett is not one of convnext, transformer, unet, unet_skip"):
+        make_autoencoder("unett")
+    with pytest.raises(ValueError, match="20 is not a multiple of 16"):
+        make_autoencoder("transformer", decoder_embed_dim=20)
+
+
+# --- the scripts' flags -----------------------------------------------------------------------------------------------
+
+
+def test_scripts_train_alternatives_keep_them_unless_asked_and_look_at_them(tmp_path, small_models):
+    folder = image_folder(tmp_path / "images", ("stripes", "rings"), train=8, val=2)
+    for name, decoder in (("grn", "transformer"), ("none", "unet"), ("bn", "unet_skip")):
+        run(pretrain, folder, tmp_path / name, epochs=1, mlp_norm=name, decoder=decoder, decoder_depth=2)
+        for command in ("reconstruct", "collapse"):
+            options = words(checkpoint=tmp_path / name / "checkpoint-1.pth", output_dir=tmp_path / name, num_images=2)
+            analyze.main(analyze.get_args([command, *options]))
+            assert (tmp_path / name / f"{command}.csv").exists()
+    for before, asked in (("grn", None), ("bn", None), ("grn", "none"), ("none", "grn")):
+        output, encoder = tmp_path / f"{before}-{asked}", tmp_path / before / "encoder.pth"
+        state = run(finetune, folder, output, epochs=1, finetune=encoder, mlp_norm=asked)
+        assert weights.mlp_norm_of(weights.to_native(state["model"])) == asked or before
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+SMALL = dict(model="convnextv2_atto", batch_size=2, input_size=64, amp="none", repeats=1, device="cpu")
+
+
+def bench_rows(task: str, directory: Path, **flags) -> list[dict]:
+    bench.main(bench.get_args([task, *words(**SMALL, output_dir=directory, **flags)]))
+    with open(directory / f"{task}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("task", "count"), [("encoder", 4), ("step", 3), ("sweep", 8), ("finetune", 1)])
+def test_every_task_writes_a_row_for_each_candidate(task, count, tmp_path, monkeypatch, small_models):
+    monkeypatch.setattr(bench, "SWEEP", (0.6, 0.4))
+    monkeypatch.setattr(bench, "timm", None)
+    rows = bench_rows(task, tmp_path)
+    assert len(rows) == count and all(float(row["ms"]) > 0 for row in rows)
+    assert (tmp_path / f"{task}.png").exists() == (task in ("encoder", "sweep"))
+
+
+def test_candidates_are_networks_as_the_scripts_train_them_or_plain():
+    for plain in (False, True):
+        net = bench.prepare(bench.get_args(["--plain", str(plain)]), CPU, make_net())
+        assert net.training and (type(net.stages[0][0]) is FastBlock) != plain
+
+
+def test_times_are_medians_and_memory_counts_a_storage_once(monkeypatch):
+    times = iter([0, 1, 0, 1, 0, 1, 0, 1, 0, 10])  # two of warm-up; rounds of 1, 1 and 10
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.time, "perf_counter", lambda: next(times))
+        assert bench.interleaved({"a": lambda: None}, 3, CPU) == {"a": 1}
+    x = torch.randn(1024, 256, requires_grad=True)
+    assert bench.memory(lambda: (x * x).sum().backward(), CPU) == pytest.approx(1)
+
+
+def test_two_checkouts_are_compared_by_the_medians_of_their_processes(tmp_path, monkeypatch):
+    programs, ms = {bench.ROOT: ["-m", "experiments.bench"], tmp_path / "old": ["bench.py"]}, {}
+
+    def measured(command, cwd, **_):
+        assert command[1:].index("step") == len(programs[cwd]) and command[1:-1][: len(programs[cwd])] == programs[cwd]
+        numbers = ms.setdefault(cwd, iter([10, 30, 11] if cwd == bench.ROOT else [20, 22, 90]))
+        row = dict(model="m", amp="none", candidate="sparse", ms=next(numbers), MiB=4)
+        save_csv(Path(command[-1], "step.csv"), [row])
+
+    monkeypatch.setattr(subprocess, "run", measured)
+    time, memory = bench_rows("step", tmp_path, against=tmp_path / "old", processes=3)
+    assert float(time["here / there"]) == 0.5 and float(memory["here / there"]) == 1 and len(ms) == 2

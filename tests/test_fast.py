@@ -1,0 +1,271 @@
+"""Claims about fast.py: the outputs, gradients, weights and manners of the plain modules, from less memory."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import randomised, words
+from test_model import gradients, kept_bytes, relative_error
+from test_sparse import make_images, make_mask, make_net, random_loss
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize, prune
+
+from fast import FastBlock, FastDepthwiseConv, speed_up
+from fcmae import FCMAE, random_mask
+from model import Block, ConvNeXt
+from sparse import masked_stages, sparse_stages, upsample_mask
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+run_dense = ConvNeXt.forward_stages
+SITES = [6, 12]  # of a block with 4 channels: GRN on the activations, and folded into the weight
+
+
+def make_pair(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The same random weights in plain modules and in fast ones, in training mode."""
+    plain = randomised(module).train()
+    return plain, speed_up(copy.deepcopy(plain))
+
+
+def run_sparse(net, imgs, kind="equal"):
+    return [stage.features for stage in sparse_stages(net, imgs, make_mask(kind))]
+
+
+def outputs_and_gradients(run, net, imgs, autocast=None) -> list[torch.Tensor]:
+    imgs = imgs.clone().requires_grad_()
+    with torch.autocast(imgs.device.type, autocast, enabled=autocast is not None):
+        outputs = run(net, imgs)
+    return [*outputs, *torch.autograd.grad(random_loss(outputs), [imgs, *net.parameters()])]
+
+
+def check_equal(run, plain, fast, imgs):
+    results = (outputs_and_gradients(run, net, imgs) for net in (plain, fast))
+    for expected, tensor in zip(*results):
+        assert (tensor - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [None, "equal", "unequal", "one image empty", "all visible", "none visible"])
+@pytest.mark.parametrize(("version", "again"), [(1, False), (2, False), (2, True)])
+def test_outputs_and_gradients_equal_those_of_the_plain_modules(version, again, kind):
+    """Of the dense network, and of the sparse encoder; what hidden pixels hold does not matter."""
+    plain, fast = make_pair(make_net(version))
+    fast.checkpoint_activations(again)
+    imgs = make_images(plain)
+    if kind is None:
+        return check_equal(run_dense, plain, fast, imgs)
+
+    def run(net, imgs):
+        hidden = upsample_mask(make_mask(kind), 8)[:, None]
+        return run_sparse(net, imgs.masked_fill(hidden, float("nan") if net is fast else 0), kind)
+
+    check_equal(run, plain, fast, imgs)
+
+
+@pytest.mark.parametrize("run", [run_dense, run_sparse])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(F32, None), (BF16, None), (F16, None), (F32, BF16), (F32, F16)], ids=str
+)
+def test_lower_precision_is_as_near_to_float64_as_the_plain_modules(dtype, autocast, run):
+    plain, fast = make_pair(make_net())
+    imgs, eps = make_images(plain), torch.finfo(autocast or dtype).eps
+    exact = outputs_and_gradients(run, plain, imgs)
+    results = [outputs_and_gradients(run, net.to(dtype), imgs.to(dtype), autocast) for net in (plain, fast)]
+    for e, p, f in zip(exact, *results):
+        assert f.dtype == p.dtype and relative_error(f.double(), e) < 4 * relative_error(p.double(), e) + 4 * eps
+
+
+@cuda
+@pytest.mark.parametrize("run", [run_dense, run_sparse])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (F32, 1e-3), (BF16, 0.1), (F16, 0.03)])
+def test_cuda_outputs_and_gradients_equal_the_plain_modules_on_the_cpu(dtype, tolerance, run):
+    plain, fast = make_pair(make_net())
+    imgs = make_images(plain)
+    exact = outputs_and_gradients(run, plain, imgs)
+    results = outputs_and_gradients(run, fast.to("cuda", dtype), imgs.to("cuda", dtype))
+    vectors = [torch.cat([t.flatten().cpu().double() for t in tensors]) for tensors in (results, exact)]
+    assert relative_error(*vectors) < tolerance
+
+
+def make_mlps(dtype=torch.float64, approximate="none", bias=True) -> tuple[Block, Block]:
+    """Blocks whose `mlp` is GELU, GRN and the second linear layer alone: (N, H, W, 16) -> (N, H, W, 4)."""
+    torch.manual_seed(0)
+    block = Block(4).to(dtype)
+    block.norm = block.pwconv1 = nn.Identity()
+    block.act, block.pwconv2 = nn.GELU(approximate), nn.Linear(16, 4, bias, dtype=dtype)
+    return make_pair(block)
+
+
+def mlp_and_gradients(block, h, scale=1):
+    leaf = h.clone().requires_grad_()
+    y = block.mlp(leaf)
+    parameters = [*block.grn.parameters(), *block.pwconv2.parameters()]
+    return [y, *torch.autograd.grad(scale * random_loss([y]), [leaf, *parameters])]
+
+
+@pytest.mark.parametrize("sites", SITES)
+@pytest.mark.parametrize("options", [{}, dict(approximate="tanh"), dict(bias=False)], ids=str)
+@pytest.mark.parametrize("values", ["random", "dead channels", "zero"])
+def test_the_fused_layers_equal_the_modules(values, options, sites):
+    h = torch.randn(2, 3, sites // 3, 16, dtype=torch.float64)
+    if values == "zero":
+        h.zero_()
+    elif values == "dead channels":
+        h[..., 0], h[..., 1], h[0, ..., 2] = 0, -60, 0
+    for expected, tensor in zip(*(mlp_and_gradients(block, h) for block in make_mlps(**options))):
+        torch.testing.assert_close(tensor, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sites", SITES)
+@pytest.mark.parametrize(("first", "rest", "scale"), [(300, 300, 1), (6e-6, 1, 1000)], ids=["large", "nearly dead"])
+def test_float16_does_not_overflow(first, rest, scale, sites):
+    """Nor do a sum of large squares, or what multiplies the gradient of a nearly dead channel's norm."""
+    h = torch.randn(1, 1, sites, 16) * torch.tensor([first] + [rest] * 15)
+    (plain, _), (_, fast) = make_mlps(), make_mlps(F32)
+    fast.load_state_dict(plain.state_dict())
+    expected = mlp_and_gradients(plain, h.half().double(), scale)
+    for tensor, exact in zip(mlp_and_gradients(fast, h.half(), scale), expected):
+        assert tensor.isfinite().all() and relative_error(tensor.double(), exact) < 0.02
+
+
+@pytest.mark.parametrize(("part", "shape"), [("mlp", (2, 3, 2, 16)), ("mlp", (2, 3, 4, 16)), ("dwconv", (2, 4, 5, 6))])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_backward_keeps_the_types_of_forward(dtype, part, shape):
+    """Forward under autocast; backward under none, or under another that is none of its business."""
+    (_, fast), results = make_mlps(F32), []
+    x, parameters = torch.randn(shape).to(dtype), list((fast.grn if part == "mlp" else fast.dwconv).parameters())
+    for ambient in (None, BF16, F16):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = getattr(fast, part)(leaf)
+        assert y.dtype == dtype
+        with torch.autocast("cpu", ambient, enabled=ambient is not None):
+            results.append(torch.autograd.grad(random_loss([y]), [leaf, *parameters]))
+        assert [grad.dtype for grad in results[-1]] == [dtype] + [torch.float32] * 2
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+@pytest.mark.parametrize("part", ["dwconv", "norm", "pwconv1", "act", "grn", "pwconv2"])
+@pytest.mark.parametrize("run", [run_dense, run_sparse])
+def test_every_hook_is_called_in_training(run, part, kind):
+    (_, fast), calls = make_pair(make_net()), []
+    getattr(getattr(fast.stages[0][0], part), f"register_{kind}_hook")(lambda *_: calls.append(part))
+    random_loss(run(fast, make_images(fast))).backward()
+    assert calls == [part]
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def subclass(module):
+    kind = type(module)
+    module.__class__ = type("Halved", (kind,), dict(forward=lambda self, x: kind.forward(self, x) / 2))
+
+
+CHANGES = {
+    "ReLU": lambda block: setattr(block, "act", nn.ReLU()),
+    "no GRN": lambda block: setattr(block, "grn", nn.Identity()),
+    "adapted linear layer": lambda block: setattr(block, "pwconv2", nn.Sequential(block.pwconv2, Halved())),
+    "adapted convolution": lambda block: setattr(block, "dwconv", nn.Sequential(block.dwconv, Halved())),
+    "parametrised convolution": lambda block: parametrize.register_parametrization(block.dwconv, "weight", Halved()),
+    "pruned convolution": lambda block: prune.l1_unstructured(block.dwconv, "weight", 0.5),
+}
+for part in ("dwconv", "act", "grn", "pwconv2"):
+    CHANGES[f"subclassed {part}"] = lambda block, part=part: subclass(getattr(block, part))
+
+
+@pytest.mark.parametrize("run", [run_dense, run_sparse])
+@pytest.mark.parametrize("change", CHANGES)
+def test_replaced_modules_are_used_in_training(change, run):
+    nets = make_pair(make_net())
+    for net in nets:
+        for block in net.stages[2]:
+            CHANGES[change](block)
+    check_equal(run, *nets, make_images(nets[0]))
+
+
+@pytest.mark.parametrize("run", [run_dense, run_sparse, lambda net, imgs: masked_stages(net, imgs, make_mask("equal"))])
+def test_nothing_changes_in_evaluation(run):
+    """Outputs and gradients to the bit, and derivatives of derivatives, which the fast modules refuse in training."""
+    nets = [net.float() for net in make_pair(make_net())]
+    imgs = make_images(nets[0]).float()
+
+    def second_derivatives(net):
+        net.zero_grad()
+        (grad,) = torch.autograd.grad(random_loss(run(net, imgs)), [net.stages[0][0].pwconv1.weight], create_graph=True)
+        grad.square().sum().backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(*(run(net, imgs) for net in nets)))
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        second_derivatives(nets[1])
+    results = [outputs_and_gradients(run, net.eval(), imgs) + second_derivatives(net) for net in nets]
+    assert len(results[0]) == len(results[1]) and all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_fast_convolutions_and_mlps_are_used_in_training():
+    block = make_pair(Block(8))[1]
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    assert type(block.dwconv(x).grad_fn) is not type(block.eval().dwconv(x).grad_fn)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_names_weights_copies_and_pickles_stay_as_they_were(version):
+    plain, fast = make_pair(make_net(version))
+    imgs = make_images(plain)
+    assert list(fast.state_dict()) == list(plain.state_dict()) and str(type(fast)) == str(type(plain))
+    assert speed_up(fast) is fast
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert {type(block) for stage in copied.stages for block in stage} == {FastBlock}
+        check_equal(run_dense, plain, copied, imgs)
+        check_equal(run_sparse, plain, copied, imgs)
+
+
+@pytest.mark.parametrize("run", [run_dense, run_sparse])
+def test_less_is_kept_for_backward(run):
+    """Of a block's MLP one wide tensor in place of three; of sparse convolutions rows alone."""
+    plain, fast = make_pair(make_net())
+    imgs = make_images(plain)
+    weights = sum(p.nbytes for p in plain.parameters())
+    memory = [kept_bytes(lambda net=net: random_loss(run(net, imgs))) - weights for net in (plain, fast)]
+    assert memory[1] < (0.7 if run is run_dense else 0.6) * memory[0]
+    x, blocks = torch.randn(2, 32, 32, 8), make_pair(Block(8))
+    memory = [kept_bytes(lambda block=block: block.mlp(x)) for block in blocks]
+    assert memory[1] < 0.5 * memory[0]
+
+
+@pytest.mark.slow  # the compiler builds its kernels for a minute
+@pytest.mark.parametrize("which", [0, 1], ids=["plain", "fast"])
+def test_compiled_training_equals_eager_in_few_graphs(which):
+    encoder = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
+    mae, compiler = make_pair(FCMAE(encoder, decoder_embed_dim=8))[which], CompileCounterWithBackend("inductor")
+    imgs, mask, results = torch.randn(2, 3, 32, 32), random_mask(2, 4, 4, 0.6), []
+    for call in (mae, torch.compile(mae, backend=compiler)):
+        loss, _, _ = call(imgs, mask)
+        results.append(torch.cat([loss.detach()[None], *(g.flatten() for g in gradients(mae, loss).values())]))
+    assert relative_error(results[1], results[0]) < 1e-3
+    assert 0 < compiler.frame_count <= 3  # before the tables of sites, which depend on the mask's values, and after
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "detect", "segment"])
+def test_every_script_trains_fast_modules(name, tmp_path, monkeypatch):
+    script = pytest.importorskip(name, exc_type=ImportError)
+    if not hasattr(script, "dist"):
+        pytest.skip("not ported yet")
+
+    def to_device(network, device):
+        raise StopIteration(network)
+
+    monkeypatch.setattr(script.dist, "to_device", to_device)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StopIteration) as stop:
+        script.main(script.get_args(words(device="cpu", embedded_images=(50, 50), output_dir=tmp_path)))
+    modules = list(stop.value.args[0].modules())
+    blocks = [module for module in modules if isinstance(module, Block)]
+    assert blocks and all(type(b) is FastBlock and type(b.dwconv) is FastDepthwiseConv for b in blocks)
+    assert all(hasattr(module, "sparse_conv") for module in modules if isinstance(module, ConvNeXt))
