@@ -152,10 +152,8 @@ def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None
     Returns the loss's name in the log, what it is computed on (training images if `val` is None), and labelled training
     images, none unless `val` has the same classes: batches of uint8 images (B, 3, S, S) and labels (B,).
     """
-    evaluations, labelled = (
-        1 + math.ceil(args.epochs / args.eval_freq),
-        val and images.classes == val.classes is not None,
-    )
+    evaluations = 1 + math.ceil(args.epochs / args.eval_freq)
+    labelled = val and images.classes == val.classes is not None
     budget, name = max(24, args.epochs * len(images) // (10 * evaluations)), "val_loss" if val else "train_loss"
 
     def load(images: Images, count: int) -> list:

@@ -69,7 +69,7 @@ class Metric(NamedTuple):
 
     def of(self, rows: list[dict]) -> float:
         rows = [row for row in rows if all(row[name] == value for name, value in self.where.items())]
-        layers = [*grouped(rows, "layer").values()]
+        layers = [*_grouped(rows, "layer").values()]
         rows = [row for layer in layers[-max(1, len(layers) // self.part) :] for row in layer if self.column in row]
         numbers = [float(row[self.column]) - float(row.get(self.minus, 0)) for row in rows]
         return statistics.fmean(number for number in numbers if not math.isnan(number))
@@ -155,7 +155,7 @@ def run_all(jobs: list[Job], side_by_side: int, photographs: str | None = None) 
         signal.signal(signal.SIGTERM, handler)
 
 
-def grouped(rows: Iterable[dict], column: str) -> dict[str, list[dict]]:
+def _grouped(rows: Iterable[dict], column: str) -> dict[str, list[dict]]:
     groups = {}
     for row in rows:
         groups.setdefault(row[column], []).append(row)
@@ -166,10 +166,10 @@ def networks_of(job: Job, tensor: str = "after GRN") -> dict[str, list[dict]]:
     """Rows by network, of what analyze.py wrote, of two tensors the one; or a training's log, by epoch."""
     if job.output.suffix == ".pth":
         records = map(json.loads, job.beside("log.jsonl").read_text().splitlines())
-        return grouped((record | dict(epoch=math.ceil(record["epoch"]), layer="") for record in records), "epoch")
+        return _grouped((record | dict(epoch=math.ceil(record["epoch"]), layer="") for record in records), "epoch")
     table = csv.DictReader(job.output.read_text(encoding="utf-8").splitlines())
     rows = [dict(layer=row.get("block")) | row for row in table]
-    return grouped([row for row in rows if row.get("tensor") == tensor] or rows, "checkpoint")
+    return _grouped([row for row in rows if row.get("tensor") == tensor] or rows, "checkpoint")
 
 
 def recorded_rows(results: Path) -> dict[tuple, list[dict]]:
@@ -191,7 +191,7 @@ def rows_for(key: tuple, job: Job, condition: Condition, recorded: dict) -> list
     if key[0].endswith("course"):
         rows = []
         for epoch, table in networks.items():
-            for k, part in enumerate([table, *grouped(table, "layer").values()]):  # block 0: all of them
+            for k, part in enumerate([table, *_grouped(table, "layer").values()]):  # block 0: all of them
                 rows.append(row | dict(block=k, epoch=epoch, value=f"{metric.of(part):.6g}"))
         return rows
     chain = [part for part in unique([job]) if part.beside("job.json").exists()]
@@ -260,7 +260,7 @@ def verdict(differences: list[Difference], expected: int) -> tuple[str, Differen
 
     By a metric a claim is seen if all its `expected` comparisons are, and is not if one decides against it.
     """
-    words = grouped([dict(metric=d.metric, word=d.judged()[2]) for d in differences], "metric")
+    words = _grouped([dict(metric=d.metric, word=d.judged()[2]) for d in differences], "metric")
     seen = [metric for metric, part in words.items() if [row["word"] for row in part] == [SEEN] * expected]
     against = {d.judged()[2] for d in differences if d.judged()[3]}
     word = SEEN if seen and not against else OPPOSITE if OPPOSITE in against and not seen else NOT_SEEN
@@ -312,7 +312,7 @@ def draw_course(rows: list[dict], path: Path) -> None:
     save_figure(finish(figure, ""), path)
 
 
-def markdown(*rows: list) -> str:
+def _markdown(*rows: list) -> str:
     return "\n".join(f"|{'|'.join(map(str, row))}|" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
@@ -330,7 +330,7 @@ def table(claim: Claim, values: dict, differences: list[Difference]) -> str:
         cells = {d.metric: f"{d}, {SHORT[d.judged()[2]]}" for d in differences if d.text == text}
         d = next(d for d in differences if d.text == text)
         rows.append([text, len(d.values), d.papers(), *(cells.get(metric, "") for metric in metrics)])
-    return markdown(*rows)
+    return _markdown(*rows)
 
 
 def write_results(plan: Plan, seeds: Iterable[int], results: Path) -> None:
@@ -366,7 +366,7 @@ def write_results(plan: Plan, seeds: Iterable[int], results: Path) -> None:
             continue
         sections[f"{name}. {claim.title}"] = [image]
     chance = f"**{count} comparisons**: if all were true ties, about {count / 20:.1f} would seem to differ."
-    sections = {f"The paper's claims at the {plan.name} budget": [markdown(*top), chance], **sections}
+    sections = {f"The paper's claims at the {plan.name} budget": [_markdown(*top), chance], **sections}
     old = re.split(r"^#+ ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:] if page.exists() else []
     for heading, *paragraphs in (part.strip().split("\n\n") for part in old):
         sections.setdefault(heading, []).extend(p for p in paragraphs if not p.startswith(("|", "![", "**")))
