@@ -22,9 +22,8 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
     either = group.add_mutually_exclusive_group().add_argument
     either("--eval", action=cli.BoolFlag, default=False, help="only evaluate the checkpoint of --resume")
     either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders, with --resume")
-    group.add_argument(
-        "--recipe", choices=recipes, help="the published settings for the model's size; flags override them"
-    )
+    recipe = "the published settings for the model's size; flags override them"
+    group.add_argument("--recipe", choices=recipes, help=recipe)
     return group.add_argument
 
 
@@ -36,12 +35,8 @@ def add_transfer_flags(add: Callable) -> None:
     add("--opt_betas", type=cli.fraction, default=(0.9, 0.999), nargs=2, help="betas of Adam and AdamW")
     add("--momentum", type=cli.fraction, default=0.9, help="Nesterov momentum of SGD")
     add("--model_ema", action=cli.BoolFlag, default=False, help="keep an exponential moving average of the weights")
-    add(
-        "--model_ema_decay",
-        type=cli.fraction,
-        default=0.9999,
-        help="its decay; min(this, (1 + t) / (10 + t)) at update t",
-    )
+    decay = "its decay; min(this, (1 + t) / (10 + t)) at update t"
+    add("--model_ema_decay", type=cli.fraction, default=0.9999, help=decay)
     add("--model_ema_eval", action=cli.BoolFlag, default=True, help="evaluate the average too")
     add("--use_amp", action=cli.BoolFlag, help="mixed precision, bf16 but on older GPUs; the authors' flag for --amp")
     add("--eval_freq", type=cli.count, default=1, help="epochs between evaluations; the last epoch always has one")
