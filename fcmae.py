@@ -19,7 +19,7 @@ BACKENDS = {
         sparse_stages, conv=reference_conv
     ),  # by the definition of the convolution, a sum over 49 taps; slow
     "masked": masked_stages,  # dense, with the mask before and after each convolution: the tests' oracle
-    "leaky": leaky_stages,  # dense, without masks inside: the paper's "without sparse conv."
+    "leaky": leaky_stages,  # dense inside, so that mask and image mix: the paper's "without sparse conv."
 }
 
 

@@ -80,7 +80,7 @@ def make_parser() -> cli.Parser:
     add = cli.add_data_flags(parser, data.DATA_SETS, data_path, DRAWN, synonyms=SYNONYMS)
     add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (DIR/val)")
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
-    add("--labels_per_class", type=cli.count, help="train on so many images per class")
+    add("--labels_per_class", type=cli.count, help="train on this many images per class")
     add("--dist_eval", action=cli.BoolFlag, default=True, help="divide the validation images among processes")
     crop_pct = "evaluation: fraction of the sides kept (224/256)"
     add("--crop_pct", type=cli.number(float, 0.1, 1), help=crop_pct)

@@ -14,7 +14,14 @@ from plumbing.files import UserError
 
 NONE = MappingProxyType({})
 FIRST = ("data_path", "finetune", "init_weight", "recipe", "model", "input_size", "epochs", "batch_size")
-FIRST += ("output_dir", "resume", "eval", "predict", "checkpoint", "images")  # what a beginner needs, and `--help` shows first
+FIRST += (
+    "output_dir",
+    "resume",
+    "eval",
+    "predict",
+    "checkpoint",
+    "images",
+)  # what a beginner needs, and `--help` shows first
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Pictures, drawn without a display."""
+"""Figures, drawn without a display."""
 
 import os
 import warnings
@@ -43,7 +43,7 @@ def draw_panels(
     columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
     legend: Mapping[str, tuple] = MappingProxyType({}),
 ):  # fmt: skip
-    """A table of pictures as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+    """A table of images as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row, each `inches` wide. Without names two stand side by side in a row.
     legend: name -> (red, green, blue), 0 to 255.

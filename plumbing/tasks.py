@@ -97,7 +97,7 @@ def settle(
     for name in network if only_use else ():
         if name in config and getattr(args, name) != config[name]:
             parser.error(f"--{name} {getattr(args, name)}, but {start} has {config[name]}; leave --{name} out")
-    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint's: those of its training
+    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint keeps its training's
     args.resume, args.finetune = (start, args.finetune) if only_use else (args.resume, start)
     cli.derive(args)
     return args
@@ -155,7 +155,7 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
 
-    BatchNorm's statistics are averaged too, so that they are those of averaged weights; what only counts is copied.
+    BatchNorm's statistics are averaged too, to suit the averaged weights; counters are copied.
     """
     ema = AveragedModel(net, use_buffers=True)
 
