@@ -13,15 +13,9 @@ from plumbing import dist
 from plumbing.files import UserError
 
 NONE = MappingProxyType({})
+# What a beginner needs, and `--help` shows first.
 FIRST = ("data_path", "finetune", "init_weight", "recipe", "model", "input_size", "epochs", "batch_size")
-FIRST += (
-    "output_dir",
-    "resume",
-    "eval",
-    "predict",
-    "checkpoint",
-    "images",
-)  # what a beginner needs, and `--help` shows first
+FIRST += ("output_dir", "resume", "eval", "predict", "checkpoint", "images")
 
 
 class Parser(argparse.ArgumentParser):
