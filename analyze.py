@@ -115,12 +115,12 @@ def selectivity(activity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXt:
-    """The encoder or classifier of any checkpoint that weights.py reads, in eval mode; UserError for anything else."""
+    """Load the encoder or classifier of any checkpoint that weights.py reads, in eval mode; UserError for others."""
     return weights.build(weights.to_native(weights.read_file(path))).to(device).eval()
 
 
 def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
-    """The autoencoder of a checkpoint of pretrain.py, in eval mode; UserError when it holds no decoder."""
+    """Load the autoencoder of a checkpoint of pretrain.py, in eval mode; UserError when it holds no decoder."""
     state = weights.read_file(path)
     if "mask_token" not in state:
         raise UserError(f"{path} holds no decoder; reconstruct needs a checkpoint-<epoch>.pth of pretrain.py")
@@ -153,7 +153,7 @@ class Subject(NamedTuple):
 
 
 def open_subjects(args: argparse.Namespace, device: torch.device, load: Callable = load_network) -> list[Subject]:
-    """The networks of --checkpoint and, with --untrained, the first one's with random weights."""
+    """Load the networks of --checkpoint and, with --untrained, add the first one with random weights."""
     paths, labels = args.checkpoint, args.label
     if not labels:
         labels = [path.parent.name if path.stem.startswith(("checkpoint-", "encoder")) else path.stem for path in paths]
@@ -176,7 +176,7 @@ def open_subjects(args: argparse.Namespace, device: torch.device, load: Callable
 def choose_images(
     args: argparse.Namespace, count: int | None, usual: int, split: str = "val"
 ) -> tuple[Images, list[int]]:
-    """The data set's images, or those of --images, and a seeded choice of `count` indices: `usual`, or all."""
+    """Open the data set, or --images, and choose `count` indices by the seed: `usual`, or all."""
     transform = center_transform(args.input_size)
     if args.images:
         paths = data.find_images(args.images, "--images")
@@ -195,14 +195,14 @@ def choose_images(
 
 
 def images_to_show(args: argparse.Namespace, usual: int) -> dict[int, torch.Tensor]:
-    """A choice of images, index -> uint8 (3, S, S), without those that cannot be read."""
+    """Read a choice of images, index -> uint8 (3, S, S), without those that cannot be read."""
     images, indices = choose_images(args, args.num_images, usual)
     pixels = {index: images[0, index][0] for index in indices}
     return {index: image for index, image in pixels.items() if not images.unreadable[index]}
 
 
 def choose_both(args: argparse.Namespace) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
-    """Labelled training images, at most --bank_images, and validation images of the same classes."""
+    """Choose labelled training images, at most --bank_images, and validation images of the same classes."""
     if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"{args.command} compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
     queries = choose_images(args, args.num_images, usual=1000)
@@ -460,7 +460,7 @@ def curves(args: argparse.Namespace) -> tuple:
 
 
 def panel_of(key: str, config: dict) -> str | None:
-    """The y axis on which a key of the log is drawn; None for the others."""
+    """Return the y axis on which a key of the log is drawn; None for the others."""
     if key.endswith("loss") and "mask_ratio" in config:
         return "pre-training loss\n(squared error on hidden patches)"
     if key.endswith("loss"):
@@ -472,7 +472,7 @@ def panel_of(key: str, config: dict) -> str | None:
 
 
 def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, linestyle: str) -> None:
-    """One line; if solid, its points are marked, unless they are many."""
+    """Plot a line; if solid, mark its points, unless they are many."""
     marker = "o" if len(x) < 40 and linestyle == "-" else None
     axis.plot(x, y, linestyle, color=colour, label=label, marker=marker, markersize=4, linewidth=2)
 
@@ -534,7 +534,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_flags(parser: cli.Parser, command: str) -> None:
-    """The flags of one command."""
+    """Add the flags of one command."""
     add, files = parser.add_argument, dict(nargs="+", metavar="PATH")
     add("--output_dir", default="runs/analyze", metavar="DIR", help="where figure and table are written")
     add("--label", nargs="+", metavar="NAME", help="names in the legend, one per checkpoint or run")

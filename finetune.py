@@ -61,7 +61,7 @@ OURS = "runs/pretrain/encoder.pth"  # the output of `python pretrain.py`
 
 
 def make_parser() -> cli.Parser:
-    """All flags."""
+    """Make the parser of all flags."""
     parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
     add = tasks.add_task_flags(parser, "classify", RECIPES)
     add("--topk", type=cli.count, default=5, help="classes that --predict prints for each image")
@@ -147,7 +147,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
-    """What --eval and --predict take from a checkpoint: output folder, crop, and images held out of training."""
+    """Read what --eval and --predict take from a checkpoint: output folder, crop, and held-out images."""
     config, values = weights.read_config(path), {"output_dir": os.path.dirname(path) or "."}
     values |= {"crop_pct": config["crop_pct"]} if "crop_pct" in config else {}
     whole = args.eval and data_set == "folder" and not args.eval_data_path
@@ -158,7 +158,7 @@ def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
 
 
 def trained_on(path: str) -> tuple[str, str | None]:
-    """A checkpoint's data set and its path: a folder without a path if the file does not say."""
+    """Read a checkpoint's data set and its path: a folder without a path if the file does not say."""
     config = weights.read_config(path)
     known = config.get("data_set") in data.DATA_SETS
     return (config["data_set"], config.get("data_path")) if known else ("folder", None)
@@ -168,7 +168,7 @@ def trained_on(path: str) -> tuple[str, str | None]:
 
 
 def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | None]:
-    """Training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
+    """Load training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
     train = val = None
     evaluation = data.evaluation_transform(args.input_size, args.crop_pct)
     if not args.eval or args.holdout:
@@ -199,7 +199,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
 
 
 def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvNeXt, list[str]]:
-    """The network to train, with the weights of --finetune, and lines that report what was loaded and what was not."""
+    """Build the network to train, with the weights of --finetune; return it, and lines on what was loaded."""
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
     start |= dict(layer_scale_init_value=args.layer_scale_init_value)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
@@ -291,7 +291,7 @@ def classify(
 def evaluate(
     net: nn.Module, images: Images, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """A network's scores, every image counted once, and the outcomes (`plumbing.scores.classification_scores`)."""
+    """Score a network, every image once; return scores and outcomes (`plumbing.scores.classification_scores`)."""
     rank, world_size = (dist.rank(), dist.world_size()) if args.dist_eval else (0, 1)
     batches, training = divided(range(rank, len(images), world_size), args.batch_size), net.training
     results = classify(net.eval(), images, batches, args, device)
@@ -303,7 +303,7 @@ def evaluate(
 
 
 def describe(scores: dict[str, float]) -> str:
-    """Scores as words for a line."""
+    """Put scores into words."""
     return f"top-1 {scores['top1']:.2f}%, top-5 {scores['top5']:.2f}%, loss {scores['loss']:.4f}"
 
 

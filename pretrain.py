@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_autoencoder(args: argparse.Namespace) -> FCMAE:
-    """The network that the flags describe; UserError where they contradict each other."""
+    """Build the network that the flags describe; UserError where they contradict each other."""
     with value_errors_are_the_users():
         start = dict(layer_scale_init_value=args.layer_scale_init_value)
         encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, **start)
@@ -137,7 +137,7 @@ def make_autoencoder(args: argparse.Namespace) -> FCMAE:
 
 
 def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tensor:
-    """The batch's part of its update's masks, drawn from (seed, update): the same however the update is divided."""
+    """Draw the batch's masks from (seed, update): the same however the update is divided into batches."""
     generator = torch.Generator().manual_seed(mix_seed("mask", args.seed, batch.update))
     return random_mask(batch.images_in_update, grid, grid, args.mask_ratio, generator)[batch.part]
 
@@ -182,7 +182,7 @@ def evaluate(run: Run, mae: FCMAE, evaluation: tuple | None, epoch: int) -> None
 
 @torch.no_grad()
 def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[str, float]:
-    """The loss with the same masks every time and, where there are labels, accuracies of frozen features in percent."""
+    """Measure the loss with fixed masks and, where there are labels, accuracies of frozen features in percent."""
 
     def normalised(batches: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return ((normalise(pixels, run.images.statistics, run.device), labels) for pixels, labels in batches)
@@ -205,7 +205,7 @@ def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[s
 
 
 def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
-    """Up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
+    """Read up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
     images, count = copy.copy(images), min(count, len(images))
     images.transform = center_transform(size)
     return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
@@ -213,7 +213,7 @@ def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Of images (N, C, H, W): the originals, visible patches, predicted patches, and the latter two together."""
+    """Reconstruct images (N, C, H, W): originals, visible patches, predicted patches, and the latter two together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

@@ -4,7 +4,7 @@ import ast
 
 
 def by_size(table: str) -> dict[str, dict]:
-    """A table whose first line names sizes and whose others begin with a flag's name -> the flags of each size."""
+    """Read a table whose first line names sizes and whose others begin with a flag's name: the flags of each size."""
     sizes, *rows = (line.split() for line in table.strip().splitlines())
     return {size: {name: _value(values[k]) for name, *values in rows} for k, size in enumerate(sizes)}
 

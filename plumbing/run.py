@@ -170,7 +170,7 @@ class Run:
             signal.signal(number, handler)
 
     def epochs(self) -> range:
-        """The epochs that are left."""
+        """Return the remaining epochs."""
         return range(self.first_epoch, self.last_epoch + 1)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -226,11 +226,11 @@ class Run:
                 self.save(self.epoch, self.update_in_epoch + 1)
 
     def evaluation_due(self, epoch: int) -> bool:
-        """Whether --eval_freq asks for an evaluation after `epoch`; the last epoch always has one."""
+        """Tell whether --eval_freq asks for an evaluation after `epoch`; the last epoch always has one."""
         return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.last_epoch
 
     def save_due(self, epoch: int) -> bool:
-        """Whether to save after `epoch`. Write the epoch's other outputs before `save`: a kill may follow it."""
+        """Tell whether to save after `epoch`. Write the epoch's other outputs before `save`: a kill may follow it."""
         self.ending = dist.maximum(self.signal)
         return bool(self.ending) or (epoch + 1) % self.args.save_ckpt_freq == 0 or epoch == self.last_epoch
 
@@ -343,6 +343,6 @@ class Run:
 
 
 def cosine(run: Run) -> Callable[[int], float]:
-    """Update -> learning rate: linear warm-up over --warmup_epochs, then half a cosine to --min_lr."""
+    """Map updates to learning rates: linear warm-up over --warmup_epochs, then half a cosine to --min_lr."""
     warmup, epochs = run.args.warmup_epochs, run.total / run.updates
     return lambda update: optim.learning_rate(update / run.updates, run.peak_lr, run.args.min_lr, warmup, epochs)

@@ -17,7 +17,7 @@ from plumbing.run import Run
 
 
 def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) -> Callable:
-    """What to do; like the other functions, this one returns the function that adds to its group."""
+    """Add --eval, --predict and --recipe; return the function that adds to their group."""
     group = parser.add_argument_group("task")
     either = group.add_mutually_exclusive_group().add_argument
     either("--eval", action=cli.BoolFlag, default=False, help="only evaluate --resume")
@@ -28,7 +28,7 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
 
 
 def add_transfer_flags(add: Callable) -> None:
-    """How pre-trained weights are trained further: layers' learning rates, optimiser, moving average, evaluation."""
+    """Add how pre-trained weights are trained: layers' learning rates, optimiser, moving average, evaluation."""
     add("--layer_decay", type=cli.fraction, default=1.0, help="learning rate's factor per layer towards the input")
     add("--opt", choices=("adamw", "adam", "sgd"), default="adamw", help="optimiser")
     add("--opt_eps", type=cli.positive, default=1e-8, help="epsilon of Adam and AdamW")
@@ -47,7 +47,7 @@ def add_transfer_flags(add: Callable) -> None:
 
 
 def start_of(args: argparse.Namespace, parser: cli.Parser) -> str | None:
-    """The file of weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
+    """Find the weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
     only_use = args.eval or args.predict
     if only_use and not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
@@ -107,7 +107,7 @@ def settle(
 
 
 def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
-    """The layer that a parameter belongs to, 0 nearest to the input.
+    """Return the layer that a parameter belongs to, 0 nearest to the input.
 
     "single" counts every block; "group" takes the blocks of stage 3 by threes, as do the authors' fine-tuning of Base
     and ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
@@ -125,14 +125,14 @@ def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
 
 
 def last_layer(depths: tuple[int, ...], kind: str) -> int:
-    """The encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
+    """Return the encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
     return sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
 
 
 def layer_groups(
     net: nn.Module, weight_decay: float, layer_decay: float, kind: str, depths: tuple[int, ...] | None = None
 ) -> list[dict]:
-    """Optimiser groups with `lr_scale` = layer_decay ** (layers above); `depths`: the encoder's, if not `net`'s own."""
+    """Make optimiser groups, `lr_scale` = layer_decay ** (layers above); `depths`: the encoder's, if not `net`'s."""
     depths, groups = depths or net.depths, {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -144,7 +144,7 @@ def layer_groups(
 
 
 def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimiser of --opt; `Run` sets its learning rate before each update."""
+    """Make the optimiser of --opt; `Run` sets its learning rate before each update."""
     if args.opt == "sgd":
         # Not fused: torch's fused SGD leaves its momentum uninitialised if the first update is skipped.
         return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0, foreach=True)
@@ -153,7 +153,7 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.
 
 
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
+    """Make a moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
 
     BatchNorm's statistics are averaged too, to suit the averaged weights; counters are copied.
     """
