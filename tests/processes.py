@@ -16,7 +16,6 @@ import torch
 from helpers import image_folder, read_log
 
 import data
-import finetune
 import pretrain
 from plumbing.files import find_checkpoints, load_file
 
@@ -103,13 +102,6 @@ def main() -> None:
     results["two"], results["images"] = str(ROOT / "two"), str(ROOT / "images")
     results["flags of two"] = [*FLAGS, *flags, "--data_path", results["images"], "--batch_size", "2"]
 
-    images = ["--data_path", results["images"], "--batch_size", "2"]
-    once = [*stress.STAGES["finetune"].split(), *images, "--epochs", "1"]
-    evaluation = ["--eval", "--resume", "run/checkpoint-1.pth", *images, "--device", "cpu"]
-    train, evaluate = (lambda words=words: finetune.main(finetune.get_args(words)) for words in (once, evaluation))
-    trained, _ = forked(train, "classifier", 1)
-    by = {f"by {n}": forked(evaluate, "classifier", n) for n in (1, 4)}
-    results["evaluation"] = dict(trained=trained, **by)
     print(json.dumps(results))
 
 

@@ -32,6 +32,7 @@ from helpers import image_folder, write_coco, write_maps
 
 from plumbing.files import load_file
 
+ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
@@ -57,7 +58,7 @@ def images_in(root: Path) -> Path:
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
     """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
     with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+        names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
     pids = []
     for rank in range(processes):
         pid = os.fork()
@@ -70,10 +71,7 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 if processes > 1:
-                    names = dict(
-                        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port
-                    )
-                    os.environ |= {name: str(value) for name, value in names.items()}
+                    os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
                 work()
                 status = 0
             except SystemExit as exit:
@@ -89,28 +87,23 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
     return pids
 
 
+def flags(stage: str, images: Path, processes: int) -> list[str]:
+    return [*STAGES[stage].split(), "--data_path", str(images), "--batch_size", str(4 // processes)]
+
+
 def start(stage: str, images: Path, directory: Path, processes: int) -> list[int]:
     """Start a run in `directory`."""
-    module, flags = importlib.import_module(stage), STAGES[stage]
-    words = [*flags.split(), "--data_path", str(images), "--batch_size", str(4 // processes)]
-    return fork(lambda: module.main(module.get_args(words)), directory, processes)
+    module = importlib.import_module(stage)
+    return fork(lambda: module.main(module.get_args(flags(stage, images, processes))), directory, processes)
 
 
 def under_torchrun(stage: str, images: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
     """Run to the end under torchrun with up to `kills` kills of one process; their number. AssertionError when the run failed."""
-    module, flags = importlib.import_module(stage), STAGES[stage]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max-restarts={kills}",
-    ]
-    command += [module.__file__, *flags.split(), "--data_path", str(images), "--batch_size", "2"]
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts={kills} {ROOT / stage}.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
     killed = 0
     with open(directory / "output.txt", "w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
+        command = [sys.executable, *torchrun.split(), *flags(stage, images, 2)]
         run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, env=environment)
         while killed < kills:
             try:
@@ -171,40 +164,38 @@ def difference(a, b, place: str = "") -> str | None:
 
 def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
-    rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
-    images_in(root / "images")
-    (root / "whole").mkdir()
-    wait(start(stage, root / "images", root / "whole", processes))
-    whole = contents(root / "whole")
-    if torchrun:
-        (root / "timed").mkdir()
+    rng, root = random.Random(seed), Path(tempfile.mkdtemp())
+    images = images_in(root / "images")
+
+    def run(name: str, times: int) -> int:
+        """Run in `name`, killed up to `times` times; how often it was."""
+        (root / name).mkdir()
+        if torchrun and name != "whole":
+            return under_torchrun(stage, images, root / name, times, rng, lasts)
+        for kills in range(times):
+            if wait(start(stage, images, root / name, processes), rng.uniform(0, lasts)):
+                return kills
+        wait(start(stage, images, root / name, processes))
+        return times
+
+    lasts = 0.0
+    for name in ("whole", "timed") if torchrun else ("whole",):
         began = time.monotonic()
-        under_torchrun(stage, root / "images", root / "timed", 0, rng, 0)
-    lasts = time.monotonic() - began
-    done = runs = identical = 0
+        run(name, 0)
+        lasts = time.monotonic() - began
+    whole, done, runs, identical = contents(root / "whole"), 0, 0, 0
     while done < kills:
-        directory = root / str(runs)
-        directory.mkdir()
-        times = min(rng.randint(1, 3), kills - done)
-        if torchrun:
-            done += under_torchrun(stage, root / "images", directory, times, rng, lasts)
+        done += run(str(runs), min(rng.randint(1, 3), kills - done))
+        place = difference(whole, contents(root / str(runs)))
+        if place is None:
+            identical += 1
+            shutil.rmtree(root / str(runs))
         else:
-            for _ in range(times):
-                if wait(start(stage, root / "images", directory, processes), rng.uniform(0, lasts)):
-                    break
-                done += 1
-            wait(start(stage, root / "images", directory, processes))
-        differs = difference(whole, contents(directory))
-        runs, identical = runs + 1, identical + (differs is None)
-        if differs is None:
-            shutil.rmtree(directory)
-        else:
-            print(f"{directory} differs from {root / 'whole'} in {differs}")
-    minutes = (time.monotonic() - began) / 60
-    under = " under torchrun" if torchrun else ""
-    print(
-        f"{stage}, {processes} process(es){under}: {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
-    )
+            print(f"{root / str(runs)} differs from {root / 'whole'} in {place}")
+        runs += 1
+    minutes, under = (time.monotonic() - began) / 60, " under torchrun" if torchrun else ""
+    counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
+    print(f"{stage}, {processes} process(es){under}: {counts}")
     if identical == runs:
         shutil.rmtree(root)
     return identical == runs
