@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import stress
 import torch
-from helpers import image_folder
+from helpers import assert_equal, image_folder, log_of
 
 from plumbing import cli, files
 from plumbing.files import find_checkpoints, load_file
@@ -181,40 +181,35 @@ def test_a_signal_to_all_spares_the_loaders_workers(processes):
 
 
 def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
-    other = processes["other division"]
-    assert other["statuses"] == [0, 0] and other["farthest"] < 2e-5
-    assert other["losses"][0][-1] == pytest.approx(other["losses"][1][-1], rel=1e-4)
-    assert other["unlike"][0] == [1, 1]
-    assert "--batch_size x --update_freq x processes 4 (now 8)" in other["unlike"][1]
+    runs = [Path(processes[name]["run"]) for name in ("other division", "whole")]
+    assert processes["other division"]["statuses"] == [0, 0] and processes["whole"]["statuses"] == [0]
+    assert_equal(*(load_file(run / "checkpoint-2.pth")["model"] for run in runs), rtol=0, atol=2e-5)
+    losses = [log_of(run, "loss")[-1] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert processes["unlike"]["statuses"] == [1, 1]
+    assert "--batch_size x --update_freq x processes 4 (now 8)" in processes["unlike"]["output"]
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*torchrun, HERE.parent / "pretrain.py", *processes["flags of two"], "--num_workers", "1"]
+def test_torchrun_passes_a_signal_on_and_the_same_command_continues(processes, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, HERE.parent / "pretrain.py", *processes["two"]["flags"], "--num_workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in processes.py: two threads round otherwise
-
-    def log_reaches(lines):
-        end = time.monotonic() + 240
-        while not (log := tmp_path / "run/log.jsonl").exists() or log.read_text().count("\n") < lines:
-            assert run.poll() is None and time.monotonic() < end
-            time.sleep(0.01)
-
+    log, end = tmp_path / "run/log.jsonl", time.monotonic() + 240
     with open(tmp_path / "output.txt", "w") as output:
         run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
-        log_reaches(2)
-        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        log_reaches(6)
+        while not log.exists() or log.read_text().count("\n") < 4:
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
         run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=100)
     text = (tmp_path / "output.txt").read_text()
-    assert text.count("continuing from") == 1 and "ended by signal 15 after update" in text, text
-    assert "Grad strides" not in text, text
+    assert "ended by signal 15 after update" in text and "Grad strides" not in text, text
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
-    two, restarted = (load_file(directory / "run/checkpoint-3.pth") for directory in (Path(processes["two"]), tmp_path))
-    assert all(stress.difference(two[name], restarted[name]) is None for name in ("model", "optimizer"))
+    states = (load_file(Path(run, "checkpoint-3.pth")) for run in (processes["two"]["run"], tmp_path / "run"))
+    two, parts = ({name: state[name] for name in ("model", "optimizer")} for state in states)
+    assert stress.difference(two, parts) is None
 
 
 @pytest.mark.slow
