@@ -236,7 +236,7 @@ def stop(pixels, *args, normalise=data.normalise):
         os.kill(os.getpid(), signal.SIGTERM)
     return normalise(pixels, *args)
 
-data.normalise = stop
+data.normalise, pretrain.draw = stop, lambda *_: None
 pretrain.main(pretrain.get_args([word for word in sys.argv[1:] if word not in ("--stop", "--spawn")]))
 """
 
@@ -245,7 +245,7 @@ def test_a_run_stops_and_continues_without_what_windows_lacks(tmp_path):
     """No fcntl, SIGUSR1, sigwaitinfo or pthread_sigmask; two updates, two workers, at last started afresh."""
     image_folder(tmp_path / "images", train=8)
     flags = "--data_path images --model convnextv2_yocto --input_size 16 --stem_stride 1 --decoder_embed_dim 8 "
-    flags += "--device cpu --batch_size 4 --epochs 1 --num_workers 2"
+    flags += "--device cpu --batch_size 4 --epochs 1 --num_workers 2 --disable_eval"
     command = [sys.executable, "-c", ELSEWHERE, *flags.split()]
     options = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
     stopped = subprocess.run([*command, "--stop"], **options)

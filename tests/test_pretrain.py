@@ -88,14 +88,15 @@ def test_a_run_writes_what_the_readme_says(images, tmp_path, capsys, drawn):
 
 
 def test_the_loss_falls_below_that_of_predicting_the_mean(images, tmp_path):
-    flags = dict(epochs=40, batch_size=6, lr=2e-3, warmup_epochs=4, decoder_embed_dim=64, save_ckpt_freq=40)
-    run(images, tmp_path, **flags)
+    flags = dict(epochs=30, batch_size=6, lr=4e-3, warmup_epochs=2, decoder_embed_dim=64, save_ckpt_freq=30, seed=1)
+    run(images, tmp_path, model="convnextv2_yocto", **flags)
     assert sum(log_of(tmp_path, "loss")[-10:]) / 10 < 0.93  # the mean of each normalised patch, 0, has a loss of 1
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_as_float32_does_and_resumes_exactly(images, tmp_path, monkeypatch, amp):
-    more = dict(amp=amp, clip_grad=1.0, save_every_steps=1, input_size=16)
+    common = dict(model="convnextv2_yocto", clip_grad=1.0, input_size=16)
+    more = dict(common, amp=amp, save_every_steps=1)
     whole = run(images, tmp_path / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 5)
@@ -103,7 +104,7 @@ def test_mixed_precision_trains_as_float32_does_and_resumes_exactly(images, tmp_
     assert find_checkpoints(tmp_path / "parts")[-1].name == "checkpoint-1-1.pth"
     parts = run(images, tmp_path / "parts", **more)
     assert all(stress.difference(parts[name], whole[name]) is None for name in ("model", "optimizer", "scaler"))
-    float32 = run(images, tmp_path / "float32", clip_grad=1.0, input_size=16)
+    float32 = run(images, tmp_path / "float32", **common)
     losses = [log_of(tmp_path / name, "loss") for name in ("whole", "float32")]
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and stress.difference(whole["model"], float32["model"])
 
@@ -150,17 +151,17 @@ EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2
 
 
 def test_evaluation_changes_no_weights_and_continues_as_log_and_events_do(labelled, tmp_path, monkeypatch, drawn):
-    whole = run(labelled, tmp_path / "whole", **EVALUATED)
-    without = run(labelled, tmp_path / "without", **EVALUATED | dict(disable_eval=True))
-    more = EVALUATED | dict(log_dir=tmp_path / "events")
+    flags = EVALUATED | dict(epochs=2)
+    whole = run(labelled, tmp_path / "whole", **flags)
+    without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 10)
-        run(labelled, tmp_path / "parts", **more)
-    parts = run(labelled, tmp_path / "parts", **more)
+        run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
+    parts = run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
     for name in ("model", "optimizer"):
         assert stress.difference(whole[name], without[name]) is stress.difference(whole[name], parts[name]) is None
     logs = [stress.untimed(read_log(tmp_path / name)) for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and [r["epoch"] for r in logs[0] if "probe" in r] == [0, 1, 2, 3]
+    assert logs[0] == logs[1] and [r["epoch"] for r in logs[0] if "probe" in r] == [0, 1, 2]
     board = event_accumulator.EventAccumulator(str(tmp_path / "events"), {"images": 0, "scalars": 0}).Reload()
     assert set(board.Tags()["images"]) == {"progress", "reconstructions"}
     assert {*board.Tags()["scalars"], "update"} == {key for r in read_log(tmp_path / "parts") for key in r}
