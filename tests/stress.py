@@ -1,10 +1,8 @@
 """Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
 
     python tests/stress.py --kills 50 --processes 2 --stage finetune
-    python tests/stress.py --kills 50 --torchrun
 
-SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times. With
---torchrun it goes to one process of two, and torchrun itself starts both again.
+SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
 """
 
 import argparse
@@ -15,13 +13,11 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +28,6 @@ from helpers import image_folder, write_coco, write_maps
 
 from plumbing.files import load_file
 
-ROOT = Path(__file__).parent.parent
 TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
@@ -48,7 +43,7 @@ STAGES = {
 
 
 def images_in(root: Path) -> Path:
-    """Pictures in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
+    """Images in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
     for split, count in (("train", 12), ("val", 3)):
         write_coco(root, split, count, seed=count, size=32)
         write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
@@ -85,37 +80,6 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
         pids.append(pid)
         os.setpgid(pid, pids[0])
     return pids
-
-
-def flags(stage: str, images: Path, processes: int) -> list[str]:
-    return [*STAGES[stage].split(), "--data_path", str(images), "--batch_size", str(4 // processes)]
-
-
-def start(stage: str, images: Path, directory: Path, processes: int) -> list[int]:
-    """Start a run in `directory`."""
-    module = importlib.import_module(stage)
-    return fork(lambda: module.main(module.get_args(flags(stage, images, processes))), directory, processes)
-
-
-def under_torchrun(stage: str, images: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
-    """Run to the end under torchrun with up to `kills` kills of one process; their number. AssertionError when the run failed."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts={kills} {ROOT / stage}.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
-    killed = 0
-    with open(directory / "output.txt", "w") as output:
-        command = [sys.executable, *torchrun.split(), *flags(stage, images, 2)]
-        run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, env=environment)
-        while killed < kills:
-            try:
-                run.wait(rng.uniform(0, lasts))
-                break
-            except subprocess.TimeoutExpired:
-                children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-                with suppress(IndexError, ProcessLookupError):  # it is starting or ending
-                    os.kill(int(rng.choice(children)), signal.SIGKILL)
-                    killed += 1
-        assert run.wait() == 0, f"torchrun ended with status {run.returncode}: {directory / 'output.txt'}"
-    return killed
 
 
 def wait(pids: list[int], seconds: float = float("inf")) -> bool:
@@ -162,40 +126,35 @@ def difference(a, b, place: str = "") -> str | None:
     return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
 
 
-def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
+def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
-    rng, root = random.Random(seed), Path(tempfile.mkdtemp())
-    images = images_in(root / "images")
+    rng, root, module = random.Random(seed), Path(tempfile.mkdtemp()), importlib.import_module(stage)
+    line = [*STAGES[stage].split(), "--data_path", str(images_in(root / "images")), "--batch_size", str(4 // processes)]
 
-    def run(name: str, times: int) -> int:
-        """Run in `name`, killed up to `times` times; how often it was."""
-        (root / name).mkdir()
-        if torchrun and name != "whole":
-            return under_torchrun(stage, images, root / name, times, rng, lasts)
-        for kills in range(times):
-            if wait(start(stage, images, root / name, processes), rng.uniform(0, lasts)):
-                return kills
-        wait(start(stage, images, root / name, processes))
-        return times
+    def start(directory: Path) -> list[int]:
+        directory.mkdir(exist_ok=True)
+        return fork(lambda: module.main(module.get_args(line)), directory, processes)
 
-    lasts = 0.0
-    for name in ("whole", "timed") if torchrun else ("whole",):
-        began = time.monotonic()
-        run(name, 0)
-        lasts = time.monotonic() - began
-    whole, done, runs, identical = contents(root / "whole"), 0, 0, 0
+    began = time.monotonic()
+    wait(start(root / "whole"))
+    whole, lasts = contents(root / "whole"), time.monotonic() - began
+    done = runs = identical = 0
     while done < kills:
-        done += run(str(runs), min(rng.randint(1, 3), kills - done))
-        place = difference(whole, contents(root / str(runs)))
+        directory, runs = root / str(runs), runs + 1
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            if wait(start(directory), rng.uniform(0, lasts)):
+                break
+            done += 1
+        wait(start(directory))
+        place = difference(whole, contents(directory))
         if place is None:
             identical += 1
-            shutil.rmtree(root / str(runs))
+            shutil.rmtree(directory)
         else:
-            print(f"{root / str(runs)} differs from {root / 'whole'} in {place}")
-        runs += 1
-    minutes, under = (time.monotonic() - began) / 60, " under torchrun" if torchrun else ""
+            print(f"{directory} differs from {root / 'whole'} in {place}")
+    minutes = (time.monotonic() - began) / 60
     counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
-    print(f"{stage}, {processes} process(es){under}: {counts}")
+    print(f"{stage}, {processes} process(es): {counts}")
     if identical == runs:
         shutil.rmtree(root)
     return identical == runs
@@ -206,14 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
-    parser.add_argument("--torchrun", action="store_true", help="kill one process of two under torchrun")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="stage to kill")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.processes = 2 if args.torchrun else args.processes
     stages = STAGES if args.stage == "all" else [args.stage]
-    if not all([stress(stage, args.kills, args.processes, args.seed, args.torchrun) for stage in stages]):
+    if not all([stress(stage, args.kills, args.processes, args.seed) for stage in stages]):
         sys.exit(1)
 
 
