@@ -72,9 +72,6 @@ def assert_same_log(directory: Path, expected: list[dict]) -> None:
         assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-4)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
-
-
 def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, list[dict]]:
     """The weights before and after, and the log."""
     torch.manual_seed(SEED)
@@ -109,8 +106,6 @@ def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
     assert_same_log(tmp_path, log)
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
 
-
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
 
 TUNING = dict(weight_decay=0.3, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20)
 TUNING |= dict(model_ema=True, model_ema_decay=0.15)

@@ -55,17 +55,6 @@ def random_loss(tensors: list[torch.Tensor]) -> torch.Tensor:
     return sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in tensors)
 
 
-def test_children_of_row_r_are_rows_4r_to_4r_plus_3():
-    coarse = Sites.from_mask(make_mask("unequal"))
-    fine = coarse.finer()
-    n, y, x = torch.unravel_index(coarse.cell, coarse.grid)
-    positions = torch.stack(torch.unravel_index(fine.cell, fine.grid))
-    for child in range(4):
-        expected = torch.stack([n, 2 * y + child // 2, 2 * x + child % 2])
-        assert torch.equal(positions[:, child::4], expected)
-    assert fine.grid == (3, 2 * H, 2 * W) and fine.counts == [4 * count for count in coarse.counts]
-
-
 @pytest.mark.parametrize("side", [2, 8])
 @pytest.mark.parametrize("conv", [reference_conv, submanifold_conv])
 @pytest.mark.parametrize("kind", MASKS)
