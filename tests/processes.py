@@ -60,13 +60,13 @@ def main() -> None:
     image_folder(ROOT / "images", train=12, val=6)
     results = {"whole": run("whole", 1), "mistake": run("mistake", 2, "--mask_ratio", "0.99")}
     spoil = on_rank_1(lambda pixels: pixels * float("nan"))
-    results["nan"] = run("nan", 2, "--log_every", "1", at=2, then=spoil)
+    results["loss of one not finite"] = run("nan", 2, "--log_every", "1", at=2, then=spoil)
     quiet = on_rank_1(lambda pixels: os.kill(os.getpid(), signal.SIGUSR1) or pixels)
     results["signal to one"] = run("usr1", 2, at=2, then=quiet)
     # One process with a loader's worker, signalled with all of its group in mid-epoch; then two without workers.
     results["signal to all"] = run("parts", 1, "--num_workers", "1", at=2, then=signal_all)
     results["other division"] = run("parts", 2)
-    results["unlike"] = run("parts", 2, "--batch_size", "4", "--num_workers", "0")
+    results["other batch"] = run("parts", 2, "--batch_size", "4", "--num_workers", "0")
     results["two"] = run("two", 2, "--epochs", "3", "--save_every_steps", "1", "--log_every", "1")
     print(json.dumps(results))
 

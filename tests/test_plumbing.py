@@ -157,27 +157,20 @@ def processes(tmp_path_factory) -> dict:
     return json.loads(result.stdout)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_ends_both(processes):
-    nan = processes["nan"]
-    assert nan["statuses"] == [1, 1] and nan["checkpoints"] == []
-    assert nan["output"].count("not finite before update 2") == 1
+ENDS = {  # scenario: exit statuses, checkpoints, and the line that one process prints
+    "mistake": ([1, 1], [], "mask_ratio 0.99 leaves no patch visible"),
+    "loss of one not finite": ([1, 1], [], "not finite before update 2"),
+    "signal to one": ([128 + signal.SIGUSR1] * 2, ["checkpoint-0-2.pth"], "after update 2; the same command continues"),
+    "signal to all": ([128 + signal.SIGTERM], ["checkpoint-0-2.pth"], "after update 2; the same command continues"),
+    "other batch": ([1, 1], ["checkpoint-1.pth", "checkpoint-2.pth"], "update_freq x processes 4 (now 8)"),
+}
 
 
-def test_a_signal_to_one_process_ends_both_after_the_same_update(processes):
-    one = processes["signal to one"]
-    assert one["statuses"] == [128 + signal.SIGUSR1] * 2 and one["checkpoints"] == ["checkpoint-0-2.pth"]
-    assert "after update 2; the same command continues" in one["output"]
-
-
-def test_a_mistake_that_both_processes_make_is_printed_once(processes):
-    mistake = processes["mistake"]
-    assert mistake["statuses"] == [1, 1] and mistake["output"].count("mask_ratio 0.99 leaves no patch visible") == 1
-
-
-def test_a_signal_to_all_spares_the_loaders_workers(processes):
-    everybody = processes["signal to all"]
-    assert everybody["statuses"] == [143] and everybody["checkpoints"] == ["checkpoint-0-2.pth"]
-    assert "Error" not in everybody["output"]
+@pytest.mark.parametrize("name", ENDS)
+def test_what_meets_one_process_ends_all_of_them_and_their_workers_with_one_line(processes, name):
+    run, (statuses, checkpoints, line) = processes[name], ENDS[name]
+    assert (run["statuses"], run["checkpoints"]) == (statuses, checkpoints)
+    assert run["output"].count(line) == 1 and "Error" not in run["output"], run["output"]
 
 
 def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
@@ -186,8 +179,6 @@ def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
     assert_equal(*(load_file(run / "checkpoint-2.pth")["model"] for run in runs), rtol=0, atol=2e-5)
     losses = [log_of(run, "loss")[-1] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert processes["unlike"]["statuses"] == [1, 1]
-    assert "--batch_size x --update_freq x processes 4 (now 8)" in processes["unlike"]["output"]
 
 
 @pytest.mark.slow
