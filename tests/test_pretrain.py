@@ -177,11 +177,8 @@ def test_evaluation_is_by_fixed_masks_and_equals_analyze(labelled, tmp_path):
     images = data.load_images("folder", labelled, "val", data.center_transform(32))
     chosen = torch.randperm(9, generator=torch.Generator().manual_seed(mix_seed("images", 0)))[:8].sort().values
     imgs = data.normalise(torch.stack([images[0, i][0] for i in chosen.tolist()]), images.statistics, "cpu")
-    mae, generator = (
-        analyze.load_mae(tmp_path / "checkpoint-3.pth"),
-        torch.Generator().manual_seed(mix_seed("evaluation")),
-    )
-    loss, _, _ = mae(imgs, generator=generator)
+    generator = torch.Generator().manual_seed(mix_seed("evaluation"))
+    loss, _, _ = analyze.load_mae(tmp_path / "checkpoint-3.pth")(imgs, generator=generator)
     assert records[-1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
     flags = words(checkpoint=tmp_path, output_dir=tmp_path, num_images=8, bank_images=12, untrained=True)
     analyze.main(analyze.get_args(["probe", *flags]))
