@@ -95,7 +95,7 @@ def test_defaults_come_weakest_first_and_help_shows_them(parser, capsys):
     assert (args.p, args.kind, args.derived) == (0.125, "pear", 3)
     parser.report(args)
     assert capsys.readouterr().out == "from the recipe: kind pear, derived 3\n"
-    assert "100% of p (default: 0.5, folder 0.5)" in parser.format_help()
+    assert "100% of p (0.5, folder 0.5)" in parser.format_help()
 
 
 def test_warm_up_workers_and_precision_are_derived(monkeypatch):
