@@ -6,22 +6,22 @@ Nothing random here has a hidden state: the augmentation of a sample depends on 
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from plumbing import dist
 from plumbing.files import UserError
-from plumbing.loading import Samples, divided, make_loader, mix_seed
+from plumbing.loading import Samples, divided, make_loader, mix_seed, opened, upright
 from plumbing.shapes import DRAWN, SPLITS, TEXTURES, draw_images
 
 say_once = cache(dist.say)
@@ -103,31 +103,29 @@ def load_batches(images: Images, indices: list[int], batch_size: int, workers: i
 
 
 def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB. As in torchvision and timm, its EXIF orientation is not applied.
-
-    Raises nearly anything for a damaged file, or for one over twice Pillow's MAX_IMAGE_PIXELS (178 million
-    in all; nothing is allocated), and for what is no file.
+    """The first frame of an image file, upright, as 8-bit RGB. Raises nearly anything for a damaged file (`opened`).
 
     crop: random crop to take while decoding. JPEG files can be decoded at 1/2, 1/4 or 1/8 of their size, in a part of
     the time; the smallest of these that leaves the crop no smaller than its output is used.
     """
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
-        raise FileNotFoundError("no such file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
-        with Image.open(path) as image:
-            if crop is None:
-                return to_rgb(image)
-            box = crop.make_params([image])  # drawn from the size, which stands in the file's header
-            factor = min(box["height"] / crop.size[0], box["width"] / crop.size[1])
-            if image.format == "JPEG" and factor > 1:
-                width = image.width
-                image.draft(None, [math.ceil(side / factor) for side in image.size])
-                scale = round(width / image.width)  # 1, 2, 4 or 8
-                top, left = round(box["top"] / scale), round(box["left"] / scale)
-                bottom, right = round((box["top"] + box["height"]) / scale), round((box["left"] + box["width"]) / scale)
-                box = dict(top=top, left=left, height=bottom - top, width=right - left)
-            return crop.transform(to_rgb(image), box)
+    with opened(path) as image:
+        if crop is None:
+            return to_rgb(upright(image))
+        if image.format != "JPEG":
+            image = upright(image)
+        turned = False
+        with suppress(Exception):  # damaged metadata
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, once it is upright
+        width, height = reversed(image.size) if turned else image.size
+        box = crop.make_params([torch.empty(1, height, width, device="meta")])
+        factor = min(box["height"] / crop.size[0], box["width"] / crop.size[1])
+        if image.format == "JPEG" and factor > 1:
+            image.draft(None, [math.ceil(side / factor) for side in image.size])
+            scale = round(max(width, height) / max(image.size))  # 1, 2, 4 or 8
+            top, left = round(box["top"] / scale), round(box["left"] / scale)
+            bottom, right = round((box["top"] + box["height"]) / scale), round((box["left"] + box["width"]) / scale)
+            box = dict(top=top, left=left, height=bottom - top, width=right - left)
+        return crop.transform(to_rgb(upright(image)), box)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -31,6 +34,35 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mix_seed(purpose, *numbers))
         yield
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image upright: orientation by EXIF is applied."""
+    with opened(path) as image:
+        return upright(image)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file of which only the header is read so far.
+
+    Raises nearly anything for a damaged file, or for one over twice Pillow's MAX_IMAGE_PIXELS (178 million
+    in all; nothing is allocated), and for what is no file.
+    """
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
+        with Image.open(path) as image:
+            yield image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an image and turn it as its EXIF orientation says."""
+    image.load()
+    with suppress(Exception):  # damaged metadata
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 class Samples(Dataset):

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from plumbing.files import UserError
+from plumbing.loading import open_image
 from plumbing.plots import plot_panels
 
 IGNORED = 255  # the label of pixels that do not count
@@ -39,11 +40,11 @@ def read_labels(path: str, classes: int, reduce_zero_label: bool = False) -> np.
 
 def read_numbers(path: str) -> np.ndarray:
     """Read the numbers in a palette, greyscale or 16-bit image, int64 (H, W). ValueError for an image in colours."""
-    with Image.open(path) as image:
-        if image.mode not in MODES:
-            fix = "save labels as numbers, in a palette or greyscale PNG"
-            raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
-        return np.asarray(image).astype(np.int64)
+    image = open_image(path)
+    if image.mode not in MODES:
+        fix = "save labels as numbers, in a palette or greyscale PNG"
+        raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
+    return np.asarray(image).astype(np.int64)
 
 
 def write_labels(path: Path, labels: np.ndarray, colours: list[tuple], reduce_zero_label: bool = False) -> None:
