@@ -14,6 +14,7 @@ Shapes: N images, C channels, H x W pixels; n boxes or objects of an image.
 import argparse
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +29,9 @@ from torchvision import tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, masks_to_boxes, roi_align
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, clip_boxes_to_image, masks_to_boxes
+from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
@@ -38,7 +41,7 @@ from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm
 from plumbing import cli, coco, dist, tasks
 from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
-from plumbing.loading import Samples, divided, make_loader
+from plumbing.loading import Samples, divided, make_loader, mix_seed
 from plumbing.optim import learning_rate
 from plumbing.plots import plot_evaluations, plot_panels
 from plumbing.recipes import COCO
@@ -232,13 +235,10 @@ class Scenes(Samples):
         return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
-        """The image and, with a transform, its target; ValueError if the two do not fit."""
-        image, row = self.open(index), self.data_set["images"][index]
+        """The image and, with a transform, its target."""
+        image = self.open(index)
         if not self.transform:
             return image, {}
-        if self.masks and image.size != (row["width"], row["height"]):
-            size, annotated = f"{image.width} x {image.height}", f"{row['width']} x {row['height']}"
-            raise ValueError(f"it is {size} pixels, and {annotated} in its annotations; correct them")
         return image, coco.to_target(self.objects[index], self.labels, image.height, image.width, self.masks)
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
@@ -281,16 +281,51 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
         images, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
         data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
         return Scenes(images, data_set, transform, args.seed)
-    root = Path(args.data_path or ".")
-    annotations = getattr(args, f"{split}_annotations") or root / "annotations" / f"instances_{split}2017.json"
-    directory = Path(getattr(args, f"{split}_images") or root / f"{split}2017")
-    data_set = coco.read_annotations(annotations)
-    if split == "val":
-        data_set["images"] = data_set["images"][: args.val_limit]
-    paths = [str(directory / row["file_name"]) for row in data_set["images"]]
-    if not any(map(os.path.isfile, paths)):
-        raise UserError(f"{directory} has no image of {annotations}; is it their folder? {paths[0]} is no file")
+    annotations, folders = find_data(args, split)
+    data_set, paths = coco.read_annotations(annotations, folders, args.masks)
+    if args.holdout:
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
+        held = round(args.holdout * len(paths))
+        chosen = sorted(order[:held] if split == "val" else order[held:])
+    else:
+        chosen = range(len(paths))
+    chosen = chosen[: args.val_limit] if split == "val" else chosen
+    data_set["images"], paths = ([rows[k] for k in chosen] for rows in (data_set["images"], paths))
+    dist.say(f"{split}: {coco.describe(data_set)}")
+    if not any(coco.objects_by_image(data_set)):
+        raise UserError(f"the {len(paths)} images to {split} on show no object; raise --val_limit, or change --holdout")
     return Scenes(paths, data_set, transform, args.seed)
+
+
+def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
+    """The annotations of a split, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
+    root = Path(args.data_path or ".")
+    split = "train" if args.holdout else split
+    names = ("train",) if split == "train" else ("val", "valid", "validation")
+    layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
+    files = [root / layout.format(name) for layout in layouts for name in names]
+    files += [root / "annotations/instances_default.json"] if args.holdout else []
+    file = next(filter(os.path.isfile, files), files[0])
+    file = Path(getattr(args, f"{split}_annotations") or file)
+    layouts = "{}2017", "images/{}2017", "images/{}", "{}"
+    folders = [root / layout.format(name) for layout in layouts for name in names]
+    folders += [root / "images/default", root / "images", file.parent, root]
+    images = getattr(args, f"{split}_images")
+    return file, [Path(images)] if images else folders
+
+
+class Whole:
+    """Keeps a line of pixels of the narrowest image, however small it becomes."""
+
+    def make_params(self, inputs: list) -> dict:
+        """As torchvision's, with sides of at least one pixel."""
+        return {"size": [max(1, side) for side in super().make_params(inputs)["size"]]}
+
+
+class ScaleJitter(Whole, v2.ScaleJitter): ...
+
+
+class ShortestSize(Whole, v2.RandomShortestSize): ...
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
@@ -303,9 +338,9 @@ def augmentation(args: argparse.Namespace) -> v2.Transform:
     size, (short, long) = (args.input_size, args.input_size), args.test_size
     fill = {Image.Image: GREY, tv_tensors.Mask: 0, "others": 0}
     steps = {
-        "jitter": [v2.ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
-        "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
-        "none": [v2.RandomShortestSize([short], long)],
+        "jitter": [ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
+        "multiscale": [ShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
+        "none": [ShortestSize([short], long)],
     }[args.augmentation]
     steps = [*steps, v2.RandomHorizontalFlip()]
     if args.color_jitter:
@@ -335,7 +370,7 @@ NETWORK = (
     "published_heads", "statistics",
 )  # fmt: skip
 EVALUATION = ("input_size", "test_size", "nms", "proposals")
-PLACES = ("data_path", "train_annotations", "train_images", "val_annotations", "val_images")
+PLACES = ("data_path", "holdout", "train_annotations", "train_images", "val_annotations", "val_images")
 
 
 def make_parser() -> cli.Parser:
@@ -361,6 +396,7 @@ def make_parser() -> cli.Parser:
     for split in SPLITS:
         add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
         add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
+    add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images, not trained on")
     add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
     add("--score_threshold", type=cli.fraction, help="lowest score of a detection (default: 0.05; 0.5 to predict)")
     kinds = "large-scale jitter, a random short side, or neither; all flip"
@@ -491,15 +527,33 @@ def detect(
     batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
     detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
     detector.eval()
-    for batch, (images, targets) in zip(batches, make_loader(scenes, batches, args.num_workers)):
+    said = time.monotonic()
+    for done, (batch, (images, targets)) in enumerate(zip(batches, make_loader(scenes, batches, args.num_workers))):
         if scenes.readable(batch).all():
             ((_, index),) = batch
-            images, _ = scenes.on_device(images, targets, device)
+            (image,), _ = scenes.on_device(images, targets, device)
             with dist.autocast(args.amp, device):
-                (output,) = detector(images)
-            detections[index] = coco.as_results(output, ids[index], scenes.category_ids)
+                output = search(detector, image)
+            detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
+        if time.monotonic() > said + 30:
+            said = time.monotonic()
+            dist.say(f"searched {done + 1:,} of {len(batches):,} images")
     detector.train(training)
     return {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+
+
+def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As the detector's own output for an image (3, H, W), but for masks (n, 1, 28, 28) inside their boxes.
+
+    Of large images, all objects' masks at the image's size would fill the memory.
+    """
+    size, least = image.shape[1:], max(image.shape) // 8  # a strip is padded, lest scaling leave nothing of its width
+    image = nn.functional.pad(image, (0, max(0, least - size[1]), 0, max(0, least - size[0])))
+    images, _ = detector.transform([image])
+    maps = detector.backbone(images.tensors)
+    (output,), _ = detector.roi_heads(maps, detector.rpn(images, maps)[0], images.image_sizes)
+    boxes = resize_boxes(output["boxes"], images.image_sizes[0], image.shape[1:])
+    return output | {"boxes": clip_boxes_to_image(boxes, size)}
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
