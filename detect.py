@@ -283,17 +283,17 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
         return Scenes(images, data_set, transform, args.seed)
     annotations, folders = find_data(args, split)
     data_set, paths = coco.read_annotations(annotations, folders, args.masks)
+    chosen = range(len(paths))
     if args.holdout:
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
-        held = round(args.holdout * len(paths))
-        chosen = sorted(order[:held] if split == "val" else order[held:])
-    else:
-        chosen = range(len(paths))
-    chosen = chosen[: args.val_limit] if split == "val" else chosen
+        held = sorted(order[: round(args.holdout * len(paths))])
+        chosen = held if split == "val" else sorted(set(order) - set(held))
+    if split == "val":
+        chosen = chosen[: args.val_limit]
     data_set["images"], paths = ([rows[k] for k in chosen] for rows in (data_set["images"], paths))
     dist.say(f"{split}: {coco.describe(data_set)}")
     if not any(coco.objects_by_image(data_set)):
-        raise UserError(f"the {len(paths)} images to {split} on show no object; raise --val_limit, or change --holdout")
+        raise UserError(f"these {len(paths)} images show no object; use more (--val_limit, --holdout)")
     return Scenes(paths, data_set, transform, args.seed)
 
 
@@ -315,17 +315,18 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
 
 
 class Whole:
-    """Keeps a line of pixels of the narrowest image, however small it becomes."""
+    """A transform's size, of at least one pixel for the narrowest image."""
 
-    def make_params(self, inputs: list) -> dict:
-        """As torchvision's, with sides of at least one pixel."""
-        return {"size": [max(1, side) for side in super().make_params(inputs)["size"]]}
-
-
-class ScaleJitter(Whole, v2.ScaleJitter): ...
+    def make_params(self, flat_inputs: list) -> dict:
+        return {"size": [max(1, side) for side in super().make_params(flat_inputs)["size"]]}
 
 
-class ShortestSize(Whole, v2.RandomShortestSize): ...
+class ScaleJitter(Whole, v2.ScaleJitter):
+    pass
+
+
+class ShortestSize(Whole, v2.RandomShortestSize):
+    pass
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
@@ -358,7 +359,10 @@ def check_classes(trained: list[str], names: list[str]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "folder": dict(lr=1e-4),
+    "folder": dict(
+        lr=1e-3, batch_size=2, schedule="cosine", clip_grad=1.0, group_norm=True, jitter=(0.5, 1.5), input_size=192,
+        test_size=(192, 288), fpn_dim=64, box_dim=256, mask_dim=64, regions=64, proposals=(300, 100),
+    ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
         fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5,
@@ -567,7 +571,7 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 def describe(chief: dict[str, float]) -> str:
     """The chief numbers as words for a line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in chief.items() if name[-2:] != "75")
+    return ", ".join(f"{name.replace('_', ' ')} {math.nan if value is None else value:.3f}" for name, value in chief.items() if name[-2:] != "75")
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
@@ -590,7 +594,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     for name, (chief, (scores, _)) in results.items():
         dist.say(f"{name}: {describe(chief)} on {scores['images']:,} images of {where}")
     if dist.rank() == 0:
-        better = max(results, key=lambda name: results[name][0]["box_AP"])
+        better = max(results, key=lambda name: results[name][0]["box_AP"] or 0)
         write_scores(Path(args.output_dir), results[better][1], scenes)
         print(f"in {args.output_dir}: scores.json, detections.json and detections.png, of {better}")
 

@@ -1,5 +1,6 @@
 """Pictures, drawn without a display."""
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -116,5 +117,6 @@ def plot_evaluations(
     records = [record for record in records if next(iter(curves.values())) in record]
     epochs = [record["epoch"] for record in records]
     lines = {label: key for label, key in curves.items() if key in records[0]}
-    points = {label: (epochs, [scale * record[key] for record in records]) for label, key in lines.items()}
+    values = {key: [math.nan if row[key] is None else scale * row[key] for row in records] for key in lines.values()}
+    points = {label: (epochs, values[key]) for label, key in lines.items()}
     plot_curves(path, points, "epoch", y_label, title)

@@ -191,9 +191,11 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
     if run.ema and run.args.model_ema_eval:
         networks["model_ema"] = run.ema.module
     results = {name: evaluate(network) for name, network in networks.items()}
-    winner = max(results, key=lambda name: results[name][0][metric])
-    scores, details = results[winner]
-    improved, run.best = scores[metric] > run.best, max(run.best, scores[metric])
+    values = {name: scores[metric] for name, (scores, _) in results.items()}
+    ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN is no best
+    winner = max(ranks, key=ranks.get)
+    details = results[winner][1]
+    improved, run.best = ranks[winner] > run.best, max(run.best, ranks[winner])
     record = {"epoch": epoch + 1, "update": run.done, f"best_{metric}": run.best}
     for name, (scores, _) in results.items():
         record |= {f"{'val' if name == 'model' else 'val_ema'}_{key}": value for key, value in scores.items()}

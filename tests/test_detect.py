@@ -135,48 +135,195 @@ def test_scores_equal_those_of_another_implementation(tmp_path):
         assert list(scores[kind].values()) == expected and 0.1 < scores[kind]["AP50"] < 0.99
 
 
-WRONG = [
-    (lambda d, row: d.pop("categories"), 'has no list "categories"'),
-    (lambda d, row: row.pop("bbox"), 'an entry of "annotations" lacks bbox'),
-    (lambda d, row: row.update(category_id=77), "category_id 77 is no id of the file's"),
-    (lambda d, row: row.update(image_id=77), "image_id 77 is no id of the file's"),
-    (lambda d, row: row.update(bbox=[1, 2, 3]), "a bbox is not four numbers"),
-    (lambda d, row: row.update(bbox=[1, 2, 3, math.nan]), "a bbox is not four numbers"),
-    (lambda d, row: d["images"].append(d["images"][0]), 'the id 0 stands more than once in "images"'),
-    (lambda d, row: d.update(annotations=[]), "has no box of any object"),
-    (lambda d, row: [row.update(iscrowd=1) for row in d["annotations"]], "has no box of any object"),
-    (lambda d, row: [image.update(file_name="x") for image in d["images"]], "train2017 has no image of"),
+def box(x, y, w, h):
+    return {"bbox": [x, y, w, h], "segmentation": []}
+
+
+FIRST = "left out are 1 whose"
+WRONG = [  # what is wrong with the whole file
+    (lambda d, rows: d.pop("categories"), 'has no list "categories"'),
+    (lambda d, rows: d["categories"][1].pop("name"), "categories\\[1\\] has no name that is text or a number"),
+    (lambda d, rows: d["images"][0].update(file_name=None), "images\\[0\\] has no file_name that is text or a number"),
+    (lambda d, rows: d["images"][2].update(id=[1]), "images\\[2\\] has no id that is text or a number"),
+    (lambda d, rows: d["images"].append(d["images"][0]), 'the id 0 stands more than once in "images"'),
+    (lambda d, rows: d["categories"].append({"id": "3", "name": "x"}), 'the id 3 stands more than once in "categories"'),
+    (lambda d, rows: rows.clear(), "has no box of any object"),
+    (lambda d, rows: [row.update(iscrowd=1) for row in rows], "has no box of any object, 8 crowds aside"),
+    (lambda d, rows: [image.update(file_name="x") for image in d["images"]], "train2017 has no image of"),
+    (lambda d, rows: [row.update(bbox=[x / 48 for x in row["bbox"]]) for row in rows], "8 whose bbox is in fractions"),
+    (lambda d, rows: [row.update(box(*[x + 2 * x % 1 / 48 for x in (0.1, 0, 0.5, 1)])) for row in rows], "fractions"),
+    (lambda d, rows: [row.update(box(x, y, x + w, y + h)) for row in rows for x, y, w, h in [row["bbox"]]], "corners"),
+    (lambda d, rows: [row.update(box(60, 10, 30, 30)) for row in rows], "8 whose bbox has no area, or none inside"),
+    (lambda d, rows: [row.update(box(40, 40, 30, 30)) for row in rows], "8 whose bbox is mostly outside"),
+    (lambda d, rows: [row.update(segmentation=[[1, 2, 3, 4]]) for row in rows], "segmentation .* try --no-masks"),
+    (lambda d, rows: d["images"][0].update(width=50), "1 of 3 images differ in size; .*000.png is 48 x 48 .* 50 x 48"),
 ]  # fmt: skip
-UNFIT = [
-    (lambda d, row: row.update(segmentation={"size": [4, 4], "counts": [16]}), "4 x 4 pixels, its image 48 x 48"),
-    (lambda d, row: row.update(segmentation=[[1]]), "no polygon and no run-length code"),
-    (lambda d, row: d["images"][0].update(width=50), "it is 48 x 48 pixels, and 50 x 48 in its annotations"),
+LEFT_OUT = [  # what is wrong with one annotation
+    (lambda row: row.pop("bbox"), "1 lack a bbox"),
+    (lambda row: row.update(category_id=77), "category_id that the file lacks"),
+    (lambda row: row.update(image_id=[0]), "image_id or category_id that the file lacks"),
+    (lambda row: row.update(bbox=[1, 2, 3]), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row.update(bbox=[1, 2, 3, math.nan]), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row.update(bbox="1234"), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row["bbox"].__setitem__(2, 0), f"{FIRST} bbox has no area"),
+    (lambda row: row["bbox"].__setitem__(0, 60), f"{FIRST} bbox has no area, or none inside its image"),
+    (lambda row: row["bbox"].__setitem__(2, 500), f"{FIRST} bbox is mostly outside"),
 ]  # fmt: skip
+NO_MASKS = [
+    {"size": [4, 4], "counts": [16]}, {"size": [48, 48], "counts": [100, 200]}, {"size": [48, 48], "counts": [48**2, 9]},
+    {"size": [48, 48], "counts": [48**2 + 9, -9]}, {"size": [48, 48], "counts": [10**9]}, {"size": [48, 48], "counts": "PPP"},
+    {"size": [48, 48], "counts": "T3X6"}, {"size": [48, 48], "counts": ""}, {"counts": "T3X6"}, {"size": [48, 48], "counts": "é"},
+    [[1]], [[1, 2, 30, 40]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6], "mask",
+]  # fmt: skip
+LEFT_OUT += [
+    (lambda row, code=code: row.update(segmentation=code), f"{FIRST} segmentation is no polygon") for code in NO_MASKS
+]
 
 
-@pytest.mark.parametrize(("change", "reason"), WRONG + UNFIT)
-def test_wrong_annotations_are_named_and_images_that_do_not_fit_them_are_unreadable(tmp_path, capsys, change, reason):
-    write_coco(tmp_path, "train", 3, 0, change=lambda data_set: change(data_set, data_set["annotations"][0]))
-    if (change, reason) in UNFIT:
-        scenes = load(tmp_path)
-        assert [len(scenes[0, index]) for index in range(3)] and scenes.unreadable.tolist() == [True, False, False]
-        assert f"cannot read {scenes.items[0]} (" in (line := capsys.readouterr().err) and reason in line
-    else:
-        with pytest.raises(UserError, match=reason):
-            load(tmp_path)
+@pytest.mark.parametrize(("change", "reason"), WRONG)
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, change, reason):
+    write_coco(tmp_path, "train", 3, 0, change=lambda data_set: change(data_set, data_set["annotations"]))
+    with pytest.raises(UserError, match=reason) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
-def test_annotations_are_completed_and_sorted(tmp_path, capsys):
-    """Areas of masks, masks of crowds, labels by ids; boxes without area are left out, and crowds are no targets."""
+@pytest.mark.parametrize(("change", "reason"), LEFT_OUT)
+def test_an_annotation_that_cannot_be_used_is_left_out_and_counted(tmp_path, capsys, change, reason):
+    data_set = write_coco(tmp_path, "train", 3, 0, change=lambda data_set: change(data_set["annotations"][0]))
+    scenes, lines = load(tmp_path), capsys.readouterr().out
+    assert reason in lines and "of 8 annotations" in lines and "first: annotations[0]" in lines
+    assert "train: 3 images, 7 objects of 10 classes: 2 crescent, 2 star, 1 ring" in lines and scenes.masks
+    boxes = torch.cat([scenes.read(index)[1]["boxes"] for index in range(3)])
+    assert boxes[:, :2].tolist() == [row["bbox"][:2] for row in data_set["annotations"][1:]]
+
+
+def each(name, **values):  # of the images, or of the annotations
+    return lambda data_set: [row.update(values) for row in data_set[name]]
+
+
+def renamed(data_set):
+    for row in data_set["categories"]:
+        row["name"] = row["id"]
+
+
+def exchange(name, before, after):
+    def change(data_set):
+        for row in (*data_set["annotations"], *data_set[name]):
+            key = "id" if row in data_set[name] else {"images": "image_id", "categories": "category_id"}[name]
+            row[key] = after if row[key] == before else row[key]
+
+    return change
+
+
+TYPES = {f"iscrowd {value!r}": each("annotations", iscrowd=value) for value in (None, "", "0", False, 0.0)}
+TYPES |= {f"area {value!r}": each("annotations", area=value) for value in (None, -1, "", "x", math.nan)}
+TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, -1, "48", 48.0, "", "48 px")}
+TYPES |= {"an id of text": exchange("categories", 3, "three"), "ids of images": exchange("images", 1, "b")}
+TYPES |= {"an id of two types": lambda d: [row.update(image_id=f"{row['image_id']}.0") for row in d["annotations"]]}
+TYPES |= {"numbers as names": renamed, "numbers as text": lambda d: each("annotations")(d) and as_text(d["annotations"])}
+TYPES |= {"a byte-order mark": list, "back slashes": lambda d: [r.update(file_name=".\\" + r["file_name"]) for r in d["images"]]}
+
+
+def as_text(rows):
+    for row in rows:
+        row |= {"bbox": [str(x) for x in row["bbox"]], "area": str(row["area"])}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_that_tools_write_become_cocos(tmp_path, name):
+    write_coco(tmp_path / "plain", "val", 3, 0)
+    write_coco(tmp_path / "other", "val", 3, 0, change=TYPES[name])
+    if name == "a byte-order mark":
+        path = tmp_path / "other/annotations/instances_val2017.json"
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    plain, other = load(tmp_path / "plain", "val"), load(tmp_path / "other", "val")
+    order = [plain.classes.index(name) for name in other.classes] if name == "an id of text" else range(10)
+    for one, two in zip(plain.objects, other.objects):
+        a, b = coco.to_target(one, plain.labels, 48, 48, True), coco.to_target(two, other.labels, 48, 48, True)
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"])
+        assert [label - 1 for label in a["labels"]] == [order[label - 1] for label in b["labels"]]
+        assert [row["area"] for row in one] == [row["area"] for row in two]
+    perfect = {}
+    for index, rows in enumerate(other.objects):
+        target = coco.to_target(rows, other.labels, 48, 48, True) | {"scores": torch.ones(len(rows))}
+        ids = other.data_set["images"][index]["id"]
+        perfect[index] = coco.as_results(target | {"masks": target["masks"][:, None]}, ids, other.category_ids)
+    assert coco.evaluate(other.data_set, perfect, ("box", "mask"))["mask"]["AP"] == pytest.approx(1)
+
+
+TURNS = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 5: lambda x: np.swapaxes(x, 0, 1), 6: np.rot90, 8: lambda x: np.rot90(x, -1)}
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_upright_as_their_annotations(tmp_path, orientation, masks):
+    """A white rectangle, stored turned or mirrored, with EXIF's note of it."""
+    image, exif = np.zeros((40, 60, 3), dtype=np.uint8), Image.Exif()
+    image[5:15, 30:50], exif[0x0112] = 255, orientation
+
+    def change(data_set):
+        row = box(30, 5, 20, 10) | {"category_id": 1, "image_id": 0}
+        data_set["annotations"] = [row | {"segmentation": [[30, 5, 50, 5, 50, 15, 30, 15]] * masks}]
+        data_set["images"][0] |= {"width": 60, "height": 40}
+
+    write_coco(tmp_path, "train", 1, 0, change=change)
+    Image.fromarray(np.ascontiguousarray(TURNS[orientation](image))).save(tmp_path / "train2017/000.png", exif=exif)
+    seen, target = load(tmp_path, augmentation="none", test_size=(40, 60))[0, 0]
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert seen.shape == (3, 40, 60) and (x2 - x1, y2 - y1) == (20, 10) and (seen[:, y1:y2, x1:x2] == 255).all()
+    assert seen.float().sum() == 255 * 3 * 200
+
+
+@pytest.mark.parametrize(("size", "why"), [((30, 40), "was it scaled or turned"), ((24, 24), "24 x 24"), (None, "EXIF")])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_size_that_differs_from_the_annotations_is_refused_at_the_start(tmp_path, split, size, why):
+    write_coco(tmp_path, split, 2, 0, change=lambda d: [each("annotations", segmentation=[])(d), each("images", width=40, height=30)(d)])
+    exif = Image.Exif()
+    exif[0x0112] = 6 if size is None else 1
+    for k in range(2):
+        Image.new("RGB", size or (40, 30)).save(tmp_path / f"{split}2017/{k:03}.png", exif=exif)
+    with pytest.raises(UserError, match=f"2 of 2 images differ in size; .*000.png is .* and 40 x 30 there.*{why}|{why}"):
+        load(tmp_path, split)
+
+
+LAYOUTS = {  # annotations, folder and name of images
+    "Roboflow": ("{}/_annotations.coco.json", "{}", "{}"), "images/train": ("annotations/instances_{}.json", "images/{}", "{}"),
+    "images/train2017": ("annotations/instances_{}2017.json", "images/{}2017", "{}"), "CVAT": ("annotations/instances_default.json", "images", "{}"),
+    "CVAT with folders": ("annotations/instances_default.json", "images/default", "sub/{}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_annotation_tools_are_found(tmp_path, layout, capsys):
+    annotations, images, name = LAYOUTS[layout]
+    single, counts = "default" in annotations, dict(train=10) if "default" in annotations else dict(train=4, valid=3)
+    for split, count in counts.items():
+        write_coco(tmp_path / "raw", split, count, 0, change=lambda d: [r.update(file_name=name.format(r["file_name"])) for r in d["images"]])
+        target = tmp_path / "data" / images.format(split) / Path(name).parent
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/{split}2017").rename(target)
+        (tmp_path / "data" / annotations.format(split)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/annotations/instances_{split}2017.json").rename(tmp_path / "data" / annotations.format(split))
+    parts = [load(tmp_path / "data", split, holdout=0.3 if single else None) for split in ("train", "val")]
+    assert [len(part) for part in parts] == ([7, 3] if single else [4, 3])
+    assert not single or len({*parts[0].items, *parts[1].items}) == 10
+    for part in parts:
+        assert part.objects[0] and part.read(0)[0].size == (48, 48)
+    with pytest.raises(UserError, match="--holdout 0.2 to split one file; the package supervision"):
+        load(tmp_path / "nothing")
+
+
+def test_annotations_are_completed_and_sorted(tmp_path):
+    """Areas of masks, masks of crowds, labels by ids; crowds are no targets."""
 
     def change(data_set):
         rows = data_set["annotations"]
-        rows[0]["bbox"][2], rows[1]["bbox"][0], rows[2]["iscrowd"] = 0, 60, 1
-        del rows[2]["segmentation"], rows[2]["area"], rows[3]["area"]
+        rows[2]["iscrowd"] = 1
+        del rows[2]["segmentation"], rows[2]["area"], rows[3]["area"], rows[:2]
         data_set["categories"].reverse()
 
-    before, scenes = write_coco(tmp_path, "train", 3, 0, change=change)["annotations"][2:], load(tmp_path)
-    assert "2 boxes without area, or outside of their image, are left out" in capsys.readouterr().out
+    before, scenes = write_coco(tmp_path, "train", 3, 0, change=change)["annotations"], load(tmp_path)
     crowd, first, *_ = rows = scenes.data_set["annotations"]
     assert crowd["area"] == math.prod(crowd["bbox"][2:]) and crowd["segmentation"] and scenes.masks
     assert first["area"] == coco.decode_mask(first["segmentation"], 48, 48).sum() < math.prod(first["bbox"][2:])
