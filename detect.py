@@ -30,8 +30,14 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, clip_boxes_to_image, masks_to_boxes
-from torchvision.ops import roi_align
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
+    box_iou,
+    clip_boxes_to_image,
+    masks_to_boxes,
+    roi_align,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
@@ -571,7 +577,11 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 def describe(chief: dict[str, float]) -> str:
     """The chief numbers as words for a line."""
-    return ", ".join(f"{name.replace('_', ' ')} {math.nan if value is None else value:.3f}" for name, value in chief.items() if name[-2:] != "75")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {math.nan if value is None else value:.3f}"
+        for name, value in chief.items()
+        if name[-2:] != "75"
+    )
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:

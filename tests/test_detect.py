@@ -221,8 +221,14 @@ TYPES |= {f"area {value!r}": each("annotations", area=value) for value in (None,
 TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, -1, "48", 48.0, "", "48 px")}
 TYPES |= {"an id of text": exchange("categories", 3, "three"), "ids of images": exchange("images", 1, "b")}
 TYPES |= {"an id of two types": lambda d: [row.update(image_id=f"{row['image_id']}.0") for row in d["annotations"]]}
-TYPES |= {"numbers as names": renamed, "numbers as text": lambda d: each("annotations")(d) and as_text(d["annotations"])}
-TYPES |= {"a byte-order mark": list, "back slashes": lambda d: [r.update(file_name=".\\" + r["file_name"]) for r in d["images"]]}
+TYPES |= {
+    "numbers as names": renamed,
+    "numbers as text": lambda d: each("annotations")(d) and as_text(d["annotations"]),
+}
+TYPES |= {
+    "a byte-order mark": list,
+    "back slashes": lambda d: [r.update(file_name=".\\" + r["file_name"]) for r in d["images"]],
+}
 
 
 def as_text(rows):
@@ -252,7 +258,13 @@ def test_types_that_tools_write_become_cocos(tmp_path, name):
     assert coco.evaluate(other.data_set, perfect, ("box", "mask"))["mask"]["AP"] == pytest.approx(1)
 
 
-TURNS = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 5: lambda x: np.swapaxes(x, 0, 1), 6: np.rot90, 8: lambda x: np.rot90(x, -1)}
+TURNS = {
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    5: lambda x: np.swapaxes(x, 0, 1),
+    6: np.rot90,
+    8: lambda x: np.rot90(x, -1),
+}
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -275,15 +287,25 @@ def test_images_are_upright_as_their_annotations(tmp_path, orientation, masks):
     assert seen.float().sum() == 255 * 3 * 200
 
 
-@pytest.mark.parametrize(("size", "why"), [((30, 40), "was it scaled or turned"), ((24, 24), "24 x 24"), (None, "EXIF")])
+@pytest.mark.parametrize(
+    ("size", "why"), [((30, 40), "was it scaled or turned"), ((24, 24), "24 x 24"), (None, "EXIF")]
+)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_size_that_differs_from_the_annotations_is_refused_at_the_start(tmp_path, split, size, why):
-    write_coco(tmp_path, split, 2, 0, change=lambda d: [each("annotations", segmentation=[])(d), each("images", width=40, height=30)(d)])
+    write_coco(
+        tmp_path,
+        split,
+        2,
+        0,
+        change=lambda d: [each("annotations", segmentation=[])(d), each("images", width=40, height=30)(d)],
+    )
     exif = Image.Exif()
     exif[0x0112] = 6 if size is None else 1
     for k in range(2):
         Image.new("RGB", size or (40, 30)).save(tmp_path / f"{split}2017/{k:03}.png", exif=exif)
-    with pytest.raises(UserError, match=f"2 of 2 images differ in size; .*000.png is .* and 40 x 30 there.*{why}|{why}"):
+    with pytest.raises(
+        UserError, match=f"2 of 2 images differ in size; .*000.png is .* and 40 x 30 there.*{why}|{why}"
+    ):
         load(tmp_path, split)
 
 
@@ -299,7 +321,13 @@ def test_layouts_of_annotation_tools_are_found(tmp_path, layout, capsys):
     annotations, images, name = LAYOUTS[layout]
     single, counts = "default" in annotations, dict(train=10) if "default" in annotations else dict(train=4, valid=3)
     for split, count in counts.items():
-        write_coco(tmp_path / "raw", split, count, 0, change=lambda d: [r.update(file_name=name.format(r["file_name"])) for r in d["images"]])
+        write_coco(
+            tmp_path / "raw",
+            split,
+            count,
+            0,
+            change=lambda d: [r.update(file_name=name.format(r["file_name"])) for r in d["images"]],
+        )
         target = tmp_path / "data" / images.format(split) / Path(name).parent
         target.parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"raw/{split}2017").rename(target)
