@@ -8,20 +8,20 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from copy import copy
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, features
+from PIL import Image, features
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from plumbing import dist
 from plumbing.files import UserError
-from plumbing.loading import Samples, divided, make_loader, mix_seed, opened, upright
+from plumbing.loading import Samples, divided, make_loader, mix_seed, opened, upright, upright_size
 from plumbing.shapes import DRAWN, SPLITS, TEXTURES, draw_images
 
 say_once = cache(dist.say)
@@ -87,9 +87,11 @@ class Images(Samples):
 
     def subset(self, indices: list[int]) -> "Images":
         """The images of these indices."""
+        subset = copy(self)
         items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices]
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Images(items, labels, self.classes, self.transform, self.statistics, self.seed)
+        Samples.__init__(subset, items, self.seed)
+        subset.labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return subset
 
 
 def load_batches(images: Images, indices: list[int], batch_size: int, workers: int = 0) -> Iterator[tuple]:
@@ -111,12 +113,7 @@ def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None) -> Image.Image
     with opened(path) as image:
         if crop is None:
             return to_rgb(upright(image))
-        if image.format != "JPEG":
-            image = upright(image)
-        turned = False
-        with suppress(Exception):  # damaged metadata
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter, once it is upright
-        width, height = reversed(image.size) if turned else image.size
+        width, height = upright_size(image)
         box = crop.make_params([torch.empty(1, height, width, device="meta")])
         factor = min(box["height"] / crop.size[0], box["width"] / crop.size[1])
         if image.format == "JPEG" and factor > 1:

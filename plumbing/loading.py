@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from plumbing import dist
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -55,6 +58,14 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
         with Image.open(path) as image:
             yield image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that an opened image will have once it is upright."""
+    with suppress(Exception):  # damaged metadata
+        if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # Pillow turns TIFF's
+            return image.height, image.width
+    return image.size
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -138,6 +149,18 @@ def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pi
     return DataLoader(
         samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
     )
+
+
+def progress(batches: Collection, every: float = 30) -> Iterator:
+    """Yield from a loader of the images to evaluate, with a bar or, without a terminal, a line every half minute."""
+    start = said = time.perf_counter()
+    for done, batch in enumerate(tqdm(batches, unit="batch", disable=None, leave=False), start=1):
+        yield batch
+        now = time.perf_counter()
+        if now > said + every and dist.rank() == 0 and not sys.stderr.isatty():
+            left = tqdm.format_interval((now - start) / done * (len(batches) - done))
+            said = now
+            dist.say(f"evaluated {done} of {len(batches)} batches, {left} left")
 
 
 @cache

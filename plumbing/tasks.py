@@ -4,13 +4,15 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from plumbing import cli, optim
-from plumbing.files import file_of_run, save_tensors
+from plumbing.files import UserError, file_of_run, save_tensors
 from plumbing.run import Run
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -173,6 +175,51 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
 
     ema.multi_avg_fn = update
     return ema
+
+
+def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
+    """Weights (K,) of classes in the loss, from their counts: fractions (at least .01%) to the power of `-balance`.
+
+    The mean over what was counted is 1.
+    """
+    fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
+    powers = fractions**-balance
+    return (powers / (powers * fractions).sum()).float()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def training_memory(net: nn.Module, step: Callable[[], torch.Tensor]) -> int:
+    """Bytes in float32 that an update needs: what `step`, forward pass and loss, keeps for the backward pass, and four
+    times the weights. On the meta device it is known without any work.
+    """
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    return sum(storage.nbytes() for storage in kept.values()) + 16 * sum(p.numel() for p in net.parameters())
+
+
+def check_memory(needed: int, amp: str | None, device: torch.device, fix: str) -> None:
+    """UserError if `needed` bytes, halved by mixed precision, are more than the device, machine or container has."""
+    limits = []
+    if device.type == "cuda":
+        limits.append(torch.cuda.mem_get_info(device)[0])
+    else:
+        with suppress(AttributeError, ValueError, OSError):  # Windows
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        with suppress(ValueError, OSError):
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    mixed = amp in ("bf16", "fp16") or (amp is None and device.type == "cuda")
+    needed, limit = needed / 2**30 / (2 if mixed else 1), min(limits, default=math.inf) / 2**30
+    if needed > limit:
+        raise UserError(f"an update needs about {needed:.0f} GiB of memory, and there are {limit:.0f}; {fix}")
 
 
 # --- evaluation while training ----------------------------------------------------------------------------------------
