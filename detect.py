@@ -14,7 +14,6 @@ Shapes: N images, C channels, H x W pixels; n boxes or objects of an image.
 import argparse
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +46,7 @@ from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm
 from plumbing import cli, coco, dist, tasks
 from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
-from plumbing.loading import Samples, divided, make_loader, mix_seed
+from plumbing.loading import Samples, divided, make_loader, mix_seed, progress
 from plumbing.optim import learning_rate
 from plumbing.plots import plot_evaluations, plot_panels
 from plumbing.recipes import COCO
@@ -365,9 +364,10 @@ def check_classes(trained: list[str], names: list[str]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "folder": dict(
-        lr=1e-3, batch_size=2, schedule="cosine", clip_grad=1.0, group_norm=True, jitter=(0.5, 1.5), input_size=192,
-        test_size=(192, 288), fpn_dim=64, box_dim=256, mask_dim=64, regions=64, proposals=(300, 100),
+    "folder": dict(lr=1e-4, batch_size=2),
+    "folder on a CPU": dict(
+        input_size=160, test_size=(160, 240), jitter=(0.5, 1.5), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
+        proposals=(300, 100), group_norm=True, batch_size=2, lr=1e-3, schedule="cosine", clip_grad=1.0,
     ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
@@ -400,7 +400,9 @@ def make_parser() -> cli.Parser:
     add("--nms", choices=("hard", "soft"), default="hard", help="remove overlapping boxes, or lower their scores")
     add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
-    add = cli.add_data_flags(parser, DEFAULTS, "folder in COCO's layout; none: the drawn images", SCENES, 1024)
+    add = cli.add_data_flags(
+        parser, ("embedded", "folder"), "folder in COCO's layout; none: the drawn images", SCENES, 1024
+    )
     test_size = "evaluation: short side, and limit of the long one (default: 25/32 and 1.3 x --input_size)"
     add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
     for split in SPLITS:
@@ -414,7 +416,7 @@ def make_parser() -> cli.Parser:
     add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
     add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
-    add = cli.add_optimisation_flags(parser, epochs=36, blr=8e-4, min_lr=0.0, warmup=None)
+    add = cli.add_optimisation_flags(parser, epochs=None, blr=8e-4, min_lr=0.0, warmup=None)
     add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (default: 1000, or 10% of short runs)")
     schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
     add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
@@ -427,6 +429,9 @@ def make_parser() -> cli.Parser:
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
     parser = make_parser()
+    first = parser.parse_args(argv)
+    if not first.recipe and (first.device == "cpu" or not (first.device or torch.cuda.is_available())):
+        parser.by_data = DEFAULTS | {"folder": DEFAULTS["folder on a CPU"]}
     args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"coco": COCO})
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     if args.score_threshold is None:
@@ -456,6 +461,24 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         )  # fmt: skip
 
 
+def check_memory(args: argparse.Namespace, num_classes: int, device: torch.device) -> None:
+    """UserError if an update needs more memory than there is."""
+    sides = [args.input_size] * 2 if args.augmentation == "jitter" else args.test_size
+    with torch.device("meta"):  # shapes alone
+        detector = make_detector(args, num_classes).train()
+        heads, regions, masks = detector.roi_heads, args.batch_size * args.regions, args.batch_size * args.regions // 4
+
+        def step() -> None:
+            maps = detector.backbone(torch.empty(args.batch_size, 3, *sides))
+            detector.rpn.head([*maps.values()])
+            heads.box_predictor(heads.box_head(torch.empty(regions, args.fpn_dim, 7, 7)))
+            if args.masks:
+                heads.mask_predictor(heads.mask_head(torch.empty(masks, args.fpn_dim, 14, 14)))
+
+        needed = tasks.training_memory(detector, step)
+    tasks.check_memory(needed, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
+
+
 @record  # torchrun then reports the error of the process that failed first
 def main(args: argparse.Namespace) -> None:
     """Train, evaluate or predict as `args` (from `get_args`) say."""
@@ -473,6 +496,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError("--masks, but not all objects of the training data have one; try --no-masks")
     scenes.masks = args.masks
 
+    if args.epochs is None:
+        args.epochs = max(12, math.ceil(1200 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
+        args.eval_freq = max(args.eval_freq, args.epochs // 8)
+    check_memory(args, len(scenes.classes), device)
     torch.manual_seed(args.seed)
     detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]
     if args.finetune:
@@ -537,17 +564,13 @@ def detect(
     batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
     detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
     detector.eval()
-    said = time.monotonic()
-    for done, (batch, (images, targets)) in enumerate(zip(batches, make_loader(scenes, batches, args.num_workers))):
+    for batch, (images, targets) in zip(batches, progress(make_loader(scenes, batches, args.num_workers))):
         if scenes.readable(batch).all():
             ((_, index),) = batch
             (image,), _ = scenes.on_device(images, targets, device)
             with dist.autocast(args.amp, device):
                 output = search(detector, image)
             detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
-        if time.monotonic() > said + 30:
-            said = time.monotonic()
-            dist.say(f"searched {done + 1:,} of {len(batches):,} images")
     detector.train(training)
     return {index: rows for part in dist.gather(detections) for index, rows in part.items()}
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.functional import pil_to_tensor
 
 from plumbing import dist
 from plumbing.files import UserError
-from plumbing.loading import opened
+from plumbing.loading import opened, upright_size
 
 # COCO's twelve numbers, in the order of pycocotools: average precision and recall over IoU .5 to .95, at one IoU, by
 # size of object, and by the number of detections per image.
@@ -125,8 +125,8 @@ def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> 
         row, file = images[key], folder / name
         size = annotated = round(_number(row.get("width"))), round(_number(row.get("height")))
         with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            size = image.size[::-1] if turned else image.size
+            size = upright_size(image)
+            turned = size != image.size
         if min(size) < 1:
             dist.say(f"{file} is left out: it cannot be read, and {path} has no size of it")
             del images[key]
