@@ -251,10 +251,13 @@ class Scenes(Samples):
         image, target = sample
         if not self.transform:
             return v2.functional.pil_to_tensor(image), target
-        size = image.height, image.width
+        size, least = (image.height, image.width), max(image.size) // 6
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         if self.masks:
             target["masks"] = tv_tensors.Mask(target["masks"])
+        if least > min(size):  # a strip is padded, lest scaling leave nothing of its width
+            fill = [0, 0, max(0, least - image.width), max(0, least - image.height)]
+            image, target = v2.Pad(fill)(image, target)
         image, target = self.transform(image, target)
         target = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
         if self.masks:
@@ -283,23 +286,19 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
     transform = augmentation(args) if split == "train" else None
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
-        images, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
+        items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
         data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
-        return Scenes(images, data_set, transform, args.seed)
-    annotations, folders = find_data(args, split)
-    data_set, paths = coco.read_annotations(annotations, folders, args.masks)
-    chosen = range(len(paths))
-    if args.holdout:
+    else:
+        data_set, paths = coco.read_annotations(*find_data(args, split), args.masks)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
-        held = sorted(order[: round(args.holdout * len(paths))])
-        chosen = held if split == "val" else sorted(set(order) - set(held))
-    if split == "val":
-        chosen = chosen[: args.val_limit]
-    data_set["images"], paths = ([rows[k] for k in chosen] for rows in (data_set["images"], paths))
+        held = round((args.holdout or 0) * len(paths))
+        chosen = sorted(order[:held] if split == "val" and args.holdout else order[held:])
+        chosen = chosen[: args.val_limit if split == "val" else None]
+        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (paths, data_set["images"]))
     dist.say(f"{split}: {coco.describe(data_set)}")
     if not any(coco.objects_by_image(data_set)):
-        raise UserError(f"these {len(paths)} images show no object; use more (--val_limit, --holdout)")
-    return Scenes(paths, data_set, transform, args.seed)
+        raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
+    return Scenes(items, data_set, transform, args.seed)
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
@@ -310,28 +309,12 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
     layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
     files = [root / layout.format(name) for layout in layouts for name in names]
     files += [root / "annotations/instances_default.json"] if args.holdout else []
-    file = next(filter(os.path.isfile, files), files[0])
-    file = Path(getattr(args, f"{split}_annotations") or file)
+    file = Path(getattr(args, f"{split}_annotations") or next(filter(os.path.isfile, files), files[0]))
     layouts = "{}2017", "images/{}2017", "images/{}", "{}"
     folders = [root / layout.format(name) for layout in layouts for name in names]
     folders += [root / "images/default", root / "images", file.parent, root]
     images = getattr(args, f"{split}_images")
     return file, [Path(images)] if images else folders
-
-
-class Whole:
-    """A transform's size, of at least one pixel for the narrowest image."""
-
-    def make_params(self, flat_inputs: list) -> dict:
-        return {"size": [max(1, side) for side in super().make_params(flat_inputs)["size"]]}
-
-
-class ScaleJitter(Whole, v2.ScaleJitter):
-    pass
-
-
-class ShortestSize(Whole, v2.RandomShortestSize):
-    pass
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
@@ -344,9 +327,9 @@ def augmentation(args: argparse.Namespace) -> v2.Transform:
     size, (short, long) = (args.input_size, args.input_size), args.test_size
     fill = {Image.Image: GREY, tv_tensors.Mask: 0, "others": 0}
     steps = {
-        "jitter": [ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
-        "multiscale": [ShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
-        "none": [ShortestSize([short], long)],
+        "jitter": [v2.ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
+        "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
+        "none": [v2.RandomShortestSize([short], long)],
     }[args.augmentation]
     steps = [*steps, v2.RandomHorizontalFlip()]
     if args.color_jitter:
@@ -366,7 +349,7 @@ def check_classes(trained: list[str], names: list[str]) -> None:
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=2),
     "folder on a CPU": dict(
-        input_size=160, test_size=(160, 240), jitter=(0.5, 1.5), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
+        input_size=160, jitter=(0.5, 1.5), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
         proposals=(300, 100), group_norm=True, batch_size=2, lr=1e-3, schedule="cosine", clip_grad=1.0,
     ),
     "embedded": dict(
@@ -461,19 +444,19 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         )  # fmt: skip
 
 
-def check_memory(args: argparse.Namespace, num_classes: int, device: torch.device) -> None:
-    """UserError if an update needs more memory than there is."""
+def check_memory(args: argparse.Namespace, num_classes: int, images: int, device: torch.device) -> None:
+    """UserError if an update of this many images needs more memory than there is."""
     sides = [args.input_size] * 2 if args.augmentation == "jitter" else args.test_size
     with torch.device("meta"):  # shapes alone
         detector = make_detector(args, num_classes).train()
-        heads, regions, masks = detector.roi_heads, args.batch_size * args.regions, args.batch_size * args.regions // 4
+        heads, regions = detector.roi_heads, images * args.regions
 
         def step() -> None:
-            maps = detector.backbone(torch.empty(args.batch_size, 3, *sides))
+            maps = detector.backbone(torch.empty(images, 3, *sides))
             detector.rpn.head([*maps.values()])
             heads.box_predictor(heads.box_head(torch.empty(regions, args.fpn_dim, 7, 7)))
             if args.masks:
-                heads.mask_predictor(heads.mask_head(torch.empty(masks, args.fpn_dim, 14, 14)))
+                heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
 
         needed = tasks.training_memory(detector, step)
     tasks.check_memory(needed, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
@@ -499,7 +482,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if args.epochs is None:
         args.epochs = max(12, math.ceil(1200 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
         args.eval_freq = max(args.eval_freq, args.epochs // 8)
-    check_memory(args, len(scenes.classes), device)
+    check_memory(args, len(scenes.classes), min(args.batch_size, len(scenes)), device)
     torch.manual_seed(args.seed)
     detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]
     if args.finetune:
@@ -510,11 +493,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", depths)
     optimizer = tasks.make_optimizer(args, groups)
 
-    parameters, objects = sum(p.numel() for p in detector.parameters()), sum(map(len, scenes.objects))
+    parameters = sum(p.numel() for p in detector.parameters())
     kind = "masks" if args.masks else "boxes alone, since not all training objects have masks or --no-masks"
     for line in (*report, f"{args.model} with {kind}: {parameters:,} parameters"):
         dist.say(line)
-    dist.say(f"{args.data_set}: {len(scenes):,} images, {objects:,} objects of {len(scenes.classes)} classes")
     origin = dict(schedule=make_schedule, classes=scenes.classes, category_ids=scenes.category_ids)
     score, write = partial(evaluate, scenes=val, args=args, device=device), partial(write_scores, scenes=val)
     with Run(args, scenes, device, detector.train(), optimizer, "detect.py", ema, **origin) as run:
@@ -580,7 +562,7 @@ def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
 
     Of large images, all objects' masks at the image's size would fill the memory.
     """
-    size, least = image.shape[1:], max(image.shape) // 8  # a strip is padded, lest scaling leave nothing of its width
+    size, least = image.shape[1:], max(image.shape) // 6  # strips are padded, as in training
     image = nn.functional.pad(image, (0, max(0, least - size[1]), 0, max(0, least - size[0])))
     images, _ = detector.transform([image])
     maps = detector.backbone(images.tensors)
@@ -598,13 +580,10 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
     return chief, (scores, detections)
 
 
-def describe(chief: dict[str, float]) -> str:
+def describe(chief: dict[str, float | None]) -> str:
     """The chief numbers as words for a line."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {math.nan if value is None else value:.3f}"
-        for name, value in chief.items()
-        if name[-2:] != "75"
-    )
+    words = {name.replace("_", " "): "none" if value is None else f"{value:.3f}" for name, value in chief.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items() if name[-2:] != "75")
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
@@ -668,22 +647,22 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
     paths, names = find_images(args.predict), dict(zip(category_ids, classes))
+    folder = make_directory(Path(args.output_dir, "predictions"))
     categories = [{"id": number, "name": name} for number, name in names.items()]
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
     scenes = Scenes(paths, data_set)
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
+    if not detections:
+        raise UserError(f"none of the {len(paths)} images can be read; check the files named above")
     if dist.rank() > 0:
         return
-    files, folder = [], Path(args.output_dir, "predictions")
-    make_directory(folder)
+    files = []
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
-        drawn = coco.draw_objects(scenes.open(index), rows, names)
-        v2.functional.to_pil_image(drawn).save(picture)
-        objects = []
-        for row in rows:
-            objects.append({"class": names[row["category_id"]], "score": row["score"], "box": row["bbox"]})
-            objects[-1] |= {"mask": row["segmentation"]} if "segmentation" in row else {}
+        v2.functional.to_pil_image(coco.draw_objects(scenes.open(index), rows, names)).save(picture)
+        keys = {"score": "score", "bbox": "box", "segmentation": "mask"}
+        objects = [{keys[key]: value for key, value in row.items() if key in keys} for row in rows]
+        objects = [{"class": names[row["category_id"]]} | values for row, values in zip(rows, objects)]
         files.append({"file": paths[index], "picture": str(picture), "objects": objects})
         counts = Counter(names[row["category_id"]] for row in rows).most_common()
         print(f"{paths[index]}: {', '.join(f'{count} {name}' for name, count in counts) or 'nothing'}")

@@ -8,6 +8,7 @@ Shapes: n objects of an image, H x W its pixels.
 """
 
 import io
+import itertools
 import json
 import math
 from collections import Counter
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import coco, cocoeval
+from pycocotools import mask as rle
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -32,16 +35,6 @@ FIELDS = {"images": ("id", "file_name"), "annotations": (), "categories": ("id",
 ELSEWHERE = "give --train_annotations, --train_images and the same of val, or --holdout 0.2 to split one file; "
 ELSEWHERE += "the package supervision converts YOLO's and VOC's boxes (DetectionDataset)"
 SCREEN = 1600  # pixels of the long side of a picture
-
-
-def _pycocotools():
-    try:
-        import pycocotools.coco
-        import pycocotools.cocoeval
-        import pycocotools.mask
-    except ImportError:
-        raise UserError("detection needs the package pycocotools: pip install pycocotools") from None
-    return pycocotools
 
 
 # --- annotations in ---------------------------------------------------------------------------------------------------
@@ -65,14 +58,12 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
         rows = data_set.get(name) if isinstance(data_set, dict) else None
         if not isinstance(rows, list):
             raise UserError(f'{path} has no list "{name}"; COCO\'s format has {", ".join(FIELDS)}')
-        for k, row in enumerate(rows):
-            for field in fields:
-                if not (isinstance(row, dict) and isinstance(row.get(field), str | int | float)):
-                    raise UserError(f"{path}: {name}[{k}] has no {field} that is text or a number: {row}")
+        for (k, row), field in itertools.product(enumerate(rows), fields):
+            if not (isinstance(row, dict) and isinstance(row.get(field), str | int | float)):
+                raise UserError(f"{path}: {name}[{k}] has no {field} that is text or a number: {row}")
         ids = [_key(row["id"]) for row in rows if fields]
-        if len(set(ids)) < len(ids):
-            repeated = Counter(ids).most_common(1)[0][0]
-            raise UserError(f'{path}: the id {repeated} stands more than once in "{name}"; ids must differ')
+        if repeated := [number for number, times in Counter(ids).items() if times > 1]:
+            raise UserError(f'{path}: the id {repeated[0]} stands more than once in "{name}"; ids must differ')
         numbers = all(number.lstrip("-").isdecimal() for number in ids)
         known[name] = {number: row | {"id": int(number) if numbers else number} for number, row in zip(ids, rows)}
 
@@ -93,11 +84,11 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
     if beyond.mean() > 0.1 and ((x < width) & (y < height) & (width <= most_x) & (height <= most_y)).all():
         raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
     reasons = "; ".join(f"{len(rows):,} {why} (first: annotations[{rows[0]}])" for why, rows in left_out.items())
-    reasons = f"of {len(data_set['annotations']):,} annotations, left out are {reasons or 'none'}"
+    reasons = f"{path}: of {len(data_set['annotations']):,} annotations, left out are {reasons or 'none'}"
     if all(row["iscrowd"] for row in annotations):
-        raise UserError(f"{path} has no box of any object, {len(annotations):,} crowds aside; {reasons}")
+        raise UserError(f"{reasons}; there is no box of any object, {len(annotations):,} crowds aside")
     if left_out:
-        dist.say(f"{path}: {reasons}")
+        dist.say(reasons)
     categories = sorted(known["categories"].values(), key=lambda row: row["id"])
     categories = [{"id": row["id"], "name": str(row["name"])} for row in categories]
     return {"images": list(known["images"].values()), "annotations": annotations, "categories": categories}, paths
@@ -132,11 +123,7 @@ def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> 
             del images[key]
             continue
         if min(annotated) > 0 and size != annotated:
-            why = (
-                "its EXIF tag turns it; annotate it upright, or remove the tag"
-                if turned
-                else "was it scaled or turned?"
-            )
+            why = "annotate it upright, or remove its EXIF tag" if turned else "was it scaled or turned?"
             unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there: {why}")
         row["width"], row["height"] = size
         paths.append(str(file))
@@ -159,11 +146,11 @@ def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: l
         raise ValueError("whose bbox is in fractions of the image; multiply by its width and height")
     if inside_x * inside_y < w * h / 2:
         raise ValueError("whose bbox is mostly outside of its image; are these corners?")
-    crowd, code, tools = bool(_number(row.get("iscrowd"))), row.get("segmentation"), _pycocotools().mask
+    crowd, code = bool(_number(row.get("iscrowd"))), row.get("segmentation")
     if crowd:
         code = code or [[x, y, x + w, y, x + w, y + h, x, y + h]]
     code = _checked(code, height, width) if code and (crowd or masks is not False) else None
-    area = max(0, _number(row.get("area"))) or float(tools.area(_encoded(code, height, width)) if code else w * h)
+    area = max(0, _number(row.get("area"))) or float(rle.area(_encoded(code, height, width)) if code else w * h)
     return {"bbox": box, "iscrowd": int(crowd), "area": area} | ({"segmentation": code} if code else {})
 
 
@@ -203,10 +190,9 @@ def describe(data_set: dict) -> str:
     """Images, and objects by class, in a line."""
     names = {row["id"]: row["name"] for row in data_set["categories"]}
     counts = dict.fromkeys(names, 0) | Counter(r["category_id"] for rows in objects_by_image(data_set) for r in rows)
-    shown = [f"{count:,} {names[k]}" for k, count in sorted(counts.items(), key=lambda pair: -pair[1])]
-    shown = shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]]
-    objects = f"{sum(counts.values()):,} objects of {len(names)} classes: {', '.join(shown)}"
-    return f"{len(data_set['images']):,} images, {objects}"
+    shown = [f"{counts[number]:,} {names[number]}" for number in sorted(counts, key=counts.get, reverse=True)]
+    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
+    return f"{len(data_set['images']):,} images, {sum(counts.values()):,} objects of {len(names)} classes: {shown}"
 
 
 def has_masks(data_set: dict) -> bool:
@@ -241,20 +227,19 @@ def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int,
 
 
 def _encoded(code: list | dict, height: int, width: int) -> dict:
-    tools = _pycocotools().mask
     if isinstance(code, list):
-        return tools.merge(tools.frPyObjects(code, height, width))
-    return tools.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
+        return rle.merge(rle.frPyObjects(code, height, width))
+    return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Polygons, or a run-length code of either kind -> uint8 (H, W)."""
-    return _pycocotools().mask.decode(_encoded(segmentation, height, width))
+    return rle.decode(_encoded(segmentation, height, width))
 
 
 def encode_mask(mask: np.ndarray) -> dict:
     """A mask (H, W) -> a run-length code that JSON can hold."""
-    code = _pycocotools().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | {"counts": code["counts"].decode()}
 
 
@@ -302,18 +287,18 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
     `kinds` say. Numbers are fractions of one, and None where there is no such object.
     """
-    tools, scores = _pycocotools(), {"images": len(detections)}
+    scores = {"images": len(detections)}
     for kind in kinds:
         # It writes into its arguments; and with a box at hand it would sort masks by the size of their box.
         rows = [dict(row) for index in sorted(detections) for row in detections[index]]
         if kind == "mask":
             rows = [{name: value for name, value in row.items() if name != "bbox"} for row in rows]
         with redirect_stdout(io.StringIO()):  # it prints what it does
-            truth = tools.coco.COCO()
+            truth = coco.COCO()
             truth.dataset = {name: [dict(row) for row in rows] for name, rows in data_set.items()}
             truth.createIndex()
-            results = truth.loadRes(rows) if rows else tools.coco.COCO()
-            evaluation = tools.cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
+            results = truth.loadRes(rows) if rows else coco.COCO()
+            evaluation = cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
             evaluation.params.imgIds = sorted(data_set["images"][index]["id"] for index in detections)
             evaluation.params.catIds = [row["id"] for row in data_set["categories"]]
             evaluation.evaluate()
@@ -343,9 +328,8 @@ def draw_objects(
     width, height = (max(1, round(side * scale)) for side in image.size)
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     free = np.ones((height, width), dtype=bool)  # a pixel of several masks is the best one's
-    colours = {
-        number: tuple(round(255 * x) for x in colormaps["tab20"].colors[k % 20]) for k, number in enumerate(names)
-    }
+    palette = (255 * np.array(colormaps["tab20"].colors)).round().astype(int).tolist()
+    colours = {number: tuple(palette[k % 20]) for k, number in enumerate(names)}
     rows = sorted(rows, key=lambda row: -row.get("score", 1))
     for row in rows:
         if row.get("segmentation"):
@@ -368,7 +352,5 @@ def draw_objects(
             x1, y1, x2, y2 = pen.textbbox(corner, text, **style)
             pen.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], fill=(*colour, 128))
             pen.text(corner, text, fill="black" if sum(colour) > 380 else "white", **style)
-    drawn = pil_to_tensor(picture)
-    if square:
-        drawn = torch.nn.functional.pad(drawn, (0, square - width, 0, square - height), value=255)
-    return drawn
+    padding = (0, square - width, 0, square - height) if square else (0, 0)
+    return torch.nn.functional.pad(pil_to_tensor(picture), padding, value=255)

@@ -20,7 +20,7 @@ import weights
 from data import STATISTICS
 from detect import AnchorGenerator, FineAnchors, MaskRCNN, soft_nms
 from model import MODELS, ConvNeXt
-from plumbing import coco
+from plumbing import coco, tasks
 from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
 from plumbing.loading import mix_seed
 from plumbing.shapes import SHAPES, draw_scenes
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(
     input_size=48, stem_stride=2, fpn_dim=8, box_dim=16, mask_dim=8, regions=8, proposals=(20, 10), anchor_scale=4,
     batch_size=2, epochs=2, num_workers=0, log_every=1, device="cpu", lr=1e-3, jitter=(0.7, 1.4),
+    group_norm=False, schedule="steps", clip_grad=1e9,
 )  # fmt: skip
 
 
@@ -147,8 +148,8 @@ WRONG = [  # what is wrong with the whole file
     (lambda d, rows: d["images"][2].update(id=[1]), "images\\[2\\] has no id that is text or a number"),
     (lambda d, rows: d["images"].append(d["images"][0]), 'the id 0 stands more than once in "images"'),
     (lambda d, rows: d["categories"].append({"id": "3", "name": "x"}), 'the id 3 stands more than once in "categories"'),
-    (lambda d, rows: rows.clear(), "has no box of any object"),
-    (lambda d, rows: [row.update(iscrowd=1) for row in rows], "has no box of any object, 8 crowds aside"),
+    (lambda d, rows: rows.clear(), "no box of any object"),
+    (lambda d, rows: [row.update(iscrowd=1) for row in rows], "no box of any object, 8 crowds aside"),
     (lambda d, rows: [image.update(file_name="x") for image in d["images"]], "train2017 has no image of"),
     (lambda d, rows: [row.update(bbox=[x / 48 for x in row["bbox"]]) for row in rows], "8 whose bbox is in fractions"),
     (lambda d, rows: [row.update(box(*[x + 2 * x % 1 / 48 for x in (0.1, 0, 0.5, 1)])) for row in rows], "fractions"),
@@ -376,6 +377,9 @@ def test_drawn_objects_have_tight_boxes_and_the_better_ones_colour_where_they_ov
     both, better, other = (coco.draw_objects(white, part, {1: "a", 2: "b"}) for part in (rows, rows[1:], rows[:1]))
     same = (both == better).all(dim=0)[y, x]
     assert same.float().mean() > 0.5 > (both == other).all(dim=0)[y, x].float().mean()
+    plain, (x, y, w, h) = coco.draw_objects(white, rows[:1], {1: "a"}), rows[0]["bbox"]  # of one class: no text
+    assert not torch.equal(plain, other) and torch.equal(plain[:, y : y + h, x : x + w], other[:, y : y + h, x : x + w])
+    assert coco.draw_objects(Image.new("RGB", (4000, 3000)), [], {}).shape == (3, 1200, 1600)
     square = coco.draw_objects(Image.new("RGB", (40, 20)), [], {}, square=80)
     assert square.shape == (3, 80, 80) and (square[:, 40:] == 255).all() and (square[:, :40] == 0).all()
 
@@ -453,6 +457,47 @@ def test_soft_nms_is_the_papers_loop_over_all_boxes():
     logits = torch.stack([torch.zeros(151), torch.linspace(3, -3, 151)], dim=1)
     (kept,), *_ = heads.postprocess_detections(logits, torch.zeros(151, 8), [boxes], [(100, 100)])
     assert len(kept) <= 100 and [60.0, 60, 90, 90] in kept.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(60, 90), (4, 400), (400, 4)])
+def test_masks_are_pasted_one_by_one_and_strips_are_searched(size):
+    detector, image = randomised(MaskRCNN(encoder(), 3, 8, 8, 8, min_size=48, max_size=64, box_score_thresh=0)).eval(), torch.rand(3, *size)
+    rows = coco.as_results(detect.search(detector, image), 0, [1, 2, 3], size)
+    if min(size) > 4:
+        assert rows == coco.as_results(detector([image])[0], 0, [1, 2, 3]) and len(rows) == 100
+    for row in rows:
+        (x, y, w, h), mask = row["bbox"], coco.decode_mask(row["segmentation"], *size)
+        assert 0 <= x <= x + w <= size[1] + 0.01 and 0 <= y <= y + h <= size[0] + 0.01 and mask.shape == size
+
+
+def test_strips_are_trained_on(tmp_path):
+    def change(data_set):
+        data_set["annotations"] = [box(100, 1, 60, 10) | {"category_id": 1, "image_id": 0, "segmentation": [[100, 1, 160, 1, 160, 11, 100, 11]]}]
+        data_set["images"][0] |= {"width": 1200, "height": 12}
+
+    write_coco(tmp_path, "train", 1, 0, change=change)
+    Image.new("RGB", (1200, 12)).save(tmp_path / "train2017/000.png")
+    for jitter, least in (((0.1, 2), 0), ((5, 8), 3)):
+        scenes = load(tmp_path, input_size=64, jitter=jitter)
+        samples = [scenes[epoch, 0] for epoch in range(20)]
+        assert {image.shape for image, _ in samples} == {(3, 64, 64)} and not scenes.unreadable.any()
+        assert sum(len(target["boxes"]) for _, target in samples) >= least
+
+
+def test_memory_is_estimated_before_the_first_update(folder, tmp_path):
+    with pytest.raises(UserError, match="an update needs about .* GiB of memory, and there are .*; lower --batch_size"):
+        run(folder, tmp_path, regions=10**7)
+    args, kept, estimates = get_args(folder, masks=True, input_size=96), {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "check_memory", lambda needed, *_: estimates.append(needed))
+        detect.check_memory(args, 10, 2, CPU)
+    images, targets = zip(*(load(folder, input_size=96, jitter=(1, 1.01))[0, index] for index in range(2)))
+    detector = detect.make_detector(args, 10)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x):
+        losses = detector([image / 255 for image in images], list(targets))
+    measured = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert losses and 0.5 * measured < estimates[0] < 2 * measured
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -588,6 +633,24 @@ def test_the_best_of_weights_and_average_is_kept(folder, tmp_path, monkeypatch):
     assert distance(best["model"], first["model"]) > 0
     record = read_log(tmp_path)[-1]
     assert (record["val_box_AP"], record["val_ema_box_AP50"], record["best_box_AP"]) == (0.5, 0.1, 0.6)
+
+
+def test_an_ap_that_does_not_exist_is_no_best(folder, tmp_path, monkeypatch):
+    values = iter([None, 0.25])
+    monkeypatch.setattr(coco, "evaluate", lambda *_: {"images": 3, "box": dict.fromkeys(coco.NUMBERS, next(values))})
+    run(folder, tmp_path, masks=False)
+    assert load_file(tmp_path / "checkpoint-best.pth")["epoch"] == 2
+    assert [row["val_box_AP"] for row in read_log(tmp_path) if "val_box_AP" in row] == [None, 0.25]
+    with pytest.raises(UserError, match="these 3 images show no object; use more"):
+        write_coco(tmp_path / "none", "val", 5, 3, change=lambda d: d.update(annotations=d["annotations"][-1:]))
+        load(tmp_path / "none", "val", val_limit=3)
+
+
+def test_few_images_are_seen_in_more_epochs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, "Run", lambda args, *_, **__: (_ for _ in ()).throw(Killed(args.epochs)))
+    for batch_size, epochs in ((2, 400), (1, 200)):
+        with pytest.raises(Killed, match=str(epochs)):
+            run(folder, tmp_path, epochs=None, batch_size=batch_size)
 
 
 def learning_rates(**flags) -> list[float]:
@@ -753,8 +816,8 @@ def test_values_come_from_command_line_recipe_checkpoint_and_data_set_in_this_or
     run(folder, tmp_path / "run", epochs=1, nms="soft", group_norm=True)
     best = ["--resume", str(tmp_path / "run")]
     args = detect.get_args(["--eval", *best])
-    expected = dict(nms="soft", group_norm=True, fpn_dim=8, score_threshold=0.05, test_size=[38, 62], lr=1e-4)
-    expected |= dict(data_path=str(folder), data_set="folder", output_dir=str(tmp_path / "run"), batch_size=64)
+    expected = dict(nms="soft", group_norm=True, fpn_dim=8, score_threshold=0.05, test_size=[38, 62], lr=1e-3)
+    expected |= dict(data_path=str(folder), data_set="folder", output_dir=str(tmp_path / "run"), batch_size=2)
     assert expected.items() <= vars(args).items() and list(args.proposals) == [20, 10]
     assert detect.get_args(["--predict", "x.png", *best]).score_threshold == 0.5
     args = detect.get_args(["--eval", *best, "--data_set", "embedded", "--nms", "hard"])
