@@ -480,8 +480,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     scenes.masks = args.masks
 
     if args.epochs is None:
-        args.epochs = max(12, math.ceil(1200 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
-        args.eval_freq = max(args.eval_freq, args.epochs // 8)
+        args.epochs = max(12, math.ceil(1000 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
+        args.eval_freq = max(args.eval_freq, args.epochs // 4)
     check_memory(args, len(scenes.classes), min(args.batch_size, len(scenes)), device)
     torch.manual_seed(args.seed)
     detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]

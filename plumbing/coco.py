@@ -329,7 +329,7 @@ def draw_objects(
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     free = np.ones((height, width), dtype=bool)  # a pixel of several masks is the best one's
     palette = (255 * np.array(colormaps["tab20"].colors)).round().astype(int).tolist()
-    colours = {number: tuple(palette[k % 20]) for k, number in enumerate(names)}
+    colours = {number: tuple(palette[2 * k % 20 + k // 10 % 2]) for k, number in enumerate(names)}
     rows = sorted(rows, key=lambda row: -row.get("score", 1))
     for row in rows:
         if row.get("segmentation"):
