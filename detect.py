@@ -347,10 +347,10 @@ def check_classes(trained: list[str], names: list[str]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "folder": dict(lr=1e-4, batch_size=2),
+    "folder": dict(lr=1e-4),
     "folder on a CPU": dict(
         input_size=160, jitter=(0.5, 1.5), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
-        proposals=(300, 100), group_norm=True, batch_size=2, lr=1e-3, schedule="cosine", clip_grad=1.0,
+        proposals=(300, 100), group_norm=True, lr=1e-3, schedule="cosine", clip_grad=1.0,
     ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
@@ -366,8 +366,8 @@ EVALUATION = ("input_size", "test_size", "nms", "proposals")
 PLACES = ("data_path", "holdout", "train_annotations", "train_images", "val_annotations", "val_images")
 
 
-def make_parser() -> cli.Parser:
-    """All flags."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
     parser, width = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0]), cli.number(int, 1, 8192)
     switch = dict(action=cli.BoolFlag, default=False)
     tasks.add_task_flags(parser, "search", ["coco"])
@@ -376,42 +376,36 @@ def make_parser() -> cli.Parser:
     add("--box_dim", type=width, default=1024, help="width of the box head")
     add("--mask_dim", type=width, default=256, help="channels of the mask head")
     add("--anchor_scale", type=cli.positive, default=8.0, help="side of the anchors, in strides of their level")
-    add("--masks", action=cli.BoolFlag, help="predict masks too (default: if all training objects have them)")
+    add("--masks", action=cli.BoolFlag, help="predict masks too (if all training objects have them)")
     add("--group_norm", **switch, help="GroupNorm in pyramid and mask head: random weights learn much sooner")
     add("--regions", type=cli.count, default=512, help="regions per image to learn from, a quarter of them objects")
     add("--proposals", type=cli.count, default=(2000, 1000), nargs=2, help="per image, in training and in evaluation")
     add("--nms", choices=("hard", "soft"), default="hard", help="remove overlapping boxes, or lower their scores")
     add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
-    add = cli.add_data_flags(
-        parser, ("embedded", "folder"), "folder in COCO's layout; none: the drawn images", SCENES, 1024
-    )
-    test_size = "evaluation: short side, and limit of the long one (default: 25/32 and 1.3 x --input_size)"
+    add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in COCO's layout", SCENES, 1024)
+    test_size = "evaluation: short side, and limit of the long one (25/32 and 1.3 x the input)"
     add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
     for split in SPLITS:
         add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
         add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
-    add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images, not trained on")
+    add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
-    add("--score_threshold", type=cli.fraction, help="lowest score of a detection (default: 0.05; 0.5 to predict)")
+    add("--score_threshold", type=cli.fraction, help="lowest score of a detection (0.05; 0.5 to predict)")
     kinds = "large-scale jitter, a random short side, or neither; all flip"
     add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help=kinds)
     add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
     add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
     add = cli.add_optimisation_flags(parser, epochs=None, blr=8e-4, min_lr=0.0, warmup=None)
-    add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (default: 1000, or 10% of short runs)")
+    parser.set_defaults(batch_size=2)
+    add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (1000, or 10% of short runs)")
     schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
     add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
-    add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (default: 3/4 and 11/12 of --epochs)")
+    add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (3/4 and 11/12 of --epochs)")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/detect", compile=False)
-    return parser
 
-
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
-    parser = make_parser()
     first = parser.parse_args(argv)
     if not first.recipe and (first.device == "cpu" or not (first.device or torch.cuda.is_available())):
         parser.by_data = DEFAULTS | {"folder": DEFAULTS["folder on a CPU"]}
