@@ -271,8 +271,7 @@ class Scenes(Samples):
 
     def collate(self, samples: list[tuple]) -> tuple[list, list]:
         """Samples -> lists of images and targets."""
-        images, targets = zip(*samples)
-        return list(images), list(targets)
+        return tuple(map(list, zip(*samples)))
 
     def on_device(self, images: list, targets: list, device: torch.device) -> tuple[list, list]:
         """Loaded images and targets -> float images in [0, 1], and targets, on `device`."""
@@ -413,10 +412,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     if args.score_threshold is None:
         args.score_threshold = 0.5 if args.predict else 0.05
-    for name in ("test_size", "jitter"):
-        low, high = getattr(args, name)
-        if low > high:
-            parser.error(f"--{name} {low:g} {high:g}: the larger value comes second")
     return args
 
 
@@ -548,7 +543,10 @@ def detect(
                 output = search(detector, image)
             detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
     detector.train(training)
-    return {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+    detections = {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+    if not detections:
+        raise UserError(f"none of the {len(scenes)} images can be read; check the files named above")
+    return detections
 
 
 def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -614,18 +612,15 @@ def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], s
     draw_detections(directory / "detections.png", scenes, detections)
 
 
-def draw_detections(
-    path: Path, scenes: Scenes, detections: dict[int, list[dict]], count: int = 8, min_score: float = 0.3
-) -> None:
-    """Draw ground truth beside detections that score at least `min_score`, of `count` images spread over the set."""
-    names, indices = dict(zip(scenes.category_ids, scenes.classes)), sorted(detections)
-    columns, count = {"ground truth": [], "detections": []}, min(count, len(indices))
-    for index in (indices[k * len(indices) // count] for k in range(count)):
-        likely = [row for row in detections[index] if row["score"] >= min_score]
+def draw_detections(path: Path, scenes: Scenes, detections: dict[int, list[dict]]) -> None:
+    """Draw ground truth beside detections that score at least 0.3, of eight images spread over the set."""
+    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "detections": []}
+    for index in sorted(detections)[:: -(-len(detections) // 8)]:
+        likely = [row for row in detections[index] if row["score"] >= 0.3]
         for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
             columns[title].append(coco.draw_objects(scenes.open(index), rows, names, square=512) / 255)
     columns = {title: torch.stack(images) for title, images in columns.items()}
-    plot_panels(path, columns, f"detections: with a score of at least {min_score:g}", inches=3)
+    plot_panels(path, columns, "detections: with a score of at least 0.3", inches=3)
 
 
 def draw(path: Path, records: list[dict]) -> None:
@@ -646,17 +641,15 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
     scenes = Scenes(paths, data_set)
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
-    if not detections:
-        raise UserError(f"none of the {len(paths)} images can be read; check the files named above")
     if dist.rank() > 0:
         return
     files = []
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
         v2.functional.to_pil_image(coco.draw_objects(scenes.open(index), rows, names)).save(picture)
-        keys = {"score": "score", "bbox": "box", "segmentation": "mask"}
-        objects = [{keys[key]: value for key, value in row.items() if key in keys} for row in rows]
-        objects = [{"class": names[row["category_id"]]} | values for row, values in zip(rows, objects)]
+        keys = {"class": "category_id", "score": "score", "box": "bbox", "mask": "segmentation"}
+        objects = [{key: row[theirs] for key, theirs in keys.items() if theirs in row} for row in rows]
+        objects = [row | {"class": names[row["class"]]} for row in objects]
         files.append({"file": paths[index], "picture": str(picture), "objects": objects})
         counts = Counter(names[row["category_id"]] for row in rows).most_common()
         print(f"{paths[index]}: {', '.join(f'{count} {name}' for name, count in counts) or 'nothing'}")

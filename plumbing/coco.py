@@ -108,7 +108,7 @@ def _number(value, default: float = 0.0) -> float:
 def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> list[str]:
     """Write the upright size of images into their entries, and return their files; leave out those without a size."""
     names = {key: str(row["file_name"]).replace("\\", "/") for key, row in images.items()}
-    folder = next((folder for folder in folders if any((folder / name).is_file() for name in names.values())), None)
+    folder = next((part for part in folders if any((part / name).is_file() for name in names.values())), None)
     if not folder:
         raise UserError(f"{folders[0]} has no image of {path}, such as {[*names.values()][:1]}; {ELSEWHERE}")
     paths, unlike, turned = [], [], False
@@ -344,8 +344,10 @@ def draw_objects(
         colour, size = colours[row["category_id"]], max(width, height) // 40
         pen.rectangle([left, top, left + max(1, w), top + max(1, h)], outline=colour, width=max(1, size // 6))
         if len(names) > 1:
-            text = names[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "")
-            size = max(9, min(size, int(h / 3), int(1.6 * w / len(text))))  # smaller than the object, yet legible
+            text = " ".join([*names[row["category_id"]].split(), *([f"{row['score']:.2f}"] if "score" in row else [])])
+            size = max(
+                9, min(size, int(h / 3), int(1.6 * w / max(1, len(text))))
+            )  # smaller than the object, yet legible
             below = top + h if top + h + 1.3 * size < height else max(0, top)
             corner = min(max(0, left), width - 0.65 * size * len(text)), top - 1.3 * size if top > 1.3 * size else below
             style = dict(font=ImageFont.truetype(font, size), anchor="lt")

@@ -803,8 +803,6 @@ MISTAKES = {
     "--eval --resume CLASSIFIER": "holds no detector",
     "--data_set folder": "--data_set folder needs --data_path DIR",
     "--recipe coco": "has no settings for size atto",
-    "--test_size 100 50": "--test_size 100 50: the larger value comes second",
-    "--jitter 2 1": "--jitter 2 1: the larger value comes second",
     "--data_path nowhere": "cannot read the annotations nowhere/annotations/instances_train2017.json",
 }
 
