@@ -229,7 +229,7 @@ class Scenes(Samples):
     def open(self, index: int) -> Image.Image:
         """The image; raises nearly anything for a damaged file."""
         item = self.items[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
         """The image and, with a transform, its target; ValueError if the two do not fit."""
@@ -290,7 +290,9 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
     paths = [str(directory / row["file_name"]) for row in data_set["images"]]
     if not any(map(os.path.isfile, paths)):
         raise UserError(f"{directory} has no image of {annotations}; is it their folder? {paths[0]} is no file")
-    return Scenes(paths, data_set, transform, args.seed)
+    scenes = Scenes(paths, data_set, transform, args.seed)
+    scenes.image_max = args.image_max
+    return scenes
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
@@ -334,7 +336,7 @@ NETWORK = (
     "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm",
     "published_heads", "statistics",
 )  # fmt: skip
-EVALUATION = ("input_size", "test_size", "nms", "proposals")
+EVALUATION = ("input_size", "test_size", "nms", "proposals", "image_max")
 PLACES = ("data_path", "train_annotations", "train_images", "val_annotations", "val_images")
 
 
@@ -576,10 +578,11 @@ def draw(path: Path, records: list[dict]) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
-    paths, names = find_images(args.predict), dict(zip(category_ids, classes))
+    paths, names = find_images(args.predict, image_max=args.image_max), dict(zip(category_ids, classes))
     categories = [{"id": number, "name": name} for number, name in names.items()]
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
     scenes = Scenes(paths, data_set)
+    scenes.image_max = args.image_max
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return

@@ -162,7 +162,7 @@ class LabelledImages(Images):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Decode an image and its labels (H, W)."""
         item, labels = self.items[index], None if self.labels is None else self.labels[index]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
         if labels is None:
             labels = np.full((image.height, image.width), IGNORED, dtype=np.uint8)
         return image, labels if isinstance(labels, np.ndarray) else maps.read_labels(labels, self.numbers)
@@ -196,7 +196,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
-    images.transform = Augmentation(args) if split == "train" else None
+    images.transform, images.image_max = Augmentation(args) if split == "train" else None, args.image_max
     images.count()
     return images
 
@@ -344,14 +344,23 @@ def scaled_size(height: int, width: int, short: float, least: int = 1) -> tuple[
 
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=8),
-    "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12),
+    "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12, eval_freq=4),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
         scale=(0.9, 1.1), photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-EVALUATION = ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes", "val_split")
+EVALUATION = (
+    "input_size",
+    "test_size",
+    "window",
+    "stride",
+    "reduce_zero_label",
+    "nb_classes",
+    "val_split",
+    "image_max",
+)
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
 SYNONYMS = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
@@ -649,8 +658,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write a label map for every image, and the image with the classes' colours laid over it."""
     nets, classes = load_segmenters(args, device)
-    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict)
+    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict, image_max=args.image_max)
     images = LabelledImages(paths, None, classes.names, None, STATISTICS[args.statistics])
+    images.image_max = args.image_max
     folder = make_directory(Path(args.output_dir, "predictions"))
     for index, image, _, prediction in label(net, images, args, device):
         labels, name = prediction.cpu(), f"{index:05d}-{Path(paths[index]).stem}"

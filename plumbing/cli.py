@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -23,6 +24,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, by_data: Mapping[str, dict] = NONE, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=lambda prog: Help(prog, by_data), **kwargs)
         self.by_data, self.origins = by_data, {}
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's, with ~ expanded, which shells leave as it is in --flag=~/path."""
+        pairs = [word.rpartition("=~") for word in (sys.argv[1:] if argv is None else argv)]
+        words = [
+            f"{flag}={os.path.expanduser(f'~{rest}')}" if flag else os.path.expanduser(rest) for flag, _, rest in pairs
+        ]
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> None:
         """End the script with one line, without the usage."""
@@ -131,6 +140,8 @@ def add_data_flags(
     drawn_help = "embedded data: images to draw for training and for validation"
     add("--embedded_images", type=count, default=drawn, nargs=2, metavar="N", help=drawn_help)
     add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the network's input")
+    white = "white in 16-bit and floating-point images (default: 65535, or 1)"
+    add("--image_max", type=positive, help=white)
     workers = "loading processes per training process (default: up to 8 for folders, else 0)"
     add("--num_workers", type=number(int, 0, 1024), help=workers)
     return add

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from plumbing import dist
+from plumbing.files import UserError
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -87,6 +88,8 @@ class Samples(Dataset):
         seed: seed of the augmentation.
     """
 
+    image_max: float | None = None  # white in images of 16 bits, as --image_max says
+
     def __init__(self, items: Sequence, seed: int = 0):
         self.items, self.seed = items, seed
         self.unreadable = torch.zeros(len(items), dtype=torch.bool).share_memory_()
@@ -142,11 +145,24 @@ def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int
     return [[(0, index) for index in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
 
 
+class Loader(DataLoader):
+    """A DataLoader that names the cure where its workers cannot share memory, as in Docker by default."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "exited unexpectedly" not in str(error):
+                raise
+            fix = "take --num_workers 0, or more shared memory: docker run --shm-size 2g"
+            raise UserError(f"a loading process ended, perhaps for lack of shared memory (/dev/shm); {fix}") from None
+
+
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
     collate = getattr(samples, "collate", None)
-    return DataLoader(
+    return Loader(
         samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
     )
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from plumbing.files import UserError
+from plumbing.files import UserError, read_lines
 from plumbing.loading import open_image, opened, upright_size
 from plumbing.plots import plot_panels
 
@@ -108,15 +108,8 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
 
 
 def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
-    """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt.
-
-    Lines that begin with # are comments.
-    """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the classes {path} ({error})") from None
-    lines = [line for line in lines if line and not line.startswith("#")]
+    """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt."""
+    lines = read_lines(path)
     if lines and lines[0].startswith("Idx\t"):
         lines = [line.split("\t")[-1] for line in lines[1:]]
     matches = [re.fullmatch(r"(.*\S)[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]

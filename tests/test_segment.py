@@ -30,7 +30,7 @@ from segment import Augmentation, UPerNet, segmentation_losses
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(input_size=32, test_size=40, stem_stride=2, channels=8, aux_channels=8, batch_size=2, epochs=2, lr=1e-3)
-SMALL |= dict(num_workers=0, log_every=1, device="cpu")
+SMALL |= dict(eval_freq=1, num_workers=0, log_every=1, device="cpu")
 NAMES = ["ground", *SHAPES]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS["folder"])
 
