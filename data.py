@@ -42,16 +42,6 @@ CONVERT = f"files must end in {', '.join(sorted(IMAGE_SUFFIXES))}; convert other
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # what Windows leaves in folders
 HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # what names of hidden files and folders begin with
 OUTPUTS = {"log.jsonl", "scores.json", "classes.csv", "predictions.csv", "predictions.json"}  # which scripts write
-PLOTS = {
-    "loss.png",
-    "reconstructions.png",
-    "progress.png",
-    "accuracy.png",
-    "confusion.png",
-    "scores.png",
-    "detections.png",
-}
-PLOTS |= {"segmentation.png"}
 VALIDATION = ("val", "validation", "valid")
 
 
@@ -179,7 +169,7 @@ def list_images(directory: str | Path) -> list[str]:
         subfolders[:] = (name for name in subfolders if not name.startswith(HIDDEN))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(HIDDEN) or name.lower() in LITTER or (written and name in PLOTS):
+            if name.startswith(HIDDEN) or name.lower() in LITTER:
                 continue
             if suffix in IMAGE_SUFFIXES:
                 images.append(os.path.join(folder, name))
