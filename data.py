@@ -161,27 +161,23 @@ def list_images(directory: str | Path) -> list[str]:
             subfolders.clear()
             continue
         visited.add(real)
-        written = OUTPUTS & {*names} or any(name.endswith("-overlay.png") for name in names)
-        if folder != str(directory) and written:
+        if folder != str(directory) and any(name in OUTPUTS or name.endswith("-overlay.png") for name in names):
             outputs.append(folder)
             subfolders.clear()
             continue
         subfolders[:] = (name for name in subfolders if not name.startswith(HIDDEN))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(HIDDEN) or name.lower() in LITTER:
-                continue
-            if suffix in IMAGE_SUFFIXES:
+            if suffix in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
                 images.append(os.path.join(folder, name))
-            else:
+            elif not name.startswith(HIDDEN) and name.lower() not in LITTER:
                 ignored[suffix or "without a suffix"] += 1
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(8)) + ", ..." * (len(ignored) > 8)
     if not images:
         raise UserError(f"no images under {directory}{f', but {kinds}' if kinds else ''}; {CONVERT}")
-    if kinds:
+    if kinds or outputs:
+        kinds = ", ".join([*[kinds] * bool(kinds), *(f"the outputs in {folder}" for folder in sorted(outputs))])
         say_once(f"{directory}: {len(images):,} images; not read: {kinds}")
-    if outputs:
-        say_once(f"{directory}: outputs of scripts are left out, in {', '.join(sorted(outputs)[:5])}")
     return sorted(images)
 
 
@@ -270,11 +266,11 @@ def check_readable(paths: list[str], image_max: float | None = None) -> None:
     problems = []
     for path in paths[:: -(-len(paths) // 8)]:
         try:
+            open_rgb(path, image_max=image_max)
             with opened(path) as image:
-                to_rgb(upright(image), image_max)
-            if image.mode.startswith(("I", "F")):
-                white, most = image_max or ("1" if image.mode == "F" else "65535"), image.getextrema()[1]
-                say_once(f"{path} has values up to {most:g}, and {white} is white; --image_max changes that")
+                if image.mode.startswith(("I", "F")):
+                    white = image_max or (1 if image.mode == "F" else 65535)
+                    say_once(f"{path}: values up to {image.getextrema()[1]:g}; {white} is white (--image_max)")
             return
         except Exception as error:  # damaged files raise nearly anything, depending on the decoder
             problems.append(f"{path} ({error})")

@@ -133,9 +133,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--eval_data_path alone has no images to train on; give --data_path DIR")
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])
     if start:
-        parser.take(
-            start, weights.flags_of(start, "image_max") | (as_trained(start, args, data_set) if only_use else {})
-        )
+        values = weights.flags_of(start, "image_max")
+        parser.take(start, values | (as_trained(start, args, data_set) if only_use else {}))
         args = parser.parse_args(argv)
     if args.linear_probe:
         parser.take("--linear_probe", LINEAR_PROBE | (SHORT_PROBE if data_set == "embedded" else {}))
@@ -260,13 +259,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     by_class = torch.tensor(images.labels).bincount(minlength=args.nb_classes).double()
     class_weights = tasks.class_weights(by_class, args.class_balance).to(device) if args.class_balance else None
-    least, most = int(by_class[: len(classes)].min()), int(by_class.max())
 
     parameters, trained = sum(p.numel() for p in net.parameters()), sum(p.numel() for g in groups for p in g["params"])
     for line in (*report, f"{args.model}: {parameters:,} parameters, {trained:,} of them trained"):
         dist.say(line)
-    counts = f"{len(images):,} images of {len(classes)} classes"
-    dist.say(f"{args.data_set}: {counts} at {args.input_size} px, {least} to {most} a class")
+    uneven = f"{by_class[: len(classes)].min():.0f} to {by_class.max():.0f} a class"
+    dist.say(f"{args.data_set}: {len(images):,} images of {len(classes)} classes at {args.input_size} px, {uneven}")
     net.train(not args.linear_probe)
     score, write = partial(evaluate, images=val, args=args, device=device), partial(write_by_class, classes=classes)
     with Run(args, images, device, net, optimizer, "finetune.py", ema, classes=classes) as run:
@@ -284,9 +282,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 run.write("accuracy.png", draw, run.records)
             if run.save_due(epoch):
                 run.save(epoch + 1)
-    best = (
-        f"checkpoint-best.pth ({args.best_by} {run.best:.2f}%), classes.csv and confusion.png" if val else "checkpoints"
-    )
+    best = f"checkpoint-best.pth ({args.best_by} {run.best:.2f}%), classes.csv, confusion.png" if val else "checkpoints"
     run.finish(f"{best}, accuracy.png, log.jsonl, config.json")
 
 
@@ -329,30 +325,16 @@ def draw(path: Path, records: list[dict]) -> None:
     plot_evaluations(path, records, curves, "top-1 accuracy, %", "Validation accuracy")
 
 
-def load_classifiers(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
-    """The networks of --resume, and names of their first outputs: of --class_names, or its own if it has any."""
-    networks, names = weights.load_classifier(args.resume, device)
-    names, outputs = read_lines(args.class_names) if args.class_names else names, networks["model"].num_classes
-    if names and not len(set(names)) == len(names) <= outputs:
-        fix = f"give each of the {outputs} outputs of {args.resume} its own"
-        raise UserError(
-            f"{args.class_names or args.resume} names {len(names)} classes, {len(set(names))} different; {fix}"
-        )
-    return networks, names
-
-
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate the checkpoint of --resume, its moving average too; write the better one's accuracy by class."""
-    networks, names = load_classifiers(args, device)
+    networks, names = weights.load_classifier(args.resume, device)
     _, val = load_labelled(args)
     data_set, _ = trained_on(args.resume)
     val.statistics, outputs = data.STATISTICS[data_set], networks["model"].num_classes
-    if not names and len(val.classes) != outputs:
+    names = read_lines(args.class_names) if args.class_names else names or val.classes
+    if len(names) > outputs or (names is val.classes and len(names) < outputs):
         fix = "name the outputs, one per line in their order, in a file for --class_names"
-        raise UserError(
-            f"{args.resume} has {outputs} outputs without names, the images {len(val.classes)} classes; {fix}"
-        )
-    names = names or val.classes
+        raise UserError(f"{args.resume} has {outputs} outputs, and there are {len(names)} names of classes; {fix}")
     data.check_classes(names, val.classes, all=False)
     number = {name: k for k, name in enumerate(names)}
     val.labels = [number[val.classes[label]] for label in val.labels]
@@ -374,9 +356,10 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Print the likeliest classes of every image, in the order given, and write them to predictions.csv."""
-    networks, classes = load_classifiers(args, device)
-    net = networks.get("model_ema", networks["model"])
-    classes = [*(classes or []), *(f"class {k}" for k in range(len(classes or []), net.num_classes))]
+    networks, classes = weights.load_classifier(args.resume, device)
+    net, classes = networks.get("model_ema", networks["model"]), classes or []
+    classes = read_lines(args.class_names) if args.class_names else classes
+    classes = [*classes, *(f"class {k}" for k in range(len(classes), net.num_classes))]
     paths, (data_set, _) = data.find_images(args.predict, image_max=args.image_max), trained_on(args.resume)
     transform = data.evaluation_transform(args.input_size, args.crop_pct)
     images = Images(paths, range(len(paths)), None, transform, data.STATISTICS[data_set])  # labels are positions

@@ -453,8 +453,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         dist.say(line)
     dist.say(f"{args.model} with UPerNet: {sum(p.numel() for p in net.parameters()):,} parameters")
     sizes = f"crops of {args.input_size} px from a short side of {args.test_size}"
-    evaluated = f", {len(val):,} to evaluate" if val else ""
-    dist.say(f"{args.data_set}: {len(images):,} images{evaluated}, {len(classes.names)} classes; {sizes}")
+    dist.say(f"{args.data_set}: {len(images):,} images, {len(classes.names)} classes; {sizes}")
     dist.say(describe_pixels(images, pixels))
     options = dict(schedule=make_schedule, iterations=args.iterations, classes=classes.names)
     options |= dict(colours=[list(colour) for colour in classes.colours], numbers=list(classes.numbers))
@@ -575,6 +574,8 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
         if index in chosen:
             examples[index] = image, truth.cpu(), prediction.cpu()
     counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
+    if not sum(counts):
+        raise UserError(f"none of {len(images)} images to evaluate can be read; check the files")
     examples = sorted((index, example) for part in parts for index, example in part.items())
     scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
     chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}

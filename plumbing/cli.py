@@ -31,11 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """As argparse's, with ~ expanded, which shells leave as it is in --flag=~/path."""
-        pairs = [word.rpartition("=~") for word in (sys.argv[1:] if argv is None else argv)]
-        words = [
-            f"{flag}={os.path.expanduser(f'~{rest}')}" if flag else os.path.expanduser(rest) for flag, _, rest in pairs
-        ]
-        return super().parse_args(words, namespace)
+        words = [word.replace("=~", "=\0~").split("\0") for word in (sys.argv[1:] if argv is None else argv)]
+        return super().parse_args(["".join(map(os.path.expanduser, parts)) for parts in words], namespace)
 
     def error(self, message: str) -> None:
         """End the script with one line, without the usage."""
