@@ -237,7 +237,7 @@ class Scenes(Samples):
     def open(self, index: int) -> Image.Image:
         """The image; raises nearly anything for a damaged file."""
         item = self.items[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
         """The image and, with a transform, its target."""
@@ -297,7 +297,9 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
     dist.say(f"{split}: {coco.describe(data_set)}")
     if not any(coco.objects_by_image(data_set)):
         raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
-    return Scenes(items, data_set, transform, args.seed)
+    scenes = Scenes(items, data_set, transform, args.seed)
+    scenes.image_max = args.image_max
+    return scenes
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
@@ -361,7 +363,7 @@ NETWORK = (
     "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm",
     "published_heads", "statistics",
 )  # fmt: skip
-EVALUATION = ("input_size", "test_size", "nms", "proposals")
+EVALUATION = ("input_size", "test_size", "nms", "proposals", "image_max")
 PLACES = ("data_path", "holdout", "train_annotations", "train_images", "val_annotations", "val_images")
 
 
@@ -635,11 +637,12 @@ def draw(path: Path, records: list[dict]) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
-    paths, names = find_images(args.predict), dict(zip(category_ids, classes))
+    paths, names = find_images(args.predict, image_max=args.image_max), dict(zip(category_ids, classes))
     folder = make_directory(Path(args.output_dir, "predictions"))
     categories = [{"id": number, "name": name} for number, name in names.items()]
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
     scenes = Scenes(paths, data_set)
+    scenes.image_max = args.image_max
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return

@@ -13,7 +13,7 @@ Shapes: N images, K classes, C channels, H x W pixels.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -153,8 +153,8 @@ class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
     As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. `numbers` are the classes' in files, 0 .. K - 1 by
-    default; `pixels` counts each number's pixels in all maps, and `files` names a map that has it.
+    image and label map together; without one both come as they are. Classes have `numbers` in files; `pixels` counts
+    each number's, and `files` names a map that has it.
     """
 
     numbers, pixels, files = range(IGNORED), Counter(), {}
@@ -162,7 +162,7 @@ class LabelledImages(Images):
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Decode an image and its labels (H, W)."""
         item, labels = self.items[index], None if self.labels is None else self.labels[index]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
         if labels is None:
             labels = np.full((image.height, image.width), IGNORED, dtype=np.uint8)
         return image, labels if isinstance(labels, np.ndarray) else maps.read_labels(labels, self.numbers)
@@ -174,20 +174,12 @@ class LabelledImages(Images):
             image, labels = self.transform(image, labels)
         return v2.functional.pil_to_tensor(image), labels.as_subclass(torch.Tensor)
 
-    def count(self) -> None:
-        """Count `pixels`, of files in all maps, of drawn ones in up to 500, spread over the set."""
-        if isinstance(self.labels, np.ndarray):
-            counts = np.bincount(self.labels[:: -(-len(self) // 500)].ravel())
-            self.pixels = Counter({label: int(n) for label, n in enumerate(counts) if n})
-        else:
-            shown = maps.count_labels([*zip(self.items, self.labels)]) if dist.rank() == 0 else None
-            self.pixels, self.files = dist.gather(shown)[0]
-
 
 def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     """The "train" or "val" images, with augmentation for training; their labels are counted."""
     if args.data_set == "folder":
-        items, labels = list_pairs(args.data_path, "training" if split == "train" or args.holdout else args.val_split)
+        names = TRAINING if split == "train" or args.holdout else {VALIDATION[0]: VALIDATION}.get(args.val_split)
+        items, labels = list_pairs(args.data_path, [*(names or [args.val_split]), *[""] * bool(args.holdout)])
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
@@ -196,31 +188,26 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
-    images.transform = Augmentation(args) if split == "train" else None
-    images.count()
+    images.transform, images.image_max = Augmentation(args) if split == "train" else None, args.image_max
+    if args.data_set == "folder":
+        counted = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
+        images.pixels, images.files = dist.gather(counted)[0]
+    else:
+        images.pixels.update(images.labels[:: -(-len(images) // 500)].ravel().tolist())
     return images
 
 
-def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
-    """Pair ROOT/images/<split> and ROOT/annotations/<split> by name, without suffix. UserError for unpaired files.
+def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Pair the files of images/ and annotations/ by name, without suffix, in the first folder of `splits` that exists.
 
-    Other names of a split are known too; without any folder of one, "training" is all of ROOT/images.
+    UserError for unpaired files.
     """
     names = []
     for kind in ("images", "annotations"):
-        known = next((synonyms for synonyms in SYNONYMS if split in synonyms), (split,))
-        folder = next((path for name in known if (path := Path(root, kind, name)).is_dir()), None)
-        whole = Path(root, kind)
-        if (
-            not folder
-            and split in SYNONYMS[0]
-            and whole.is_dir()
-            and not any(path.is_dir() for path in whole.iterdir())
-        ):
-            folder = whole
+        folder = next((path for split in splits if (path := Path(root, kind, split)).is_dir()), None)
         if not folder:
-            fix = "DIR is laid out as ADE20K is (see --help); if images/ has no folders, add --holdout 0.2"
-            raise UserError(f"the folder {Path(root, kind, split)} does not exist; {fix}")
+            fix = "DIR is laid out as ADE20K is (see --help); without such folders in images/ take --holdout 0.2"
+            raise UserError(f"the folder {Path(root, kind, splits[0])} does not exist; {fix}")
         names.append({str(Path(path).relative_to(folder).with_suffix("")): path for path in list_images(folder)})
     images, labels = names
     if lonely := sorted(images.keys() ^ labels.keys()):
@@ -240,65 +227,55 @@ def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | 
     return maps.read_classes(path) if path else None
 
 
-def find_classes(args: argparse.Namespace, *splits: LabelledImages) -> maps.Classes:
-    """The classes that are listed, or that the label maps of these images need."""
+def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Classes:
+    """The classes that are listed, or that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
-    labels, first = sorted(set().union(*(images.pixels for images in splits))), int(args.reduce_zero_label)
-    count = len(names) or args.nb_classes
-    if len(labels) == 2 and labels[0] == 0 and labels[1] > 1 and not first and (count or 2) <= 2:
+    labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
+    if len(labels) == 2 and labels[0] == 0 < labels[1] - 1 and not first and (count or 2) <= 2:
         dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
-        names = names if count == 2 and names else ["background", *(names or ["object"])]
-        return maps.Classes(names, colours if len(colours) == 2 else maps.class_colours(2), labels)
-    if first and names and names[0].strip("_ ").lower() in NOTHING:
-        fix = "remove its first line, or that flag if 0 is a class"
-        raise UserError(
-            f"the classes begin with {names[0]}, but with --reduce_zero_label label 0 does not count; {fix}"
-        )
-    if not count:
-        count = max((label for label in labels if label != IGNORED), default=-1) + 1 - first
-        if sum(label != IGNORED for label in labels) > 100:
-            fix = "label maps that were smoothed or compressed? Else name the classes, or give --nb_classes"
+        names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
+    else:
+        if len(labels) > 100 and not count:
+            fix = "were the maps smoothed or compressed? Else name the classes, by --classes or --nb_classes"
             raise UserError(f"the label maps of {args.data_path} have {len(labels)} labels without names: {fix}")
-    if count > IGNORED:
+        count = count or max((label for label in labels if label != IGNORED), default=first - 1) + 1 - first
+        names, numbers = names or [f"class {k}" for k in range(count)], range(first, first + count)
+    if first and names and names[0].strip("_ ").lower() in NOTHING:
+        fix = "remove it, or --reduce_zero_label, with which label 0 does not count and label 1 is the first class"
+        raise UserError(f"the first class is {names[0]}; {fix}")
+    if len(names) > IGNORED:
         raise UserError(f"the label maps of {args.data_path} have {count} classes; 1 to {IGNORED} can be told apart")
-    names = names or [f"class {k}" for k in range(count)]
-    return maps.Classes(names, colours or maps.class_colours(count), range(first, first + count))
+    return maps.Classes(names, colours if len(colours) == len(names) else maps.class_colours(len(names)), numbers)
 
 
 def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> torch.Tensor:
-    """Give the images their classes; the pixels of each (K,).
+    """Give images their classes, and return each one's pixels (K,).
 
-    UserError for labels that no class has, and if fewer than `least` classes have pixels.
+    UserError for labels that are no class's, and if fewer than `least` classes have pixels.
     """
-    images.classes, images.numbers = classes.names, classes.numbers
-    numbers, zero = set(classes.numbers), 0 not in classes.numbers
-    kinds = f"{len(numbers)} classes have {min(numbers, default=0)} to {max(numbers, default=0)}"
-    uncounted = " and ".join([*["0"] * zero, *["255"] * (IGNORED not in numbers)]) or "nothing else"
-    if unknown := sorted(images.pixels.keys() - numbers - ({0, IGNORED} if zero else {IGNORED})):
-        fix = "list all classes (classes.txt, --classes, --nb_classes); if label 0 does not count, --reduce_zero_label"
-        where = images.files.get(unknown[-1])
-        raise UserError(f"{where} has the label {unknown[-1]}, but the {kinds}, and {uncounted} does not count; {fix}")
-    pixels = torch.tensor([float(images.pixels[number]) for number in classes.numbers], dtype=torch.float64)
+    images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
+    if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
+        known = f"the {count} classes have {min(classes.numbers, default=0)} to {max(classes.numbers, default=0)}"
+        fix = "name all classes, or, if label 0 does not count, give --reduce_zero_label"
+        raise UserError(f"{images.files[max(unknown)]} has the label {max(unknown)}, but {known}; {fix}")
+    pixels = torch.tensor([images.pixels[number] for number in classes.numbers], dtype=torch.float64)
     if (pixels > 0).sum() < least:
-        named = ", ".join(name for name, n in zip(classes.names, pixels.tolist()) if n) or "no class"
-        labels = ", ".join(map(str, sorted(images.pixels)))
-        raise UserError(
-            f"{named} alone has pixels in {len(images)} label maps, whose labels are {labels} ({uncounted} does not "
-            f"count); label at least {least} of the classes, the background being one"
+        labels, zero = ", ".join(map(str, sorted(images.pixels))), " and 0" * (0 not in classes.numbers)
+        problem = (
+            f"{int((pixels > 0).sum())} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
         )
+        raise UserError(f"{problem}, where 255{zero} does not count; label at least {least}, the background being one")
     return pixels
 
 
-def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> list[str]:
-    """Lines on the labels: each class's fraction of the pixels, and what is left out."""
-    order, fractions = pixels.argsort(descending=True, stable=True).tolist(), (pixels / pixels.sum()).tolist()
-    largest = [f"{images.classes[k]} {fractions[k]:.1%}" for k in order[:10]]
-    lines = [f"pixels: {', '.join(largest)}{f', and {len(order) - 10} more' * (len(order) > 10)}"]
+def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
+    """Each class's fraction of the pixels that count, as words."""
+    order, total = pixels.argsort(descending=True, stable=True).tolist(), sum(images.pixels.values())
+    words = [f"{images.classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order[:10]]
+    words += [f"{len(order) - 10} more"] * (len(order) > 10)
     empty = [images.classes[k] for k in order if not pixels[k]]
-    notes = [f"no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)"] if empty else []
-    total = sum(images.pixels.values())
-    notes += [f"{1 - pixels.sum().item() / total:.1%} of the pixels do not count"] if total > pixels.sum() else []
-    return [*lines, *(["; ".join(notes)] if notes else [])]
+    left_out = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
+    return f"pixels: {', '.join(words)}; {1 - pixels.sum().item() / total:.1%} do not count{left_out}"
 
 
 class Augmentation:
@@ -344,17 +321,26 @@ def scaled_size(height: int, width: int, short: float, least: int = 1) -> tuple[
 
 DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=8),
-    "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12),
+    "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12, eval_freq=4),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
         scale=(0.9, 1.1), photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-EVALUATION = ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes", "val_split")
+EVALUATION = (
+    "input_size",
+    "test_size",
+    "window",
+    "stride",
+    "reduce_zero_label",
+    "nb_classes",
+    "val_split",
+    "image_max",
+)
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
-SYNONYMS = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
+TRAINING, VALIDATION = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
 NOTHING = (
     "background",
     "unlabeled",
@@ -438,27 +424,21 @@ def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
     return UPerNet(weights.make_encoder(args), num_classes, args.channels, args.aux_channels)
 
 
-def check_memory(args: argparse.Namespace, num_classes: int, device: torch.device) -> None:
-    """UserError if an update needs more memory than there is."""
-    with torch.device("meta"):  # shapes alone
-        net, size = make_segmenter(args, num_classes).train(), (args.batch_size, *[args.input_size] * 2)
-        imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
-        needed = tasks.training_memory(net, lambda: sum(segmentation_losses(*net(imgs), labels, None).values()))
-    fix = "lower --batch_size, --input_size or --channels"
-    tasks.check_memory(needed, args.amp, device, fix)
-
-
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a segmenter, and evaluate it after every epoch."""
     images, val = load_images(args, "train"), None if args.disable_eval else load_images(args, "val")
     if min(args.batch_size, len(images) // dist.world_size()) * dist.world_size() < 2:
         fix = "BatchNorm needs at least 2 in an update: raise --batch_size, or add images"
         raise UserError(f"{len(images)} training images and --batch_size {args.batch_size}; {fix}")
-    classes = find_classes(args, *filter(None, (images, val)))
+    classes = find_classes(args, images.pixels.keys() | (val.pixels.keys() if val else ()))
     pixels = use_classes(images, classes, least=2)
     if val:
         use_classes(val, classes, least=1)
-    check_memory(args, len(classes.names), device)
+    with torch.device("meta"):  # shapes alone
+        net, size = make_segmenter(args, len(classes.names)).train(), (args.batch_size, *[args.input_size] * 2)
+        imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
+        fix = "lower --batch_size, --input_size or --channels"
+        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), labels, None), args.amp, device, fix)
 
     torch.manual_seed(args.seed)
     net = speed_up(make_segmenter(args, len(classes.names)))
@@ -473,10 +453,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         dist.say(line)
     dist.say(f"{args.model} with UPerNet: {sum(p.numel() for p in net.parameters()):,} parameters")
     sizes = f"crops of {args.input_size} px from a short side of {args.test_size}"
-    evaluated = f", {len(val):,} to evaluate" if val else ""
-    dist.say(f"{args.data_set}: {len(images):,} images{evaluated}, {len(classes.names)} classes; {sizes}")
-    for line in describe_pixels(images, pixels):
-        dist.say(line)
+    dist.say(f"{args.data_set}: {len(images):,} images, {len(classes.names)} classes; {sizes}")
+    dist.say(describe_pixels(images, pixels))
     options = dict(schedule=make_schedule, iterations=args.iterations, classes=classes.names)
     options |= dict(colours=[list(colour) for colour in classes.colours], numbers=list(classes.numbers))
     score = partial(evaluate, images=val, args=args, device=device)
@@ -596,6 +574,8 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
         if index in chosen:
             examples[index] = image, truth.cpu(), prediction.cpu()
     counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
+    if not sum(counts):
+        raise UserError(f"none of {len(images)} images to evaluate can be read; check the files")
     examples = sorted((index, example) for part in parts for index, example in part.items())
     scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
     chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}
@@ -649,8 +629,9 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write a label map for every image, and the image with the classes' colours laid over it."""
     nets, classes = load_segmenters(args, device)
-    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict)
+    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict, image_max=args.image_max)
     images = LabelledImages(paths, None, classes.names, None, STATISTICS[args.statistics])
+    images.image_max = args.image_max
     folder = make_directory(Path(args.output_dir, "predictions"))
     for index, image, _, prediction in label(net, images, args, device):
         labels, name = prediction.cpu(), f"{index:05d}-{Path(paths[index]).stem}"

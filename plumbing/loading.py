@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from plumbing import dist
+from plumbing.files import UserError
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -47,11 +48,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file of which only the header is read so far.
-
-    Raises nearly anything for a damaged file, or for one over twice Pillow's MAX_IMAGE_PIXELS (178 million
-    in all; nothing is allocated), and for what is no file.
-    """
+    """An image file, its header read. Raises nearly anything if it is damaged, or over 178 million pixels."""
     if not os.path.isfile(path):  # reading a pipe would wait for ever
         raise FileNotFoundError("no such file")
     with warnings.catch_warnings():
@@ -61,7 +58,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height that an opened image will have once it is upright."""
+    """Width and height that an opened image will have upright."""
     with suppress(Exception):  # damaged metadata
         if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # Pillow turns TIFF's
             return image.height, image.width
@@ -86,6 +83,8 @@ class Samples(Dataset):
         items: file paths, or arrays.
         seed: seed of the augmentation.
     """
+
+    image_max: float | None = None  # white in images of 16 bits, as --image_max says
 
     def __init__(self, items: Sequence, seed: int = 0):
         self.items, self.seed = items, seed
@@ -142,11 +141,24 @@ def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int
     return [[(0, index) for index in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
 
 
+class Loader(DataLoader):
+    """A DataLoader that names the cure where its workers cannot share memory, as in Docker by default."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            fix = "take --num_workers 0, or more shared memory: docker run --shm-size 2g"
+            raise UserError(f"a loading process ended, perhaps for lack of shared memory (/dev/shm); {fix}") from error
+
+
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
     collate = getattr(samples, "collate", None)
-    return DataLoader(
+    return Loader(
         samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
     )
 
@@ -156,10 +168,9 @@ def progress(batches: Collection, every: float = 30) -> Iterator:
     start = said = time.perf_counter()
     for done, batch in enumerate(tqdm(batches, unit="batch", disable=None, leave=False), start=1):
         yield batch
-        now = time.perf_counter()
-        if now > said + every and dist.rank() == 0 and not sys.stderr.isatty():
-            left = tqdm.format_interval((now - start) / done * (len(batches) - done))
-            said = now
+        if time.perf_counter() > said + every and not sys.stderr.isatty():
+            said = time.perf_counter()
+            left = tqdm.format_interval((said - start) / done * (len(batches) - done))
             dist.say(f"evaluated {done} of {len(batches)} batches, {left} left")
 
 

@@ -14,13 +14,12 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from plumbing.files import UserError
+from plumbing.files import UserError, read_lines
 from plumbing.loading import open_image, opened, upright_size
 from plumbing.plots import plot_panels
 
 IGNORED = 255  # the label of pixels that do not count
 MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's names of images with one number per pixel
-LEGEND = 10  # classes that a legend names
 Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # uint8: image (3, H, W), true and predicted labels (H, W)
 
 
@@ -83,10 +82,9 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
         except Exception as error:  # damaged files raise nearly anything
             return error, path
         if labels.size != size:
-            (width, height), (w, h) = size, labels.size
-            turned = "one of them lies on its side (images are turned upright by their EXIF orientation)"
-            reason = turned if (w, h) == (height, width) else "one of them was resized or cropped"
-            raise UserError(f"{image} has {width} x {height} pixels, its label map {path} {w} x {h}; probably {reason}")
+            sizes = "{} is {} x {} pixels, and its label map {} {} x {}".format(image, *size, path, *labels.size)
+            turned = "lies on its side: images are turned upright by their EXIF orientation"
+            raise UserError(f"{sizes}; one of them {turned if labels.size == size[::-1] else 'was resized or cropped'}")
         if labels.mode in ("L", "P"):
             return {label: n for label, n in enumerate(labels.histogram()) if n}, path
         return {int(label): int(n) for label, n in zip(*np.unique(np.asarray(labels), return_counts=True))}, path
@@ -108,23 +106,15 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
 
 
 def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
-    """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt.
-
-    Lines that begin with # are comments.
-    """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the classes {path} ({error})") from None
-    lines = [line for line in lines if line and not line.startswith("#")]
+    """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt."""
+    lines = read_lines(path)
     if lines and lines[0].startswith("Idx\t"):
         lines = [line.split("\t")[-1] for line in lines[1:]]
     matches = [re.fullmatch(r"(.*\S)[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]
     names = [match[1].rstrip(",") for match in matches] if all(matches) else lines
     if not 1 <= len(set(names)) == len(names) <= IGNORED:
-        raise UserError(
-            f"{path} names {len(names)} classes, {len(set(names))} different; name 1 to {IGNORED}, each once"
-        )
+        counts = f"{len(names)} classes, {len(set(names))} different"
+        raise UserError(f"{path} names {counts}; name 1 to {IGNORED}, each once")
     if not all(matches):
         return names, class_colours(len(names))
     colours = [tuple(map(int, match.groups()[1:])) for match in matches]
@@ -193,10 +183,8 @@ def draw_with_legend(
         for title, images in columns.items()
     }
     pixels = labels.long().bincount(minlength=IGNORED + 1)
-    largest = [k for k in pixels[:IGNORED].argsort(descending=True)[:LEGEND].tolist() if pixels[k]]
+    largest = [k for k in pixels[:IGNORED].argsort(descending=True)[:10].tolist() if pixels[k]]
     legend = {classes.names[k]: classes.colours[k] for k in sorted(largest)}
-    others = int((pixels[:IGNORED] > 0).sum()) - len(legend)
-    legend |= {f"and {others} more": (255, 255, 255)} if others else {}
     plot_panels(path, panels, "", inches=inches, legend=legend | ({"ignored": (0, 0, 0)} if pixels[IGNORED] else {}))
 
 

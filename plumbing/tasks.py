@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from plumbing import cli, optim
+from plumbing import cli, dist, optim
 from plumbing.files import UserError, file_of_run, save_tensors
 from plumbing.run import Run
 
@@ -185,36 +185,32 @@ def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def training_memory(net: nn.Module, step: Callable[[], torch.Tensor]) -> int:
-    """Bytes in float32 that an update needs: what `step`, forward pass and loss, keeps for the backward pass, and four
-    times the weights. On the meta device it is known without any work.
+def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.device, fix: str) -> None:
+    """UserError if training needs more memory than the device, or the machine or container, has.
+
+    It needs what `step`, forward pass and loss, keeps for the backward pass, halved by mixed precision, and four times
+    the weights. On the meta device that is known without any work.
     """
-    kept = {}
+    kept, limits = {}, [math.inf]
 
     def note(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         step()
-    return sum(storage.nbytes() for storage in kept.values()) + 16 * sum(p.numel() for p in net.parameters())
-
-
-def check_memory(needed: int, amp: str | None, device: torch.device, fix: str) -> None:
-    """UserError if `needed` bytes, halved by mixed precision, are more than the device, machine or container has."""
-    limits = []
     if device.type == "cuda":
         limits.append(torch.cuda.mem_get_info(device)[0])
-    else:
-        with suppress(AttributeError, ValueError, OSError):  # Windows
-            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        with suppress(ValueError, OSError):
+    elif hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        with suppress(ValueError, OSError):  # no container, or without a limit
             limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    mixed = amp in ("bf16", "fp16") or (amp is None and device.type == "cuda")
-    needed, limit = needed / 2**30 / (2 if mixed else 1), min(limits, default=math.inf) / 2**30
-    if needed > limit:
-        raise UserError(f"an update needs about {needed:.0f} GiB of memory, and there are {limit:.0f}; {fix}")
+    activations = sum(storage.nbytes() for storage in kept.values()) / (2 if dist.autocast(amp, device)._enabled else 1)
+    needed = activations + 16 * sum(p.numel() for p in net.parameters())
+    if needed > min(limits):
+        raise UserError(
+            f"training needs {needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}; {fix}"
+        )
 
 
 # --- evaluation while training ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from segment import Augmentation, UPerNet, segmentation_losses
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(input_size=32, test_size=40, stem_stride=2, channels=8, aux_channels=8, batch_size=2, epochs=2, lr=1e-3)
-SMALL |= dict(num_workers=0, log_every=1, device="cpu")
+SMALL |= dict(eval_freq=1, num_workers=0, log_every=1, device="cpu")
 NAMES = ["ground", *SHAPES]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS["folder"])
 
@@ -186,7 +186,7 @@ def test_classes_are_read_from_every_kind_of_list(tmp_path):
 
 
 def find_classes(args) -> maps.Classes:
-    return segment.find_classes(args, segment.load_images(args, "train"))
+    return segment.find_classes(args, segment.load_images(args, "train").pixels)
 
 
 def test_without_names_there_are_as_many_classes_as_in_the_training_maps(folder):
@@ -436,7 +436,7 @@ def test_the_drawn_images_are_those_of_detection_and_their_labels_the_shapes(tmp
     run(None, tmp_path / "run", epochs=1, embedded_images=(7, 50))
     args = arguments(None, "--eval", resume=tmp_path / "run", embedded_images=(7, 50))
     images, (scenes, kinds, masks) = segment.load_images(args, "val"), draw_scenes(50, 1, 32)
-    assert (images.items == scenes).all() and segment.find_classes(args)[0] == NAMES
+    assert (images.items == scenes).all() and segment.find_classes(args, images.pixels)[0] == NAMES
     for labels, kinds_of_image, visible in zip(images.labels, kinds, masks):
         assert all((labels[mask] == kind + 1).all() for kind, mask in zip(kinds_of_image, visible))
         assert (labels[~visible.any(axis=0)] == 0).all()
