@@ -449,8 +449,8 @@ def check_memory(args: argparse.Namespace, num_classes: int, images: int, device
             if args.masks:
                 heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
 
-        needed = tasks.training_memory(detector, step)
-    tasks.check_memory(needed, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
+        fix = "lower --batch_size, --input_size, --regions or --fpn_dim"
+        tasks.check_memory(detector, step, args.amp, device, fix)
 
 
 @record  # torchrun then reports the error of the process that failed first
