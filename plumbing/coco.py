@@ -84,11 +84,12 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
     if beyond.mean() > 0.1 and ((x < width) & (y < height) & (width <= most_x) & (height <= most_y)).all():
         raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
     reasons = "; ".join(f"{len(rows):,} {why} (first: annotations[{rows[0]}])" for why, rows in left_out.items())
-    reasons = f"{path}: of {len(data_set['annotations']):,} annotations, left out are {reasons or 'none'}"
+    reasons = reasons and f"of {len(data_set['annotations']):,} annotations, left out are {reasons}"
     if all(row["iscrowd"] for row in annotations):
-        raise UserError(f"{reasons}; there is no box of any object, {len(annotations):,} crowds aside")
+        fix = reasons or "annotate single objects, with iscrowd 0"
+        raise UserError(f"{path} has no box of any object, {len(annotations):,} crowds aside; {fix}")
     if left_out:
-        dist.say(reasons)
+        dist.say(f"{path}: {reasons}")
     categories = sorted(known["categories"].values(), key=lambda row: row["id"])
     categories = [{"id": row["id"], "name": str(row["name"])} for row in categories]
     return {"images": list(known["images"].values()), "annotations": annotations, "categories": categories}, paths
