@@ -179,7 +179,7 @@ def choose_images(
     """Open the data set, or --images, and choose `count` indices by the seed: `usual`, or all."""
     transform = center_transform(args.input_size)
     if args.images:
-        paths = data.find_images(args.images, "--images")
+        paths = data.find_images(args.images, "--images", args.image_max)
         images, source, usual = Images(paths, None, None, transform, None), "--images", None
     else:
         if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
@@ -187,6 +187,7 @@ def choose_images(
         drawn = max(count or 0, DRAWN[SPLITS.index(split)])
         images = load_images(args.data_set, args.data_path, split, transform, count=drawn)
         source = f"{args.data_set} ({split})"
+    images.image_max = args.image_max
     if count and count > len(images):
         raise UserError(f"--num_images {count}, but {source} has {len(images):,}; ask for at most that many")
     indices = frozen.choose(len(images), count or usual, args.seed)
@@ -521,7 +522,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not checkpoints[0].exists():
         raise UserError(f"no checkpoint {checkpoints[0]}; run `python pretrain.py` first, or give --checkpoint PATH")
     config = weights.read_config(checkpoints[0])
-    names = ["input_size"] + ["data_set", "data_path"] * (not (args.data_set or args.data_path))
+    names = ["input_size", "image_max"] + ["data_set", "data_path"] * (not (args.data_set or args.data_path))
     values = {name: config[name] for name in names if config.get(name)}
     if values.get("data_set") not in data.DATA_SETS:  # one of detect.py or segment.py
         values.pop("data_set", None)
@@ -544,7 +545,7 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         add("--checkpoint", default=[], **files, help="more of them, or checkpoints in them")
         add("--x", choices=("epoch", "images"), default="epoch", help="align runs by epochs or by images seen")
         return
-    parser.set_defaults(images=None, untrained=False)
+    parser.set_defaults(images=None, untrained=False, image_max=None)
     add("--checkpoint", default=["runs/pretrain"], **files, help="weights in any layout, or run directories")
     add("--data_set", choices=data.DATA_SETS, metavar="NAME", help=", ".join(data.DATA_SETS))
     add("--data_path", metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")

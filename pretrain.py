@@ -79,13 +79,13 @@ def main(args: argparse.Namespace) -> None:
     """Train the autoencoder that `args` (from `get_args`) describe; write encoder and plots with each checkpoint."""
     device = dist.setup(args.device, args.deterministic)
     with dist.main_process_first():
-        transform, count = pretrain_transform(args.input_size), args.embedded_images[0]
-        images = load_images(args.data_set, args.data_path, "train", transform, args.seed, count)
+        transform, more = pretrain_transform(args.input_size), (args.seed, args.embedded_images[0], args.image_max)
+        images = load_images(args.data_set, args.data_path, "train", transform, *more)
         if args.holdout:
             images, val = data.split_holdout(images, args.holdout)
         else:
             others = args.data_set != "folder" or data.split_folder(args.data_path, "val")
-            val = load_images(args.data_set, args.data_path, "val", None) if others else None
+            val = load_images(args.data_set, args.data_path, "val", None, image_max=args.image_max) if others else None
 
     torch.manual_seed(args.seed)
     mae = dist.to_device(speed_up(make_autoencoder(args)), device)

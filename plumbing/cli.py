@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -27,6 +28,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, by_data: Mapping[str, dict] = NONE, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=lambda prog: Help(prog, by_data), **kwargs)
         self.by_data, self.origins = by_data, {}
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's, with ~ expanded, which shells leave as it is in --flag=~/path."""
+        words = [word.replace("=~", "=\0~").split("\0") for word in (sys.argv[1:] if argv is None else argv)]
+        return super().parse_args(["".join(map(os.path.expanduser, parts)) for parts in words], namespace)
 
     def error(self, message: str) -> None:
         """End the script with one line, without the usage."""
@@ -164,6 +170,7 @@ def add_data_flags(
     drawn_help = "drawn images for training and for validation"
     add("--embedded_images", type=count, default=drawn, nargs=2, metavar="N", help=drawn_help)
     add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the input")
+    add("--image_max", type=positive, help="white in 16-bit and floating-point images (65535, or 1)")
     workers = "loading processes per training process (up to 8 for folders, else 0)"
     add("--num_workers", type=number(int, 0, 1024), help=workers)
     return add

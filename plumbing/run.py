@@ -220,7 +220,13 @@ class Run:
         self.ending = dist.maximum(self.signal)
         ends_epoch = self.update_in_epoch + 1 == self.updates or self.done == self.total
         save = self.ending or (args.save_every_steps and self.done % args.save_every_steps == 0)
-        if save or ends_epoch or self.done % args.log_every == 0:
+        if self.done == self.first_done + 1 and self.bar.disable:
+            seconds = time.perf_counter() - self.start
+            left = tqdm.format_interval(seconds * (self.total - self.done))
+            dist.say(f"first update after {seconds:.1f} s; at that pace {left} left, without evaluations")
+        # As many updates to a line as fit the epoch evenly, so that each line averages equally many.
+        lines, update = max(1, round(self.updates / args.log_every)), self.update_in_epoch
+        if save or ends_epoch or (update + 1) * lines // self.updates > update * lines // self.updates:
             self._report()  # before every checkpoint, so that none is written whose weights are not finite
             if save:
                 self.save(self.epoch, self.update_in_epoch + 1)

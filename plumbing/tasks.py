@@ -4,13 +4,15 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from plumbing import cli, optim
-from plumbing.files import file_of_run, save_tensors
+from plumbing import cli, dist, optim
+from plumbing.files import UserError, file_of_run, save_tensors
 from plumbing.run import Run
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -170,6 +172,47 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
     return ema
 
 
+def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
+    """Weights (K,) of classes in the loss, from their counts: fractions (at least .01%) to the power of `-balance`.
+
+    The mean over what was counted is 1.
+    """
+    fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
+    powers = fractions**-balance
+    return (powers / (powers * fractions).sum()).float()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.device, fix: str) -> None:
+    """UserError if training needs more memory than the device, or the machine or container, has.
+
+    It needs what `step`, forward pass and loss, keeps for the backward pass, halved by mixed precision, and four times
+    the weights. On the meta device that is known without any work.
+    """
+    kept, limits = {}, [math.inf]
+
+    def note(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    if device.type == "cuda":
+        limits.append(torch.cuda.mem_get_info(device)[0])
+    elif hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        with suppress(ValueError, OSError):  # no container, or without a limit
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    activations = sum(storage.nbytes() for storage in kept.values()) / (2 if dist.autocast(amp, device)._enabled else 1)
+    needed = activations + 16 * sum(p.numel() for p in net.parameters())
+    if needed > min(limits):
+        raise UserError(
+            f"training needs {needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}; {fix}"
+        )
+
+
 # --- evaluation while training ----------------------------------------------------------------------------------------
 
 
@@ -186,9 +229,11 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
     if run.ema and run.args.model_ema_eval:
         networks["model_ema"] = run.ema.module
     results = {name: evaluate(network) for name, network in networks.items()}
-    winner = max(results, key=lambda name: results[name][0][metric])
-    scores, details = results[winner]
-    improved, run.best = scores[metric] > run.best, max(run.best, scores[metric])
+    values = {name: scores[metric] for name, (scores, _) in results.items()}
+    ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN is no best
+    winner = max(ranks, key=ranks.get)
+    details = results[winner][1]
+    improved, run.best = ranks[winner] > run.best, max(run.best, ranks[winner])
     record = {"epoch": epoch + 1, "update": run.done, f"best_{metric}": run.best}
     for name, (scores, _) in results.items():
         record |= {f"{'val' if name == 'model' else 'val_ema'}_{key}": value for key, value in scores.items()}

@@ -26,6 +26,7 @@ COMMON = dict(data_path="images", stem_stride=1, batch_size=4, epochs=2, lr=1e-2
 COMMON |= dict(save_ckpt=False)
 LABELLED = COMMON | dict(input_size=32, warmup_updates=1, eval_freq=2)
 HEADS = dict(fpn_dim=8, box_dim=8, mask_dim=8, regions=8, proposals=(20, 5), anchor_scale=4)
+HEADS |= dict(group_norm=False, schedule="steps")
 BASE = {
     pretrain: COMMON | dict(input_size=16, warmup_epochs=1, decoder_embed_dim=8, eval_freq=2),
     finetune: COMMON | dict(input_size=16, warmup_epochs=1, model="convnextv2_atto", aa="none", reprob=0, eval_freq=2),
@@ -67,7 +68,7 @@ WEIGHTS[detect] = TRANSFERRED | {
     "stem_stride": 2, "input_size": 40, "fpn_dim": 4, "box_dim": 4, "mask_dim": 4, "anchor_scale": 8, "masks": False, "group_norm": True, "regions": 4,
     "proposals": (5, 5), "published_heads": True, "recipe": ("coco", dict(model="convnextv2_base")), "min_lr": (5e-3, COSINE),
     "train_annotations": "others/annotations/instances_train2017.json", "train_images": "others/train2017", "augmentation": ["none", "multiscale"],
-    "jitter": (1, 1.01), "color_jitter": 0.5, "warmup_updates": 3, "schedule": "cosine", "steps": (0.5, 1),
+    "jitter": (1, 1.01), "color_jitter": 0.5, "holdout": 0.4, "warmup_updates": 3, "schedule": "cosine", "steps": (0.5, 1),
 }  # fmt: skip
 
 WEIGHTS[segment] = TRANSFERRED | {

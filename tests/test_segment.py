@@ -22,15 +22,15 @@ import weights
 from data import GREY, STATISTICS
 from fast import FastBlock
 from model import MODELS, ConvNeXt
-from plumbing import maps
+from plumbing import maps, tasks
 from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
 from plumbing.loading import mix_seed
 from plumbing.shapes import SHAPES, draw_scenes
-from segment import Augmentation, LabelledImages, UPerNet, segmentation_losses
+from segment import Augmentation, UPerNet, segmentation_losses
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(input_size=32, test_size=40, stem_stride=2, channels=8, aux_channels=8, batch_size=2, epochs=2, lr=1e-3)
-SMALL |= dict(num_workers=0, log_every=1, device="cpu")
+SMALL |= dict(eval_freq=1, num_workers=0, log_every=1, device="cpu")
 NAMES = ["ground", *SHAPES]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS["folder"])
 
@@ -158,12 +158,14 @@ def test_label_maps_of_every_kind_are_read_alike(tmp_path, mode):
     file = tmp_path / ("labels.tif" if mode == "I" else "labels.png")
     image.save(file)
     assert Image.open(file).mode == mode
-    assert (maps.read_labels(file, 4) == LABELS).all()
-    reduced = maps.read_labels(file, 3, reduce_zero_label=True)
-    assert reduced.tolist() == [[255, 0, 1], [2, 255, 0]]
-    for reduce, labels in ((False, LABELS.astype(np.uint8)), (True, reduced)):
-        maps.write_labels(tmp_path / "written.png", labels, [(9, 8, 7)] * 4, reduce)
-        assert (maps.read_labels(tmp_path / "written.png", 4, reduce) == labels).all()
+    assert (maps.read_labels(file, range(4)) == LABELS).all()
+    assert maps.read_labels(file, range(1, 4)).tolist() == [[255, 0, 1], [2, 255, 0]]
+    assert maps.read_labels(file, [0, 255]).tolist() == [[0, 255, 255], [255, 1, 255]]
+    for numbers in (range(4), range(1, 5), [0, 255]):
+        labels = np.arange(len(numbers), dtype=np.uint8)[None]
+        maps.write_labels(tmp_path / "written.png", labels, maps.Classes([], [(9, 8, 7)] * len(numbers), numbers))
+        assert (maps.read_labels(tmp_path / "written.png", numbers) == labels).all()
+        assert Image.open(tmp_path / "written.png").convert("RGB").getcolors() == [(len(numbers), (9, 8, 7))]
 
 
 def test_classes_are_read_from_every_kind_of_list(tmp_path):
@@ -183,15 +185,19 @@ def test_classes_are_read_from_every_kind_of_list(tmp_path):
             maps.read_classes(file)
 
 
+def find_classes(args) -> maps.Classes:
+    return segment.find_classes(args, segment.load_images(args, "train").pixels)
+
+
 def test_without_names_there_are_as_many_classes_as_in_the_training_maps(folder):
     (folder / "classes.txt").unlink()
     paths = sorted((folder / "annotations/training").iterdir())
     largest = max(np.asarray(Image.open(path)).max() for path in paths[1:])
     paths[0].write_text("no map")
-    names, colours = segment.find_classes(arguments(folder))
-    assert len(names) == len(set(colours)) == largest + 1 and names[1] == "class 1"
-    assert len(segment.find_classes(arguments(folder, reduce_zero_label=True))[0]) == largest
-    assert len(segment.find_classes(arguments(folder, nb_classes=40))[0]) == 40
+    names, colours, numbers = find_classes(arguments(folder))
+    assert len(names) == len(set(colours)) == len(numbers) == largest + 1 and names[1] == "class 1"
+    assert find_classes(arguments(folder, reduce_zero_label=True)).numbers == range(1, largest + 1)
+    assert len(find_classes(arguments(folder, nb_classes=40)).names) == 40
     colours = torch.tensor(maps.class_colours(20)).float()  # can be told apart
     assert torch.cdist(colours, colours).add(torch.eye(20) * 1e3).min() > 20 and len(set(maps.class_colours(150))) > 120
 
@@ -206,9 +212,6 @@ def test_errors_are_red_and_what_does_not_count_black():
 FILE = "training/001.png"
 UNREADABLE = {
     "001.png is an image in colours": lambda root: save_noise(root / "annotations" / FILE, (48, 48)),
-    "48 x 48 pixels, but 40 x 48 in": lambda root: Image.new("L", (40, 48)).save(root / "annotations" / FILE),
-    "has the label 11, but": lambda root: Image.new("L", (48, 48), 11).save(root / "annotations" / FILE),
-    "300, but the 11 classes": lambda root: Image.new("I;16", (48, 48), 300).save(root / "annotations" / FILE),
     "annotations/training/001.png'": lambda root: (root / "annotations" / FILE).write_text("no map"),
     "images/training/001.png'": lambda root: (root / "images" / FILE).write_text("no image"),
 }
@@ -234,13 +237,11 @@ def test_what_cannot_be_read_is_named_replaced_and_counted(folder, tmp_path, cap
 
 
 def test_weights_of_classes_are_powers_of_their_fractions():
-    # Of 40 pixels 32 are of class 0, 2 of class 1, none of class 2; 6 do not count.
-    labels = np.zeros((2, 4, 5), dtype=np.uint8)
-    labels[1, 0, :2], labels[1, 1], labels[1, 2, 0] = 1, 255, 255
-    images = LabelledImages(np.zeros((2, 4, 5, 3), dtype=np.uint8), labels, ["a", "b", "c"], None, STATISTICS["folder"])
-    class_weights, fractions = segment.measure_class_weights(images, 0.5), torch.tensor([32 / 34, 2 / 34, 1e-4])
+    # Of 34 pixels that count 32 are of class 0, 2 of class 1, none of class 2.
+    class_weights = tasks.class_weights(torch.tensor([32.0, 2, 0], dtype=torch.float64), 0.5)
+    fractions = torch.tensor([32 / 34, 2 / 34, 1e-4])
     torch.testing.assert_close(class_weights / class_weights[0], (fractions[0] / fractions).sqrt())
-    assert class_weights[torch.from_numpy(labels[labels != 255]).long()].mean().item() == pytest.approx(1, abs=0.01)
+    assert (class_weights * torch.tensor([32, 2, 0])).sum().item() / 34 == pytest.approx(1, abs=0.01)
 
 
 def augmentation(input_size=32, test_size=32, scale=(1, 1), most=1.0, photometric=False) -> Augmentation:
@@ -317,7 +318,8 @@ def plain_scores(truth: np.ndarray, prediction: np.ndarray, names: list[str]) ->
 
 def test_scores_are_those_of_a_plain_loop_and_of_the_networks_labels(folder):
     args, names = arguments(folder, test_size=48), [*NAMES, "nothing"]
-    val, network = segment.load_images(args, "val", names), trained(UPerNet(small_encoder(stem_stride=2), 12, 8, 8))
+    val, network = segment.load_images(args, "val"), trained(UPerNet(small_encoder(stem_stride=2), 12, 8, 8))
+    segment.use_classes(val, maps.Classes(names, [], range(12)), least=1)
     network.classifier.bias.data[11] -= 100
     chief, (scores, examples) = segment.evaluate(network.train(), val, args, CPU)
     assert network.training
@@ -367,7 +369,7 @@ def test_scales_and_mirroring_are_a_plain_loop():
         logits = segment.slide(lookup, view.flip(3) if flip else view, 32, 16)
         logits = logits.flip(3) if flip else logits
         total += F.interpolate(logits, (50, 60), mode="bilinear")[0].softmax(dim=0) / 6
-    found = segment.probabilities(lookup, image, args)
+    found = torch.cat([*segment.probabilities(lookup, image, args)], dim=1)
     torch.testing.assert_close(found, total, atol=1e-2, rtol=0)  # resized images are bytes, which may round otherwise
     assert found.sum(dim=0).sub(1).abs().max() < 1e-5
 
@@ -405,11 +407,14 @@ def test_prediction_writes_the_labels_of_the_average(finished, tmp_path, capsys)
     args, folder = use(finished, "--predict", str(tmp_path / "images"), **flags), tmp_path / "out/predictions"
     segment.main(args)
     assert {path.stem for path in folder.iterdir()} == {*files, *(f"{stem}-overlay" for stem in files)}
-    nets, classes, colours = segment.load_segmenters(args, CPU)
-    assert classes == [*SHAPES] and colours[1] == (9, 1, 250)
+    nets, classes = segment.load_segmenters(args, CPU)
+    assert classes.names == [*SHAPES] and classes.colours[1] == (9, 1, 250)
     for stem, file in files.items():
         with torch.no_grad():
-            labels = {key: segment.probabilities(net, pixels(file), args).argmax(dim=0) for key, net in nets.items()}
+            labels = {
+                key: torch.cat([*segment.probabilities(net, pixels(file), args)], dim=1).argmax(dim=0)
+                for key, net in nets.items()
+            }
         written = Image.open(folder / f"{stem}.png")
         assert (np.asarray(written) == labels["model_ema"].numpy() + 1).all()
         assert written.getpalette()[6:9] == [9, 1, 250] and not torch.equal(labels["model"], labels["model_ema"])
@@ -430,12 +435,12 @@ def test_other_classes_than_those_trained_are_refused(finished, tmp_path):
 def test_the_drawn_images_are_those_of_detection_and_their_labels_the_shapes(tmp_path, drawn):
     run(None, tmp_path / "run", epochs=1, embedded_images=(7, 50))
     args = arguments(None, "--eval", resume=tmp_path / "run", embedded_images=(7, 50))
-    images, (scenes, kinds, masks) = segment.load_images(args, "val", NAMES), draw_scenes(50, 1, 32)
-    assert (images.items == scenes).all() and segment.find_classes(args)[0] == NAMES
+    images, (scenes, kinds, masks) = segment.load_images(args, "val"), draw_scenes(50, 1, 32)
+    assert (images.items == scenes).all() and segment.find_classes(args, images.pixels)[0] == NAMES
     for labels, kinds_of_image, visible in zip(images.labels, kinds, masks):
         assert all((labels[mask] == kind + 1).all() for kind, mask in zip(kinds_of_image, visible))
         assert (labels[~visible.any(axis=0)] == 0).all()
-    assert (segment.load_images(args, "train", NAMES).items == draw_scenes(50, 0, 32)[0][:7]).all()
+    assert (segment.load_images(args, "train").items == draw_scenes(50, 0, 32)[0][:7]).all()
     assert all(Image.open(tmp_path / f"run/{name}.png").width > 400 for name in ("segmentation", "scores"))
 
 
@@ -447,9 +452,9 @@ def test_training_is_a_plain_loop(folder, tmp_path):
     log = run(folder, tmp_path / "run", disable_eval=True, model_ema=True, **flags)
 
     args, saved = arguments(folder, **flags), last(tmp_path / "run")
-    images = segment.load_images(args, "train", NAMES)
+    images = segment.load_images(args, "train")
     torch.manual_seed(5)
-    net = segment.make_segmenter(args, 11).train().to(memory_format=torch.channels_last)
+    net = segment.speed_up(segment.make_segmenter(args, 11)).train().to(memory_format=torch.channels_last)
     assert all(type(module) is FastBlock for module in net.encoder.stages.modules() if hasattr(module, "dwconv"))
     groups, layers = [], dict(downsample_layers=(0, 2, 3, 4), stages=(1, 2, 3, 4))
     for name, parameter in net.named_parameters():
@@ -536,15 +541,15 @@ MISTAKES = {
     "--window 64 --stride 65": "--stride 65 is larger than --window 64: it leaves gaps",
     "--window 8": "image size 8 x 8 is below the patch size 16",
     "--classes a.txt --nb_classes 3": "--classes contradicts --nb_classes",
-    "--data_path nowhere --classes nowhere.txt": "cannot read the classes nowhere.txt",
-    "--batch_size 1": "--batch_size 1 in one process: BatchNorm needs more than one image",
+    "--data_path ade --classes nowhere.txt": "cannot read the classes nowhere.txt",
+    "--batch_size 1 --embedded_images 9 2": "9 training images and --batch_size 1; BatchNorm needs at least 2",
     "--eval --resume detector.pth": "detector.pth is no checkpoint of segment.py",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_get_one_line(flags, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_get_one_line(flags, capsys, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
     state = MODELS["convnextv2_atto"](num_classes=3).state_dict()
     save_tensors(Path("detector.pth"), {"model": state, "classes": ["a"], "category_ids": [1]})
     with pytest.raises(SystemExit) as caught:
