@@ -288,8 +288,6 @@ def test_hidden_files_and_outputs_of_scripts_are_no_images(tmp_path, capsys):
     left_out = f"the outputs in {tmp_path}/out/predictions, the outputs in {tmp_path}/runs/x\n"
     assert capsys.readouterr().out == f"{tmp_path}: 2 images; not read: {left_out}"
     assert len(data.list_images(tmp_path / "runs/x/predictions")) == 1  # asked for by name
-    with pytest.raises(UserError, match="no images"):
-        folder(tmp_path / "a/@eaDir/..")
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune])
@@ -302,7 +300,7 @@ def test_the_same_command_continues_in_the_folder_of_its_images(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     flags = dict(holdout=0.5) if script is finetune else {}
     for epochs in (1, 2):
-        assert run(script, ".", f"runs/{script.__name__}", epochs=epochs, **flags)["epoch"] == epochs
+        assert run(script, ".", Path("runs", script.__name__), epochs=epochs, **flags)["epoch"] == epochs
 
 
 def test_a_home_directory_is_expanded_in_every_path(monkeypatch, tmp_path):
@@ -489,7 +487,7 @@ def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys
         for k in range(1 + (name == "dog")):
             (tmp_path / "val" / name).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / "val" / name / f"{k}.png")
-    config = vars(finetune.get_args(["--input_size", "16", "--data_path", "x", "--scratch"]))
+    config = vars(finetune.get_args(["--input_size", "16", "--stem_stride", "1", "--scratch"]))
     torch.save(
         {"model": net.state_dict(), "config": config} | ({"classes": names} if named else {}), tmp_path / "a.pth"
     )
@@ -524,7 +522,7 @@ def test_balanced_accuracy_and_weights_of_uneven_classes():
     assert (scores["top1"], scores["balanced"]) == (pytest.approx(100 * 13 / 14), pytest.approx(75))
 
 
-def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(tmp_path):
+def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):
     write_by_class(tmp_path, torch.tensor([[0, 0], [0, 1], [1, 1]]), ["caf\udce9", "tea"])
     assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
