@@ -115,7 +115,6 @@ TABLE = {
     "finetune: evaluate fewer classes without names": ("--eval --resume ten.pth", "ten.pth has 10 outputs, and there are 2 names of classes; name the outputs", "--class_names"),
     "finetune: evaluate more classes": ("--eval --resume ten.pth --class_names eleven.txt", "10 outputs, and there are 11 names"),
     "finetune: names nowhere": ("--eval --resume ten.pth --class_names nowhere.txt", "cannot read the classes nowhere.txt"),
-    "segment: predict nothing readable": ("--predict damaged --resume tiny.pth", "damaged"),
     "detect: no annotations": ("--data_path labelled", "labelled/annotations/instances_train2017.json"),
     "detect: evaluate a classifier": ("--eval --resume tuned.pth --data_path labelled", "tuned.pth holds no detector"),
     "segment: no label maps": ("--data_path labelled", "labelled/images/training"),
