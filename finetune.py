@@ -257,7 +257,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     optimizer = tasks.make_optimizer(args, groups)
     mix = augmentation.mixing(args, args.nb_classes)
 
-    by_class = torch.tensor(images.labels).bincount(minlength=args.nb_classes).double()
+    by_class = torch.tensor(images.labels).bincount(minlength=args.nb_classes).float()
     class_weights = tasks.class_weights(by_class, args.class_balance).to(device) if args.class_balance else None
 
     parameters, trained = sum(p.numel() for p in net.parameters()), sum(p.numel() for g in groups for p in g["params"])

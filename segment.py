@@ -427,7 +427,8 @@ def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a segmenter, and evaluate it after every epoch."""
     images, val = load_images(args, "train"), None if args.disable_eval else load_images(args, "val")
-    if min(args.batch_size, len(images) // dist.world_size()) * dist.world_size() < 2:
+    batch_size = min(args.batch_size, len(images) // dist.world_size())
+    if batch_size * dist.world_size() < 2:
         fix = "BatchNorm needs at least 2 in an update: raise --batch_size, or add images"
         raise UserError(f"{len(images)} training images and --batch_size {args.batch_size}; {fix}")
     classes = find_classes(args, images.pixels.keys() | (val.pixels.keys() if val else ()))
@@ -435,7 +436,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if val:
         use_classes(val, classes, least=1)
     with torch.device("meta"):  # shapes alone
-        net, size = make_segmenter(args, len(classes.names)).train(), (args.batch_size, *[args.input_size] * 2)
+        net, size = make_segmenter(args, len(classes.names)).train(), (batch_size, *[args.input_size] * 2)
         imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
         fix = "lower --batch_size, --input_size or --channels"
         tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), labels, None), args.amp, device, fix)

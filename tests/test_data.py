@@ -1,16 +1,20 @@
 """Claims about data.py, plumbing/loading.py and plumbing/shapes.py: images, order, splits, labels and augmentation."""
 
 import argparse
+import os
 import random
 import re
+import shutil
+import signal
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, save_noise
+from helpers import CPU, image_folder, run, save_noise, words
 from PIL import Image, features
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
@@ -19,9 +23,11 @@ import data
 import finetune
 import pretrain
 from data import Images, load_images, pretrain_transform
+from model import MODELS
 from plumbing import augmentation
 from plumbing.files import UserError
-from plumbing.loading import EpochSampler, make_loader, mix_seed, open_image
+from plumbing.loading import EpochSampler, Samples, make_loader, mix_seed, open_image, progress
+from plumbing.scores import classification_scores, write_by_class
 from plumbing.shapes import TEXTURES, draw_images
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -272,6 +278,83 @@ def test_validation_beside_train_is_taken_for_val_and_said(tmp_path, capsys, nam
             folder(tmp_path / path)
 
 
+def test_hidden_files_and_outputs_of_scripts_are_no_images(tmp_path, capsys):
+    names = "a/1.png b/2.png a/.3.png .thumbnails/4.png @eaDir/5.png a/@eaDir/6.png __MACOSX/7.png b/.git/8.png"
+    for name in (*names.split(), "runs/x/loss.png", "runs/x/predictions/9.png", "out/predictions/0-overlay.png"):
+        save_noise(tmp_path / name)
+    (tmp_path / "runs/x/log.jsonl").touch()
+    images = folder(tmp_path)
+    assert images.classes == ["a", "b"] and [Path(path).name for path in images.items] == ["1.png", "2.png"]
+    left_out = f"the outputs in {tmp_path}/out/predictions, the outputs in {tmp_path}/runs/x\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 2 images; not read: {left_out}"
+    assert len(data.list_images(tmp_path / "runs/x/predictions")) == 1  # asked for by name
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_the_same_command_continues_in_the_folder_of_its_images(tmp_path, monkeypatch, script):
+    image_folder(tmp_path, train=6, val=6)
+    for part in (tmp_path / "train").iterdir():
+        part.rename(tmp_path / part.name)
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    monkeypatch.chdir(tmp_path)
+    flags = dict(holdout=0.5) if script is finetune else {}
+    for epochs in (1, 2):
+        assert run(script, ".", Path("runs", script.__name__), epochs=epochs, **flags)["epoch"] == epochs
+
+
+def test_a_home_directory_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = pretrain.get_args(["--data_path=~/photos", "--output_dir", "~/runs", "--log_dir=logs"])
+    assert (args.data_path, args.output_dir, args.log_dir) == (f"{tmp_path}/photos", f"{tmp_path}/runs", "logs")
+
+
+def save_values(path: Path, values, kind) -> str:
+    Image.fromarray(np.array([values] * 9, dtype=kind)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "image_max", "expected"),
+    [
+        (np.uint16, [250, 256, 65535], None, [0, 0, 255]),  # whatever the brightest pixel
+        (np.uint16, [250, 250, 250], None, [0, 0, 0]),
+        (np.uint16, [0, 2048, 4095], 4095, [0, 127, 255]),
+        (np.int32, [-5, 1000, 70000], 2000, [0, 127, 255]),
+        (np.float32, [0, 0.5, 1.01], None, [0, 127, 255]),
+        (np.float32, [0, 0.25, 0.5], None, [0, 63, 127]),
+        (np.float32, [float("nan"), 1200, 4810], 4810, [0, 63, 255]),
+    ],
+)
+def test_deep_images_are_scaled_by_one_number(tmp_path, capsys, kind, values, image_max, expected):
+    path = save_values(tmp_path / "a.tif", values, kind)
+    images = load_images("folder", str(tmp_path), "train", data.center_transform(3), image_max=image_max)
+    assert images.read(0).getpixel((0, 0)) == (expected[0],) * 3
+    assert np.asarray(data.open_rgb(path, image_max=image_max))[0, :, 0].tolist() == expected
+    white = image_max or (1 if kind == np.float32 else 65535)
+    assert f"{white} is white (--image_max)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [(np.float32, [0, 255]), (np.float32, [0, np.nan]), (np.int32, [0, 200000])]
+)
+def test_values_far_beyond_white_name_the_cure(tmp_path, kind, values):
+    save_values(tmp_path / "a.tif", values, kind)
+    with pytest.raises(UserError, match="values from .* give all images' largest value as --image_max"):
+        folder(tmp_path)
+
+
+def test_white_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
+    for split, name in product(("train", "val"), "ab"):
+        (tmp_path / "deep" / split / name).mkdir(parents=True)
+        for k in range(3):
+            save_values(tmp_path / "deep" / split / name / f"{k}.png", [k, 900 * (name == "a"), 4095], np.uint16)
+    run(finetune, tmp_path / "deep", tmp_path / "run", image_max=4095)
+    for line in (["--eval"], ["--predict", str(tmp_path / "deep")]):
+        assert finetune.get_args([*line, "--resume", str(tmp_path / "run")]).image_max == 4095
+    assert finetune.get_args(["--finetune", str(tmp_path / "run"), "--data_path", "x"]).image_max == 4095
+
+
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +425,21 @@ def test_the_order_is_the_same_however_it_is_divided():
     assert order(8, 1, length=25) != whole != order(8, 1, epoch=4)
 
 
+def test_a_loading_process_that_ends_names_the_cure():
+    class Ending(Samples):
+        def __getitem__(self, position):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where shared memory is full
+
+    with pytest.raises(UserError, match=r"--num_workers 0, or more shared memory: docker run --shm-size 2g"):
+        list(make_loader(Ending([1, 2]), [[(0, 0)], [(0, 1)]], 1))
+
+
+def test_a_long_evaluation_prints_lines_where_there_is_no_terminal(capsys):
+    assert [*progress([1, 2, 3], every=0)] == [1, 2, 3] and [*progress([1])] == [1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "evaluated 2 of 3 batches, 00:00 left" in lines[1]
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +476,55 @@ def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
     for fraction, count in ((0.01, 0), (1.0, 60)):
         with pytest.raises(UserError, match=f"--holdout {fraction} of 60 images is {count}"):
             data.split_holdout(labelled(), fraction)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys, small_models, named):
+    """A network whose output is the brightness: class k of four for images of brightness 64 k, of which two are there."""
+    names, levels = ["ant", "bee", "cat", "dog"], {"bee": 64, "dog": 192}
+    net = MODELS["convnextv2_yocto"](num_classes=6, stem_stride=1)
+    for name, level in levels.items():
+        for k in range(1 + (name == "dog")):
+            (tmp_path / "val" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / "val" / name / f"{k}.png")
+    config = vars(finetune.get_args(["--input_size", "16", "--stem_stride", "1", "--scratch"]))
+    torch.save(
+        {"model": net.state_dict(), "config": config} | ({"classes": names} if named else {}), tmp_path / "a.pth"
+    )
+    (tmp_path / "names.txt").write_text("\ufeff# in order\n" + "\n".join(names))
+    line = words(
+        resume=tmp_path / "a.pth", data_path=tmp_path, output_dir=tmp_path / "out", device="cpu", num_workers=0
+    )
+    line += [] if named else words(class_names=tmp_path / "names.txt")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def classify(net, images, *_):
+            mean = [np.asarray(Image.open(path)).mean() for path in images.items]
+            logits = torch.nn.functional.one_hot(torch.tensor([round(value / 64) for value in mean]), 6).float()
+            yield logits, torch.tensor(images.labels)
+
+        patch.setattr(finetune, "classify", classify)
+        finetune.main(finetune.get_args(["--eval", *line]))
+    assert (
+        "the images have 2 of the 4 classes" in (out := capsys.readouterr().out)
+        and "top-1 100.00%, balanced 100.00%" in out
+    )
+    rows = (tmp_path / "out/classes.csv").read_text().splitlines()[1:]
+    assert rows == ["bee,1,1,100", "dog,2,2,100"]
+    finetune.main(finetune.get_args(["--predict", str(tmp_path / "val"), *line]))
+    assert "class 5" in (header := (tmp_path / "out/predictions.csv").read_text()) or "class 4" in header
+
+
+def test_balanced_accuracy_and_weights_of_uneven_classes():
+    truth = torch.tensor([0] * 12 + [2] * 2)  # class 1 has no image
+    logits = torch.nn.functional.one_hot(torch.tensor([0] * 13 + [2]), 3).float()
+    scores, _ = classification_scores([(logits, truth)], CPU, divided=False)
+    assert (scores["top1"], scores["balanced"]) == (pytest.approx(100 * 13 / 14), pytest.approx(75))
+
+
+def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):
+    write_by_class(tmp_path, torch.tensor([[0, 0], [0, 1], [1, 1]]), ["caf\udce9", "tea"])
+    assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------

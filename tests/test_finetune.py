@@ -216,6 +216,8 @@ def scored(tmp_path) -> tuple[ConvNeXt, Images, dict, list]:
     items = [*paths[:5], f"{tmp_path}/bad.png", *paths[5:]], [*labels[:5], 0, *labels[5:]]
     images = Images(*items, list("abcdefg"), evaluation_transform(16, 1.0), data.STATISTICS["folder"])
     tops = {f"top{k}": 100 * sum(position < k for position in POSITIONS) / 13 for k in (1, 5)}
+    recalls = [[prediction == k for truth, prediction in outcomes if truth == k] for k in set(labels)]
+    tops["balanced"] = 100 * sum(sum(hits) / len(hits) for hits in recalls) / len(recalls)
     return net, images, tops | {"loss": sum(losses) / 13}, sorted(outcomes)
 
 
@@ -282,7 +284,7 @@ def test_the_plot_shows_fractions_of_each_class_and_names_only_a_few(drawn, tmp_
         row = outcomes[outcomes[:, 0] == k, 1]
         expected = 100 * row.bincount(minlength=classes) / max(1, len(row))
         assert percent[k].tolist() == pytest.approx(expected.tolist())
-    assert (names[2] in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
+    assert ("日本 2 (7)" in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
     assert 400 < min(Image.open(tmp_path / "confusion.png").size) < 1500 and not recwarn.list
 
 
@@ -312,7 +314,7 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
         use("--eval", tmp_path / "checkpoint-2.pth", data_path=images)
     out = capsys.readouterr().out
     for name, key in (("model", "val"), ("model_ema", "val_ema")):
-        scores = f"top-1 {last[f'{key}_top1']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
+        scores = f"top-1 {last[f'{key}_top1']:.2f}%, balanced {last[f'{key}_balanced']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
         assert f"\n{name}: {scores} on 7 images of {images}, at 16 px (whole, warped" in out
     assert f"in {tmp_path}: classes.csv, confusion.csv and" in out
     use("--eval", tmp_path, output_dir=tmp_path / "new")  # the best checkpoint
@@ -325,7 +327,9 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
 
 def pretended(*tops: int):
     """An `evaluate` that returns these top-1 accuracies in turn, each with as many outcomes."""
-    results = [(dict(loss=1.0, top1=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops]
+    results = [
+        (dict(loss=1.0, top1=top, balanced=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops
+    ]
     return lambda *_, **__: results.pop(0)
 
 

@@ -50,7 +50,7 @@ WEIGHTS = {
     | {"mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
     finetune: TRAINING
     | {
-        "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "drop_path": 0.5, "head_init_scale": 0.1,
+        "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "class_balance": 0.5, "drop_path": 0.5, "head_init_scale": 0.1,
         "holdout": 0.4, "labels_per_class": 2, "min_crop": (0.9, dict(input_size=40)), "aa": "trivial", "color_jitter": 0.5,
         "train_interpolation": "bilinear", "reprob": 1, "remode": ("rand", dict(reprob=1)), "recount": (3, dict(reprob=1)),
         "mixup": 0.8, "cutmix": 1.0, "mixup_prob": (0.1, MIXED), "mixup_switch_prob": [(0, MIXED), (1, MIXED)], "smoothing": 0.3,
@@ -74,14 +74,14 @@ WEIGHTS[detect] = TRANSFERRED | {
 WEIGHTS[segment] = TRANSFERRED | {
     "stem_stride": 2, "input_size": 40, "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "warmup_updates": 3, "power": 3.0, "iterations": 4,
     "class_balance": 0.5, "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)), "layer_decay_type": ("single", dict(layer_decay=0.5)),
-    "test_size": 40, "scale": (1, 1.01), "most": 0.4, "photometric": False, "nb_classes": 20, "classes": "names.txt", "reduce_zero_label": True,
+    "test_size": 40, "scale": (1, 1.01), "most": 0.4, "photometric": False, "nb_classes": 20, "classes": "names.txt", "reduce_zero_label": True, "holdout": 0.4,
 }  # fmt: skip
 
 AVERAGE = {"model_ema_eval": (False, dict(model_ema=True))}
 EVALUATION = {"log_every": 2, "eval_freq": 1, "disable_eval": True}
 LOG = {  # the same weights, another log
     pretrain: EVALUATION,
-    finetune: EVALUATION | AVERAGE | {"eval_data_path": "others/val", "crop_pct": 0.5},
+    finetune: EVALUATION | AVERAGE | {"eval_data_path": "others/val", "crop_pct": 0.5, "best_by": "balanced"},
     detect: EVALUATION | AVERAGE,
     segment: EVALUATION | AVERAGE | {
         "val_split": "training", "test_scales": (0.5, 1), "flip": True, "window": 16, "stride": (4, dict(window=16)),
@@ -98,7 +98,7 @@ NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEE
 
 # Flags whose effect two short runs in one process cannot show; tests elsewhere do.
 ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations deterministic num_workers device compile
-    dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk decoder
+    dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk class_names image_max decoder
     mlp_norm"""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -172,7 +173,7 @@ def test_classes_are_read_from_every_kind_of_list(tmp_path):
     file = tmp_path / "classes.txt"
     file.write_text("sky 70 130 180\ntraffic light, 250, 170, 30\n")
     assert maps.read_classes(file) == (["sky", "traffic light"], [(70, 130, 180), (250, 170, 30)])
-    file.write_text("sky\n\ntraffic light\n")
+    file.write_text("\ufeffsky\n\n# a comment\ntraffic light\n")
     assert maps.read_classes(file) == (["sky", "traffic light"], maps.class_colours(2))
     file.write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t11\t11\t1\twall\n2\t0.1\t6\t6\t1\tbuilding, edifice\n"
@@ -202,6 +203,17 @@ def test_without_names_there_are_as_many_classes_as_in_the_training_maps(folder)
     assert torch.cdist(colours, colours).add(torch.eye(20) * 1e3).min() > 20 and len(set(maps.class_colours(150))) > 120
 
 
+def test_a_legend_names_the_ten_largest_classes(tmp_path, monkeypatch):
+    legends = []
+    monkeypatch.setattr(maps, "plot_panels", lambda *_, legend, **__: legends.append([*legend]))
+    labels = torch.arange(30).repeat_interleave(torch.arange(30) + 1).to(torch.uint8)[None]  # of label k, k + 1
+    labels[0, 0] = 255
+    classes = maps.Classes([f"c{k}" for k in range(30)], maps.class_colours(30), range(30))
+    monkeypatch.setattr(maps, "scaled", lambda example, side: example)
+    maps.draw_overlay(tmp_path / "a.png", torch.zeros(3, *labels.shape, dtype=torch.uint8), labels, classes)
+    assert legends == [[f"c{k}" for k in range(20, 30)] + ["ignored"]]
+
+
 def test_errors_are_red_and_what_does_not_count_black():
     image, truth, colours = torch.full((3, 1, 3), 100), torch.tensor([[1, 1, 255]]), [(0, 0, 0), (200, 100, 50)]
     marked = maps.mark_errors(image, truth, torch.tensor([[1, 0, 0]]))
@@ -215,6 +227,149 @@ UNREADABLE = {
     "annotations/training/001.png'": lambda root: (root / "annotations" / FILE).write_text("no map"),
     "images/training/001.png'": lambda root: (root / "images" / FILE).write_text("no image"),
 }
+
+
+def relabel(root: Path, change) -> None:
+    """Replace every label map by `change(labels)`, an array or image, under the same name."""
+    for path in root.glob("annotations/*/*.png"):
+        result = change(np.asarray(Image.open(path)))
+        (result if isinstance(result, Image.Image) else Image.fromarray(result)).save(path)
+
+
+TWO_VALUED = {
+    "0 and 255": lambda labels: np.where(labels > 0, 255, 0).astype(np.uint8),
+    "0 and 128": lambda labels: np.where(labels > 0, 128, 0).astype(np.uint8),
+    "0 and 65535": lambda labels: np.where(labels > 0, 65535, 0).astype(np.uint16),
+    "0 and 255, RGB": lambda labels: Image.fromarray(np.where(labels > 0, 255, 0).astype(np.uint8)).convert("RGB"),
+    "bits": lambda labels: Image.fromarray(labels > 0),
+}
+
+
+@pytest.mark.parametrize("listed", [None, "object", "nothing\nthing"])
+@pytest.mark.parametrize("kind", TWO_VALUED)
+def test_maps_of_two_values_are_background_and_one_class(folder, kind, listed, capsys):
+    masks = {path.name: np.asarray(Image.open(path)) > 0 for path in folder.glob("annotations/training/*.png")}
+    (folder / "classes.txt").write_text(listed) if listed else (folder / "classes.txt").unlink()
+    relabel(folder, TWO_VALUED[kind])
+    if kind == "bits" and listed == "object":  # 0 and 1 are numbers of two classes
+        with pytest.raises(UserError, match="has the label 1, but the 1 classes have 0 to 0"):
+            segment.main(arguments(folder))
+        return
+    images = segment.load_images(arguments(folder), "train")
+    classes = segment.find_classes(arguments(folder), images.pixels)
+    fractions = segment.use_classes(images, classes, least=2) / sum(images.pixels.values())
+    images.transform = None
+    for index, path in enumerate(images.labels):
+        assert (images[0, index][1].numpy() == masks[Path(path).name]).all()
+    assert fractions[1].item() == pytest.approx(np.mean([*masks.values()]))
+    names = listed.split() if listed else ["class 0", "class 1"] if kind == "bits" else ["background", "object"]
+    assert classes.names == (["background", "object"] if listed == "object" else names)
+    assert ("0 is taken for the background" in capsys.readouterr().out) == (kind != "bits")
+
+
+def turn(root: Path) -> None:
+    """Lay a photograph on its side, as cameras do, and leave its label map upright, but for the size."""
+    exif, path = Image.Exif(), root / "images" / FILE
+    exif[0x0112] = 6
+    Image.open(path).resize((48, 40)).save(path, exif=exif)
+    Image.new("L", (48, 40)).save(root / "annotations" / FILE)
+
+
+def smooth(root: Path) -> None:
+    (root / "classes.txt").unlink()
+    relabel(root, lambda labels: np.linspace(0, 254, labels.size).astype(np.uint8).reshape(labels.shape))
+
+
+MEANINGLESS = {
+    "0 of 11 classes have pixels in 6 label maps of labels 255,": lambda root: relabel(root, lambda x: np.full_like(x, 255)),
+    "1 of 11 classes have pixels in 6 label maps of labels 0,": lambda root: relabel(root, lambda x: x * 0),
+    "1 of 11 classes have pixels in 6 label maps of labels 1, 255,": lambda root: relabel(root, lambda x: np.where(x, 1, 255).astype(x.dtype)),
+    "has the label 11, but the 11 classes have 0 to 10; name all": lambda root: relabel(root, lambda x: x + 1),
+    "label 300, but the 11": lambda root: Image.new("I;16", (48, 48), 300).save(root / "annotations" / FILE),
+    "255 labels without names: were the maps smoothed": smooth,
+    "001.png is 48 x 48 pixels, and its label map .* 40 x 48; one of them was resized": lambda root: Image.new("L", (40, 48)).save(root / "annotations" / FILE),
+    "001.png is 40 x 48 pixels, .* 48 x 40; one of them lies on its side: images are turned": turn,
+    "is a JPEG file, whose compression changes numbers": lambda root: Image.new("L", (48, 48)).save(root / "annotations" / FILE, format="JPEG"),
+    "none of 6 label maps can be read .*in colours": lambda root: relabel(root, lambda x: np.stack([x, x * 2, x], axis=-1)),
+    "1 training images and --batch_size 2; BatchNorm": lambda root: [path.unlink() for path in root.glob("*/training/*.png") if path.name != "001.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", MEANINGLESS)
+def test_labels_that_cannot_be_meant_are_refused_at_the_start(folder, message):
+    MEANINGLESS[message](folder)
+    with pytest.raises(UserError, match=message):
+        segment.main(arguments(folder))
+
+
+def test_names_are_not_shifted_by_a_background_that_does_not_count(folder):
+    for name in ("background", "__Ignore__"):
+        (folder / "classes.txt").write_text("\n".join([name, *SHAPES]))
+        with pytest.raises(UserError, match=f"the first class is {name}; remove it, or --reduce_zero_label"):
+            segment.main(arguments(folder, reduce_zero_label=True))
+
+
+def test_what_was_seen_is_printed(folder, tmp_path, capsys):
+    relabel(folder, lambda labels: np.where(labels == 0, 1, 255 * (labels == 2) + 3 * (labels != 2)).astype(np.uint8))
+    seen = np.concatenate([np.asarray(Image.open(path)).ravel() for path in folder.glob("annotations/training/*")])
+    run(folder, tmp_path / "run", epochs=1)
+    ones, counted = (seen == 1).sum(), (seen != 255).sum()
+    line = f"pixels: {NAMES[1]} {ones / counted:.1%}, {NAMES[3]} {1 - ones / counted:.1%}, ground 0.0%"
+    output = capsys.readouterr().out
+    assert line in output and f"{1 - counted / len(seen):.1%} do not count; no training pixel of ground, " in output
+    assert "(9 in all)" in output
+
+
+def test_an_evaluation_refuses_the_same_labels(folder, tmp_path):
+    run(folder, tmp_path / "run", epochs=1)
+    path = folder / "annotations/validation/000.png"
+    for size, label, message in (((40, 48), 0, "000.png 40 x 48; one of them"), ((48, 48), 77, "the label 77")):
+        Image.new("L", size, label).save(path)
+        with pytest.raises(UserError, match=message):
+            segment.main(use(tmp_path / "run", "--eval", output_dir=tmp_path))
+    relabel(folder, lambda labels: np.full((48, 48), 255, dtype=np.uint8))
+    with pytest.raises(UserError, match="0 of 11 classes have pixels in 3 label maps"):
+        segment.main(use(tmp_path / "run", "--eval", output_dir=tmp_path))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photographs_and_label_maps_are_upright(folder, orientation):
+    image, labels = (Image.open(folder / kind / FILE).copy() for kind in ("images", "annotations"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    for kind, file in (("images", image), ("annotations", labels)):
+        file.transpose(turned).save(folder / kind / FILE, exif=exif)
+    images = segment.load_images(arguments(folder), "train")
+    images.transform = None
+    sample = images[0, 1]
+    assert torch.equal(sample[0], pixels(image)) and torch.equal(sample[1], pixels(labels)[0])
+
+
+def test_other_names_of_splits_and_one_folder_with_a_holdout(folder, capsys):
+    def names(**flags):
+        splits = (segment.load_images(arguments(folder, **flags), split) for split in ("train", "val"))
+        return [sorted(f"{Path(path).parent.name}/{Path(path).stem}" for path in images.items) for images in splits]
+
+    expected = names()
+    for kind in ("images", "annotations"):
+        (folder / kind / "training").rename(folder / kind / "train")
+        (folder / kind / "validation").rename(folder / kind / "val")
+    assert names() == [
+        [name.replace("ing/", "/") for name in expected[0]],
+        [name.replace("idation", "") for name in expected[1]],
+    ]
+    train, held = names(holdout=0.34)
+    assert len(held) == 2 and sorted(train + held) == names()[0]
+    for kind in ("images", "annotations"):
+        for path in (folder / kind / "train").iterdir():
+            path.rename(folder / kind / path.name)
+        (folder / kind / "train").rmdir()
+    with pytest.raises(UserError, match="images/training does not exist; .* --holdout 0.2"):
+        names()
+    for path in folder.glob("*/val/*"):
+        path.unlink()
+    assert [len(split) for split in names(holdout=0.34)] == [4, 2]
 
 
 def test_images_and_label_maps_without_a_partner_are_one_line(folder):
@@ -372,6 +527,32 @@ def test_scales_and_mirroring_are_a_plain_loop():
     found = torch.cat([*segment.probabilities(lookup, image, args)], dim=1)
     torch.testing.assert_close(found, total, atol=1e-2, rtol=0)  # resized images are bytes, which may round otherwise
     assert found.sum(dim=0).sub(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("low", "high"), [((9, 14), (50, 60)), ((30, 40), (17, 23))])
+def test_rows_are_those_of_the_whole_resized(low, high):
+    logits = torch.randn(3, *low)
+    whole = F.interpolate(logits[None], high, mode="bilinear", align_corners=False)[0]
+    strips = [segment.resize_rows(logits, *high, slice(top, top + 7)) for top in range(0, high[0], 7)]
+    torch.testing.assert_close(torch.cat(strips, dim=1), whole)
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(folder, monkeypatch):
+    def step():
+        return net(torch.empty(64, 1000, device="meta", requires_grad=True)).relu()
+
+    net = torch.nn.Linear(1000, 500, device="meta")
+    needed = 4 * (64 * 1000 + 64 * 500 + 500 * 1000) + 16 * 500 * 1001  # input, output and weights; with moments
+    for size, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(tasks.os, "sysconf", lambda name, size=size: size if name == "SC_PHYS_PAGES" else 1)
+        with nullcontext() if fits else pytest.raises(UserError, match="training needs 0.0 GiB .*; lower it"):
+            tasks.check_memory(net, step, None, CPU, "lower it")
+    monkeypatch.setattr(tasks.os, "sysconf", lambda name: 2**24 if name == "SC_PHYS_PAGES" else 2**10)  # 16 GiB
+    monkeypatch.setattr(segment, "Run", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(
+        UserError, match=r"of memory, and there are 16.0; lower --batch_size, --input_size or --channels"
+    ):
+        segment.main(arguments(folder, batch_size=64, input_size=2048, channels=64))
 
 
 @pytest.fixture
