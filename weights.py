@@ -22,7 +22,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from model import MODELS, SIZES, ConvNeXt
 from plumbing.dist import to_device
-from plumbing.files import UserError, load_file, save_tensors, value_errors_are_the_users, write_atomically
+from plumbing.files import UserError, file_of_run, load_file, save_tensors, value_errors_are_the_users, write_atomically
 
 State = dict[str, torch.Tensor]
 
@@ -49,8 +49,8 @@ head.{p}                   head.fc.{p}                classifier.{p}            
 LAYOUTS, BLOCKS, *NAMES = (row.split() for row in TABLE.strip().splitlines())
 FIELDS = dict(p="weight|bias", i="[0-3]", j=r"\d+", d="[1-3]", q=r"[01]\.(?:weight|bias)", v=r"\w+\.[\w.]+")
 ENCLOSING = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls its ConvNeXt
-# Wrappers' parts of names: of DistributedDataParallel, torch.compile, and MinkowskiEngine (authors' pre-training).
-WRAPPERS = re.compile(r"\b(module|_orig_mod)\.|(?<!grn\.)\b(ln|linear)\.")
+# Wrappers' parts of names: of DistributedDataParallel, torch.compile, Lightning, and MinkowskiEngine (authors').
+WRAPPERS = re.compile(r"\b(module|_orig_mod|model|net|network)\.|(?<!grn\.)\b(ln|linear)\.")
 # What an FCMAE, a detector of detect.py and a segmenter of segment.py hold besides their encoder.
 HEADS = re.compile(
     r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+"
@@ -281,6 +281,11 @@ def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def find(path: str) -> str:
+    """A file of weights as it is; that at an address, downloaded; of a run's folder the best."""
+    return file_of_run(path, "checkpoint-best.pth", "encoder.pth", "newest")
+
+
 def read_content(path: str | Path) -> dict:
     """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run.
 
@@ -362,11 +367,11 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
 
 
 def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:
-    """Give `net`, a detector or segmenter (`what`) on `encoder`, the weights of a file of any layout; return a report.
+    """Give `net`, what is built on `encoder` (`what`), the weights of a file of any layout; return a report.
 
     The encoder's must all fit. The rest is taken where the file has a tensor of that name and shape.
     """
-    tensors, own = read_file(path), net.state_dict()
+    tensors, own = {WRAPPERS.sub("", name): value for name, value in read_file(path).items()}, net.state_dict()
     report = [f"{path}: {describe(tensors)}", *load_weights(encoder, to_native(tensors))]
     heads = {name: value for name, value in tensors.items() if HEADS.fullmatch(name) and name in own}
     if heads:
@@ -375,6 +380,9 @@ def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[
         initial = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads if name not in fitting}))
         kept = f"; at their initial values: {initial}" if initial else ""
         report.append(f"loaded {len(fitting)} of the {what}'s other tensors{kept}")
+    else:
+        parts = {name.split(".")[0] for name in own} - {"encoder", "backbone"}
+        report.append(f"new in the {what}: {', '.join(sorted(parts))}")
     return report
 
 
@@ -472,7 +480,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. The description shows the usage, so that errors take one line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="\n\n".join(__doc__.split("\n\n")[:2]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("input", metavar="IN", type=Path, help="weights to read, in any known layout")
+    parser.add_argument("input", metavar="IN", help="weights to read, in any known layout: a file, run or address")
     parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .pth, .pt, .bin or .safetensors")
     parser.add_argument("--to", choices=TOP, required=True, help="layout to write")
     parser.add_argument("--model_ema", action="store_true", help="take a checkpoint's averaged weights")
@@ -483,10 +491,11 @@ def main(args: argparse.Namespace) -> None:
     """Convert a file, and print what was recognised and written."""
     if args.output.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
         raise UserError(f"OUT {args.output} must end in .pth, .pt, .bin or .safetensors")
-    state_dict = read_file(args.input, args.model_ema)
-    if args.output.exists() and args.output.samefile(args.input):
+    source = find(args.input)
+    state_dict = read_file(source, args.model_ema)
+    if args.output.exists() and args.output.samefile(source):
         raise UserError(f"OUT {args.output} is IN itself, which is never overwritten; choose another name")
-    print(f"{args.input}: {describe(state_dict)}")
+    print(f"{source}: {describe(state_dict)}")
     native = to_native(state_dict)
     with torch.device("meta"):  # checks that nothing is missing, at no cost
         build({key: value.to("meta") for key, value in native.items()})
