@@ -27,7 +27,7 @@ from data import Images, load_images
 from fast import speed_up
 from model import MODELS, ConvNeXt, check_size
 from plumbing import augmentation, cli, dist, tasks
-from plumbing.files import UserError, is_address, make_directory, save_csv, value_errors_are_the_users
+from plumbing.files import UserError, make_directory, save_csv, value_errors_are_the_users
 from plumbing.loading import divided, make_loader
 from plumbing.plots import plot_evaluations
 from plumbing.recipes import LINEAR_PROBE, RECIPES, SHORT_PROBE
@@ -153,8 +153,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
     """What --eval and --predict take from a checkpoint: output folder, crop, and images held out of training."""
-    config = weights.read_config(path)
-    values = {} if is_address(args.resume) else {"output_dir": os.path.dirname(path) or "."}
+    config, downloaded = weights.read_config(path), "://" in args.resume
+    values = {} if downloaded else {"output_dir": os.path.dirname(path) or "."}
     values |= {"crop_pct": config["crop_pct"]} if "crop_pct" in config else {}
     whole = args.eval and data_set == "folder" and not args.eval_data_path
     if whole and not data.split_folder(args.data_path, "val"):

@@ -42,7 +42,7 @@ DEFAULTS = {
     "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
 }
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
-SMALL = 20_000  # images of a folder below which `short_schedule` replaces the paper's
+SMALL = 20_000  # images of a folder below which the schedule is not the paper's
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +75,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.recipe:
         parser.take("recipe paper", PAPER)
     elif data_set == "folder" and 0 < (count := count_images(args.data_path)) < SMALL:
-        parser.take(f"{count:,} images, few for the paper's schedule (--recipe paper)", short_schedule(count))
+        # Epochs grow as the root of the images shrinks, from 100; AdamW's rate as the root of the batch, 64 for 4096.
+        short = dict(epochs=min(PAPER["epochs"], round(100 * math.sqrt(SMALL / count))), blr=8 * PAPER["blr"])
+        parser.take(f"{count:,} images, few for the paper's schedule (--recipe paper)", short)
     start = args.init_weight and file_of_run(args.init_weight, "newest", "encoder.pth", "checkpoint-best.pth")
     if start:
         decoder = "decoder", "decoder_depth", "decoder_embed_dim", "norm_pix_loss"
@@ -98,14 +100,6 @@ def count_images(directory: str) -> int:
     folders = os.walk(data.split_folder(directory, "train") or directory, followlinks=True)
     suffixes = (os.path.splitext(name)[1].lower() for _, _, names in folders for name in names)
     return sum(1 for _ in islice((suffix for suffix in suffixes if suffix in data.IMAGE_SUFFIXES), SMALL))
-
-
-def short_schedule(images: int) -> dict[str, float]:
-    """Epochs and --blr for fewer than SMALL images: epochs grow as the root of the images shrinks, from 100.
-
-    The paper's learning rate, for 4096 images per update, times the root of the ratio for the usual 64: AdamW's rule.
-    """
-    return dict(epochs=min(PAPER["epochs"], round(100 * math.sqrt(SMALL / images))), blr=8 * PAPER["blr"])
 
 
 @record  # torchrun then reports the error of the process that failed first

@@ -113,11 +113,6 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
         old.unlink()
 
 
-def is_address(path: str | None) -> bool:
-    """Whether weights are to be downloaded."""
-    return (path or "").startswith(("http://", "https://"))
-
-
 def download(address: str) -> str:
     """The path of a file at an address, in torch.hub's cache. UserError unless all of it comes; nothing then stays."""
     url = urlparse(address)
@@ -145,7 +140,7 @@ def download(address: str) -> str:
 
 def file_of_run(path: str, *order: str) -> str:
     """A file as it is, or downloaded; of a run's folder the first in `order` that exists, "newest" a checkpoint."""
-    if is_address(path):
+    if path.startswith(("http://", "https://")):
         return download(path)
     if not os.path.isdir(path):
         return path

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from plumbing import cli, optim
-from plumbing.files import file_of_run, is_address, save_tensors
+from plumbing.files import file_of_run, save_tensors
 from plumbing.run import Run
 
 # --- flags ------------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def settle(
         names = (*network, *evaluation, *data) if only_use else network
         flags = flags_of(start, *names) if only_use else flags_of(start)
         config = {name: flags[name] for name in names if flags.get(name) is not None}
-        beside = {"output_dir": os.path.dirname(start) or "."} if only_use and not is_address(args.resume) else {}
+        beside = {"output_dir": os.path.dirname(start) or "."} if only_use and "://" not in args.resume else {}
         parser.take(start, config | beside)
         args = parser.parse_args(argv)
     data_set = cli.choose_data_set(args, places)

@@ -15,6 +15,7 @@ from helpers import CPU, TINY, Code, Killed, assert_equal, image_folder, kill, r
 from torch.optim.swa_utils import AveragedModel
 
 import analyze
+import data
 import detect
 import finetune
 import pretrain
@@ -23,7 +24,7 @@ import weights
 from fast import speed_up
 from fcmae import FCMAE
 from model import MODELS, SIZES, ConvNeXt
-from plumbing.files import UserError
+from plumbing.files import UserError, download
 
 WRITTEN = ("authors", "timm", "hf", "mmpretrain")
 
@@ -357,15 +358,15 @@ def test_an_interrupted_download_is_an_error_and_the_next_one_starts_afresh(tmp_
     whole = path.read_bytes()
     for content, length, line in ((whole[:9000], len(whole), "9,000 of"), (b"", 0, "404")):
         with user_error(line):
-            weights.find(serve("a.pth", content, length))
-    assert_equal(weights.read_file(weights.find(serve("a.pth", whole))), state)
+            download(serve("a.pth", content, length))
+    assert_equal(weights.read_file(download(serve("a.pth", whole))), state)
     (tmp_path / "a.pth").write_bytes(b"")
     assert not [*(tmp_path / "cache").rglob("*.partial")]
     with user_error("damaged, or no file of weights"):
-        weights.read_file(weights.find(serve("b.pth", b"<html>Not found</html>")))
+        weights.read_file(download(serve("b.pth", b"<html>Not found</html>")))
     torch.save({"model": state, "path": Path("x")}, path)
     with user_error("(Unsupported global: GLOBAL pathlib."):
-        weights.read_file(weights.find(serve("c.pth", path.read_bytes())))
+        weights.read_file(download(serve("c.pth", path.read_bytes())))
 
 
 def authors_file(mae: FCMAE) -> dict:
@@ -445,6 +446,79 @@ def test_an_exported_network_computes_the_same_for_another_number_of_images(vers
     batch = ({0: torch.export.Dim("batch")},)
     outputs = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=batch).module()(IMAGES)
     torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def write_checkpoint(path: Path, num_classes: int, **config) -> ConvNeXt:
+    """As finetune.py or pretrain.py would leave it."""
+    model = randomised(ConvNeXt(**TINY, num_classes=num_classes, stem_stride=config.get("stem_stride", 4))).eval()
+    classes = dict(classes=["a", "b", "c"]) if num_classes else {}
+    torch.save({"model": model.state_dict(), "config": config} | classes, path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        ("hf", dict(input_size=48, data_set="cifar10", stem_stride=2)),
+        ("hf", dict(input_size=384)),
+        ("timm", dict(input_size=64, crop_pct=0.9, stem_stride=1)),
+        ("timm", dict(input_size=384)),
+    ],
+)
+@torch.no_grad()
+def test_a_folder_opens_in_its_library_with_classes_logits_and_preparation(tmp_path, layout, config):
+    model, size = write_checkpoint(tmp_path / "a.pth", 3, **config), config["input_size"]
+    weights.main(weights.get_args([str(tmp_path / "a.pth"), str(tmp_path / "out"), "--to", layout]))
+    save_noise(tmp_path / "cat.jpg", (120, 90))
+    image, data_set = data.open_rgb(tmp_path / "cat.jpg"), config.get("data_set", "folder")
+    ours = data.evaluation_transform(size, config.get("crop_pct"))(image)[None]
+    ours = data.normalise(ours, data.STATISTICS[data_set], "cpu")
+    if layout == "timm":
+        theirs = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+        assert theirs.pretrained_cfg["label_names"] == ["a", "b", "c"]
+        prepared = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))(image)[None]
+        logits = theirs(ours)
+    else:
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+        assert theirs.config.id2label[2] == "c"
+        prepared = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")(
+            image, return_tensors="pt"
+        ).pixel_values
+        logits = theirs(ours).logits
+    assert (logits - model(ours)).abs().max() < 1e-5 * max(1, logits.abs().max())
+    assert (prepared - ours).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_encoders_open_too_and_timms_stem_of_stride_two_is_refused(tmp_path):
+    model, imgs = write_checkpoint(tmp_path / "a.pth", 0, input_size=64), torch.randn(2, 3, 64, 64)
+    for layout in ("timm", "hf"):
+        weights.main(weights.get_args([str(tmp_path / "a.pth"), str(tmp_path / layout), "--to", layout]))
+    theirs = timm.create_model(f"local-dir:{tmp_path}/timm", pretrained=True).eval()
+    torch.testing.assert_close(theirs.forward_features(imgs), model.forward_stages(imgs)[-1], rtol=1e-4, atol=1e-5)
+    theirs = pytest.importorskip("transformers").AutoModel.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(theirs(imgs).last_hidden_state, model.forward_stages(imgs)[-1], rtol=1e-4, atol=1e-5)
+    write_checkpoint(tmp_path / "b.pth", 3, input_size=64, stem_stride=2)
+    with user_error("stem of stride 2"):
+        weights.main(weights.get_args([str(tmp_path / "b.pth"), str(tmp_path / "c"), "--to", "timm"]))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@torch.no_grad()
+def test_exported_programs_compute_the_logits_of_any_number_of_images(tmp_path, suffix):
+    runtime = pytest.importorskip("onnxruntime") if suffix == "onnx" else None
+    model, imgs, out = (
+        write_checkpoint(tmp_path / "a.pth", 3, input_size=32, stem_stride=1),
+        torch.randn(5, 3, 32, 32),
+        tmp_path / f"new/a.{suffix}",
+    )
+    weights.main(weights.get_args([str(tmp_path / "a.pth"), str(out)]))
+    if runtime:
+        logits = torch.tensor(runtime.InferenceSession(out).run(["logits"], {"images": imgs.numpy()})[0])
+    else:
+        logits = torch.export.load(out).module()(imgs)
+    torch.testing.assert_close(logits, model(imgs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
