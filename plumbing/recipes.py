@@ -64,8 +64,19 @@ model_ema          True    True    True    True    False
 images_per_update  512     512     512     512     512
 """
 
+# A few hundred to a few thousand images, from pre-trained weights; chosen on three folders of photographs.
+FEW = dict(
+    batch_size=16, blr=8e-3, epochs=30, warmup_epochs=1.5, layer_decay=0.8, model_ema=True, head_init_scale=1.0,
+    aa="none", reprob=0.0, eval_freq=5,
+)  # fmt: skip
 # name -> size -> flag -> value
-RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}
+SIZES = "yocto", "atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"
+RECIPES = {
+    "few": dict.fromkeys(SIZES, FEW),
+    "in1k": by_size(IN1K),
+    "in22k": by_size(IN22K),
+    "in22k_to_in1k": by_size(IN22K_TO_IN1K),
+}
 
 # Linear probing as in MoCo v3's released code (arXiv 2104.02057): random crops and flips, and no regularisation.
 LINEAR_PROBE = dict(
