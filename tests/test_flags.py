@@ -48,7 +48,7 @@ TRAINING = {  # other weights, in both scripts
 }  # fmt: skip
 WEIGHTS = {
     pretrain: TRAINING
-    | {"mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
+    | {"init_weight": "encoder.pth", "mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
     finetune: TRAINING
     | {
         "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "drop_path": 0.5, "head_init_scale": 0.1,
@@ -151,6 +151,7 @@ ELSEWHERE = set(
         "topk",
         "decoder",
         "mlp_norm",
+        "recipe",  # pre-training's
     ]
 )
 
