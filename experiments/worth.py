@@ -36,10 +36,8 @@ class Budget:
             raise UserError(f"{directory} is of {' '.join(self.state['flags'])}; choose another --output_dir")
 
     def decide(self, name: str, value: int) -> int:
-        """The value of an earlier run, or else this one."""
-        value = self.state.setdefault(name, value)
-        save_json(self.path, self.state)
-        return value
+        """The value that an earlier run chose, or else this one."""
+        return self.state.setdefault(name, value)  # saved with the next job
 
     def run(self, name: str, output: str, *command: str | int | Path) -> Path:
         """Run or continue a job, unless its output is there; return that file. UserError if it fails."""
@@ -47,6 +45,7 @@ class Budget:
         if not (folder / output).exists():
             print(f"{name}: {' '.join(map(str, command))}", flush=True)
             command, start = [sys.executable, ROOT / command[0], *command[1:], "--output_dir", folder], time.time()
+            save_json(self.path, self.state)
             with open(folder / "output.txt", "a") as file:
                 process = subprocess.run([*map(str, command)], stdout=file, stderr=subprocess.STDOUT)
             self.state["seconds"][name] = self.state["seconds"].get(name, 0) + time.time() - start
@@ -70,13 +69,12 @@ def verdict(top1: dict[str, list[float]], minutes: float) -> str:
     """What to do, by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
     *before, (_, here) = top1.items()
     best, values = max(before, key=lambda item: statistics.fmean(item[1]))
-    gain, error = statistics.fmean(here) - statistics.fmean(values), float("inf")
-    if len(here) > 1:
-        error = 2 * ((statistics.variance(here) + statistics.variance(values)) / len(here)) ** 0.5
+    gain, several = statistics.fmean(here) - statistics.fmean(values), len(here) > 1
+    error = 2 * sum(statistics.variance(part) / len(part) for part in (here, values) if several) ** 0.5
     advice = "Pre-train on these images" if gain > 0 else f"Fine-tune from {best} weights"
     found = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
-    spread = f"twice the standard error: {error:.1f}" if len(here) > 1 else "one seed; give more --minutes"
-    return f"{advice if abs(gain) > error else 'Not decided'}: {found} ({spread})."
+    spread = f"twice the standard error: {error:.1f}" if several else "one seed; give more --minutes"
+    return f"{advice if several and abs(gain) > error else 'Not decided'}: {found} ({spread})."
 
 
 def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
@@ -85,9 +83,10 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
     for k, (row, values) in enumerate(zip(rows, top1.values())):
         axis.hlines(row["top1"], k - 0.2, k + 0.2, COLOURS[k], linewidth=3)
         axis.plot([k] * len(values), values, "o", color=COLOURS[k], alpha=0.6)
-        axis.annotate(f" {row['top1']:.1f}%", (k + 0.2, row["top1"]), va="center")
-    axis.set_xticks(range(len(rows)), [f"{row['start']}\n{row['minutes']:.1f} min" for row in rows])
-    axis.set(xlim=(-0.5, len(rows) - 0.3), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
+    names = [f"{row['start']}\n{row['top1']:.1f}%, {row['minutes']:.1f} min" for row in rows]
+    axis.set_xticks(range(len(rows)), names)
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
+    axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 
 
@@ -98,8 +97,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     flags = ["--data_path", args.data_path, *taken, *flags, "--save_ckpt_num", "1"]
     budget = Budget(Path(args.output_dir), 60 * args.minutes, flags)
 
-    pretrain = "pretrain.py", *flags, "--disable_eval", "--batch_size", 16, "--lr", 5e-4
-    pretrain += (*(["--init_weight", given] if given else []), "--epochs")
+    start = ["--init_weight", given] if given else []
+    pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4, "--epochs"
     trial = budget.run("trial_pretrain", "checkpoint-1.pth", *pretrain, 1)
     epochs = budget.decide("pretrain_epochs", budget.epochs(trial, budget.total / 3))
     encoder = budget.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, epochs).with_name("encoder.pth")
@@ -124,8 +123,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     spent, rows = {name: seconds / 60 for name, seconds in budget.state["seconds"].items()}, []
     for start, values in top1.items():
         label, minutes = start.replace("random", "untrained"), sum(spent[f"{start}-{k}"] for k in range(seeds)) / seeds
-        row = dict(start=start, knn=frozen[label, "10 nearest"], probe=frozen[label, "stages 3, 4"])
-        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else 0.0, seeds=seeds)
+        row = dict(start=start, knn=frozen[label, "10 nearest"], probe=frozen[label, "stages 3, 4"], seeds=seeds)
+        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else 0.0)
         rows.append(row | dict(minutes=minutes + spent["pretrain"] * (start == "pre-trained")))
     save_csv(budget.directory / "worth.csv", rows)
     draw(budget.directory / "worth.png", rows, top1)

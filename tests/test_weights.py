@@ -532,4 +532,4 @@ def test_the_examples_of_the_page_on_weights_run(tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs/weights.md").read_text()
     exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)), names)
     assert names["logits"].shape == (1, 5) and [len(x) for x in names["maps"]] == [2] * 4
-    assert all(Path(file).exists() for file in ("classifier.pt2", "classifier.onnx", "stages.onnx"))
+    assert Path("stages.onnx").exists()
