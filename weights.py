@@ -553,15 +553,17 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"OUT {out} is IN itself, which is never overwritten; choose another name")
     print(f"{source}: {describe(state_dict)}")
     native, config = to_native(state_dict), read_config(source)
+    size = config.get("input_size", 224)
     with torch.device("meta"):  # checks that nothing is missing, at no cost
         build({key: value.to("meta") for key, value in native.items()})
     if program:
-        export(out, native, config.get("input_size", 224))
+        export(out, native, size)
     elif folder:
         write_folder(out, native, args.to, config, content.get("classes"))
     else:
         write_file(out, from_native(native, args.to), TOP[args.to])
-    print(f"{out}: {args.to or suffix[1:]}{' folder' * folder}, {len(native)} tensors")
+    kind = f"{args.to} {'folder' if folder else 'layout'}" if args.to else f"a program for {size} px"
+    print(f"{out}: {kind}, {len(native)} tensors")
 
 
 if __name__ == "__main__":
