@@ -11,6 +11,7 @@ same epochs, with up to three seeds. The same command continues where it was sto
 import argparse
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from plumbing import cli
 from plumbing.files import UserError, file_of_run, make_directory, save_csv, save_json
 from plumbing.plots import COLOURS, new_figure, save_figure
 
-ROOT = Path(__file__).parent.parent
 EPOCHS = 50  # of fine-tuning, at most
 
 
@@ -35,22 +35,19 @@ class Budget:
         if self.state["flags"] != flags:
             raise UserError(f"{directory} is of {' '.join(self.state['flags'])}; choose another --output_dir")
 
-    def decide(self, name: str, value: int) -> int:
-        """The value that an earlier run chose, or else this one."""
-        return self.state.setdefault(name, value)  # saved with the next job
-
     def run(self, name: str, output: str, *command: str | int | Path) -> Path:
         """Run or continue a job, unless its output is there; return that file. UserError if it fails."""
         folder = make_directory(self.directory / name)
         if not (folder / output).exists():
             print(f"{name}: {' '.join(map(str, command))}", flush=True)
-            command, start = [sys.executable, ROOT / command[0], *command[1:], "--output_dir", folder], time.time()
             save_json(self.path, self.state)
+            script, start = Path(__file__).parents[1] / command[0], time.time()
+            command = [*map(str, (sys.executable, script, *command[1:], "--output_dir", folder))]
             with open(folder / "output.txt", "a") as file:
-                process = subprocess.run([*map(str, command)], stdout=file, stderr=subprocess.STDOUT)
+                status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
             self.state["seconds"][name] = self.state["seconds"].get(name, 0) + time.time() - start
             save_json(self.path, self.state)
-            if process.returncode:
+            if status:
                 raise UserError(f"{name} failed: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
         return folder / output
 
@@ -69,22 +66,21 @@ def verdict(top1: dict[str, list[float]], minutes: float) -> str:
     """What to do, by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
     *before, (_, here) = top1.items()
     best, values = max(before, key=lambda item: statistics.fmean(item[1]))
-    gain, several = statistics.fmean(here) - statistics.fmean(values), len(here) > 1
-    error = 2 * sum(statistics.variance(part) / len(part) for part in (here, values) if several) ** 0.5
+    gain, seeds = statistics.fmean(here) - statistics.fmean(values), len(here)
+    error = 2 * ((statistics.variance(here) + statistics.variance(values)) / seeds) ** 0.5 if seeds > 1 else math.inf
     advice = "Pre-train on these images" if gain > 0 else f"Fine-tune from {best} weights"
     found = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
-    spread = f"twice the standard error: {error:.1f}" if several else "one seed; give more --minutes"
-    return f"{advice if several and abs(gain) > error else 'Not decided'}: {found} ({spread})."
+    return f"{advice if abs(gain) > error else 'Not decided'}: {found} (twice the standard error: {error:.1f})."
 
 
 def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
     """A dot for each seed, and a line at the mean."""
     figure, [[axis]] = new_figure(1, 1, 2 + 2 * len(rows), 4)
-    for k, (row, values) in enumerate(zip(rows, top1.values())):
+    for k, row in enumerate(rows):
         axis.hlines(row["top1"], k - 0.2, k + 0.2, COLOURS[k], linewidth=3)
-        axis.plot([k] * len(values), values, "o", color=COLOURS[k], alpha=0.6)
-    names = [f"{row['start']}\n{row['top1']:.1f}%, {row['minutes']:.1f} min" for row in rows]
-    axis.set_xticks(range(len(rows)), names)
+        axis.plot([k] * row["seeds"], top1[row["start"]], "o", color=COLOURS[k], alpha=0.6)
+    texts = ("{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows)
+    axis.set_xticks(range(len(rows)), texts)
     axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
     axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
@@ -100,7 +96,7 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     start = ["--init_weight", given] if given else []
     pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4, "--epochs"
     trial = budget.run("trial_pretrain", "checkpoint-1.pth", *pretrain, 1)
-    epochs = budget.decide("pretrain_epochs", budget.epochs(trial, budget.total / 3))
+    epochs = budget.state.setdefault("pretrain_epochs", budget.epochs(trial, budget.total / 3))
     encoder = budget.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, epochs).with_name("encoder.pth")
     starts = {"random": None} | ({"published": given} if given else {}) | {"pre-trained": encoder}
     names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the size of images from it
@@ -112,8 +108,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     trial = budget.run("trial_finetune", "checkpoint-1.pth", *finetune, "--scratch", "--epochs", 1)
     left = budget.total - sum(budget.state["seconds"].values())
     fitting = [min(EPOCHS, budget.epochs(trial, left / len(starts) / seeds)) for seeds in (1, 2, 3)]
-    seeds = budget.decide("seeds", 1 + sum(epochs >= EPOCHS // 5 for epochs in fitting[1:]))
-    epochs, top1 = budget.decide("epochs", fitting[seeds - 1]), {start: [] for start in starts}
+    seeds = budget.state.setdefault("seeds", 1 + sum(epochs >= EPOCHS // 5 for epochs in fitting[1:]))
+    epochs, top1 = budget.state.setdefault("epochs", fitting[seeds - 1]), {start: [] for start in starts}
     for seed in range(seeds):
         for start, path in starts.items():
             more = *(["--finetune", path] if path else ["--scratch"]), "--epochs", epochs, "--seed", seed
