@@ -66,7 +66,7 @@ images_per_update  512     512     512     512     512
 
 # A few hundred to a few thousand images, from pre-trained weights; chosen on three folders of photographs.
 FEW = dict(
-    batch_size=16, blr=8e-3, epochs=30, warmup_epochs=1.5, layer_decay=0.8, model_ema=True, head_init_scale=1.0,
+    batch_size=16, blr=8e-3, epochs=30, layer_decay=0.8, model_ema=True, head_init_scale=1.0,
     aa="none", reprob=0.0, eval_freq=5,
 )  # fmt: skip
 # name -> size -> flag -> value

@@ -410,6 +410,23 @@ def test_pre_training_starts_from_every_layout_tensor_for_tensor(tmp_path, monke
         pretrain.main(pretrain.get_args(words(**flags, stem_stride=1)))
 
 
+def test_published_weights_become_predictions_in_two_commands(tmp_path, monkeypatch, serve, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = randomised(MODELS["convnextv2_yocto"](num_classes=0)).state_dict()
+    torch.save({"model": {k: v.reshape(1, -1) if ".grn." in k else v for k, v in state.items()}}, "published.pt")
+    address, folder = (
+        serve("published.pt", Path("published.pt").read_bytes()),
+        image_folder(Path("images"), train=12, val=3),
+    )
+    train = f"--finetune {address} --data_path {folder} --recipe few --epochs 1 --input_size 32 --num_workers 0".split()
+    finetune.main(args := finetune.get_args(train))
+    assert (args.batch_size, args.eval_freq, args.aa, args.reprob, args.head_init_scale) == (16, 5, None, 0, 1)
+    assert args.model == "convnextv2_yocto" and args.layer_decay < 1
+    predict = f"--predict {folder}/val --resume runs/finetune/checkpoint-best.pth --num_workers 0".split()
+    finetune.main(finetune.get_args(predict))
+    assert "predictions.csv of 3 images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("images", "epochs", "lr"), [(200, 800, 3e-4), (5000, 200, 3e-4), (30_000, 800, 3.75e-5)])
 def test_small_folders_get_a_schedule_of_their_own(tmp_path, monkeypatch, capsys, images, epochs, lr):
     names = [*(f"{k}.JPG" for k in range(images)), "a.txt"]
