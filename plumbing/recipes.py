@@ -64,11 +64,8 @@ model_ema          True    True    True    True    False
 images_per_update  512     512     512     512     512
 """
 
-# A few hundred to a few thousand images, from pre-trained weights; chosen on three folders of photographs.
-FEW = dict(
-    batch_size=16, blr=8e-3, epochs=30, layer_decay=0.8, model_ema=True, head_init_scale=1.0,
-    aa="none", reprob=0.0, eval_freq=5,
-)  # fmt: skip
+# A few hundred to a few thousand images, from pre-trained weights; docs/weights.md says what it was compared with.
+FEW = dict(batch_size=16, blr=8e-3, epochs=30, head_init_scale=1.0, aa="none", reprob=0.0, eval_freq=5)
 # name -> size -> flag -> value
 SIZES = "yocto", "atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"
 RECIPES = {
