@@ -472,17 +472,15 @@ def _own_detector(state_dict: State, meta: dict) -> dict:
 def write_folder(directory: Path, native: State, layout: str, config: dict, classes: list[str] | None) -> None:
     """Write a folder for "hf"'s from_pretrained or "timm"'s local-dir:, which prepares images by a run's `config`.
 
-    An encoder gets a final norm that does nothing but normalise. UserError for a stem of stride 2 in timm.
+    An encoder gets a final norm that does nothing but normalise.
     """
     import data  # not at the top, since converting needs none
 
     depths, dims, version, count, channels, stride = architecture(native).values()
-    names = classes or [f"class {k}" for k in range(count)]
-    size, (mean, std) = config.get("input_size", 224), data.STATISTICS[config.get("data_set", "folder")]
-    crop, v2 = config.get("crop_pct"), "v2" * (version == 2)
+    names = classes if classes and len(classes) == count else [f"class {k}" for k in range(count)]
+    mean, std = data.STATISTICS.get(config.get("data_set"), data.STATISTICS["folder"])
+    size, crop, v2 = config.get("input_size", 224), config.get("crop_pct"), "v2" * (version == 2)
     side, square = data.short_side(size, crop), dict(height=size, width=size)  # no side: warped to the square
-    if layout == "timm" and stride == 2:
-        raise UserError("timm's ConvNeXt with a stem of stride 2 downsamples once more than ours; try --to hf")
     base = "atto" if dims[0] < SIZES["tiny"][1][0] else "tiny"  # for the kind of its MLP; model_args has the sizes
     timm = dict(
         architecture=f"convnext{v2}_{base}", num_classes=len(names),
@@ -553,7 +551,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"OUT {out} is IN itself, which is never overwritten; choose another name")
     print(f"{source}: {describe(state_dict)}")
     native, config = to_native(state_dict), read_config(source)
-    size = config.get("input_size", 224)
+    size, stride = config.get("input_size", 224), architecture(native)["stem_stride"]
+    if args.to == "timm" and stride == 2:
+        raise UserError("timm's ConvNeXt with a stem of stride 2 downsamples once more than ours; try --to hf")
     with torch.device("meta"):  # checks that nothing is missing, at no cost
         build({key: value.to("meta") for key, value in native.items()})
     if program:
@@ -563,7 +563,8 @@ def main(args: argparse.Namespace) -> None:
     else:
         write_file(out, from_native(native, args.to), TOP[args.to])
     kind = f"{args.to} {'folder' if folder else 'layout'}" if args.to else f"a program for {size} px"
-    print(f"{out}: {kind}, {len(native)} tensors")
+    needs = f"; its network is made with patch_size={stride}" if args.to in ("timm", "hf") and stride != 4 else ""
+    print(f"{out}: {kind}, {len(native)} tensors{needs}")
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def test_a_folder_opens_in_its_library_with_classes_logits_and_preparation(tmp_p
 
 
 @torch.no_grad()
-def test_encoders_open_too_and_timms_stem_of_stride_two_is_refused(tmp_path):
+def test_encoders_open_too_and_timms_stem_of_stride_two_is_refused(tmp_path, capsys):
     model, imgs = write_checkpoint(tmp_path / "a.pth", 0, input_size=64), torch.randn(2, 3, 64, 64)
     for layout in ("timm", "hf"):
         weights.main(weights.get_args([str(tmp_path / "a.pth"), str(tmp_path / layout), "--to", layout]))
@@ -517,8 +517,11 @@ def test_encoders_open_too_and_timms_stem_of_stride_two_is_refused(tmp_path):
     theirs = pytest.importorskip("transformers").AutoModel.from_pretrained(tmp_path / "hf").eval()
     torch.testing.assert_close(theirs(imgs).last_hidden_state, model.forward_stages(imgs)[-1], rtol=1e-4, atol=1e-5)
     write_checkpoint(tmp_path / "b.pth", 3, input_size=64, stem_stride=2)
-    with user_error("stem of stride 2"):
-        weights.main(weights.get_args([str(tmp_path / "b.pth"), str(tmp_path / "c"), "--to", "timm"]))
+    for out in ("c", "c.pth"):
+        with user_error("stem of stride 2"):
+            weights.main(weights.get_args([str(tmp_path / "b.pth"), str(tmp_path / out), "--to", "timm"]))
+    weights.main(weights.get_args([str(tmp_path / "b.pth"), str(tmp_path / "c.pth"), "--to", "hf"]))
+    assert "made with patch_size=2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
