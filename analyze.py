@@ -465,7 +465,10 @@ def panel_of(key: str, config: dict) -> str | None:
     if key.endswith("loss") and "mask_ratio" in config:
         return "pre-training loss\n(squared error on hidden patches)"
     if key.endswith("loss"):
-        return f"{'training' if key == 'loss' else 'validation'} loss (cross-entropy)"
+        kind = " (cross-entropy)" if "smoothing" in config else ""  # a detector's and a segmenter's have parts
+        return f"{'training' if key == 'loss' else 'validation'} loss{kind}"
+    if key in ("val_box_AP", "val_mask_AP", "val_mIoU"):
+        return "validation AP or mIoU"
     return "validation accuracy (%)" if "top1" in key or key in ("probe", "knn") else None
 
 

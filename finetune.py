@@ -154,7 +154,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
     """Read what --eval and --predict take from a checkpoint: output folder, crop, and held-out images."""
-    config, values = weights.read_config(path), {"output_dir": os.path.dirname(path) or "."}
+    config, downloaded = weights.read_config(path), "://" in args.resume
+    values = {} if downloaded else {"output_dir": os.path.dirname(path) or "."}
     values |= {"crop_pct": config["crop_pct"]} if "crop_pct" in config else {}
     whole = args.eval and data_set == "folder" and not args.eval_data_path
     if whole and not data.split_folder(args.data_path, "val"):

@@ -1,7 +1,8 @@
 """Pre-train a ConvNeXt encoder as a masked autoencoder (FCMAE, paper Sec. 3 and Tab. 8).
 
     python pretrain.py                                         # drawn images, minutes on a laptop
-    python pretrain.py --data_path DIR                         # any folder of images, the paper's recipe
+    python pretrain.py --data_path DIR                         # any folder of images
+    python pretrain.py --data_path DIR --init_weight FILE      # go on from published weights, a file or an address
     torchrun --nproc_per_node=8 pretrain.py --data_path DIR    # several GPUs
 
 Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and plots to --output_dir.
@@ -10,39 +11,46 @@ Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, c
 import argparse
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
+import weights
 from data import DATA_SETS, Images, center_transform, denormalise, load_images, normalise, pretrain_transform
 from fast import speed_up
 from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS, check_size
 from plumbing import cli, dist, frozen
-from plumbing.files import save_tensors, value_errors_are_the_users
+from plumbing.files import file_of_run, save_tensors, value_errors_are_the_users
 from plumbing.loading import mix_seed
 from plumbing.optim import parameter_groups
 from plumbing.plots import curves_of, draw_curves, new_figure, plot_panels, save_figure
+from plumbing.recipes import PAPER
 from plumbing.run import Batch, Run
 from plumbing.shapes import DRAWN
 from sparse import upsample_mask
 
-# Defaults of the small data sets, with a small stem and a short run. Folders get the paper's recipe (Tab. 8).
+# Defaults of the small data sets, with a small stem and a short run. Large folders get the paper's recipe (Tab. 8).
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
 }
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
+SMALL = 20_000  # images of a folder below which the schedule is not the paper's
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line, and fill in the data set's defaults."""
     parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
     add = cli.add_model_flags(parser, MODELS)
+    start = "weights to start from, a file or an address, in any layout that weights.py reads, or a run's folder"
+    add("--init_weight", metavar="PATH", help=start)
     add("--mask_ratio", type=cli.fraction, default=0.6, help="fraction of the patches to hide")
     add("--norm_pix_loss", action=cli.BoolFlag, default=True, help="predict pixels normalised per patch")
     add("--decoder_depth", type=cli.number(int, 0), default=1, help="blocks of the decoder")
@@ -56,13 +64,26 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead of val/")
     add("--eval_freq", type=cli.count, help="epochs between evaluations (default: a tenth of the epochs)")
     add("--disable_eval", action=cli.BoolFlag, default=False, help="do not evaluate while training")
-    cli.add_optimisation_flags(parser, epochs=800, blr=1.5e-4, min_lr=0.0, warmup=40)
+    add = cli.add_optimisation_flags(parser, epochs=PAPER["epochs"], blr=PAPER["blr"], min_lr=0.0, warmup=40)
+    add("--recipe", choices=("paper",), help="the paper's schedule for small data sets too (Tab. 8)")
     cli.add_run_flags(parser, "runs/pretrain")
 
     args = parser.parse_args(argv)
+    parser.refuse_both(args, "init_weight", "resume")
     data_set = cli.choose_data_set(args)
     parser.take(f"the data set {data_set}", DEFAULTS.get(data_set, {}))
+    if args.recipe:
+        parser.take("recipe paper", PAPER)
+    elif data_set == "folder" and 0 < (count := count_images(args.data_path)) < SMALL:
+        # Epochs grow as the root of the images shrinks, from 100; AdamW's rate as the root of the batch, 64 for 4096.
+        short = dict(epochs=min(PAPER["epochs"], round(100 * math.sqrt(SMALL / count))), blr=8 * PAPER["blr"])
+        parser.take(f"{count:,} images, few for the paper's schedule (--recipe paper)", short)
+    start = args.init_weight and file_of_run(args.init_weight, "newest", "encoder.pth", "checkpoint-best.pth")
+    if start:
+        decoder = "decoder", "decoder_depth", "decoder_embed_dim", "norm_pix_loss"
+        parser.take(start, weights.flags_of(start, *decoder))
     args = parser.parse_args(argv)
+    args.init_weight = start
     parser.report(args)
     args.data_set = data_set
     cli.derive(args, warmup=40)
@@ -72,6 +93,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         grid = args.input_size // (8 * args.stem_stride)
         random_mask(1, grid, grid, args.mask_ratio)  # so that a ratio that cannot be drawn is found now
     return args
+
+
+def count_images(directory: str) -> int:
+    """Image files in a folder or its train/, by their names, counted up to SMALL."""
+    folders = os.walk(data.split_folder(directory, "train") or directory, followlinks=True)
+    suffixes = (os.path.splitext(name)[1].lower() for _, _, names in folders for name in names)
+    return sum(1 for _ in islice((suffix for suffix in suffixes if suffix in data.IMAGE_SUFFIXES), SMALL))
 
 
 @record  # torchrun then reports the error of the process that failed first
@@ -88,11 +116,15 @@ def main(args: argparse.Namespace) -> None:
             val = load_images(args.data_set, args.data_path, "val", None, image_max=args.image_max) if others else None
 
     torch.manual_seed(args.seed)
-    mae = dist.to_device(speed_up(make_autoencoder(args)), device)
+    mae = speed_up(make_autoencoder(args))
+    report = weights.load_parts(mae, mae.encoder, args.init_weight, "autoencoder") if args.init_weight else []
+    dist.to_device(mae, device)
     optimizer = torch.optim.AdamW(parameter_groups(mae, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     grid = args.input_size // mae.patch_size
     patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
+    for line in report:
+        dist.say(line)
     dist.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
     dist.say(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
     samples = sample_images(val or images, args.input_size) if dist.rank() == 0 else None

@@ -1,6 +1,8 @@
 """Weights in and out: the tensors of a ConvNeXt under this project's names, and under those of other libraries.
 
-    python weights.py IN OUT --to timm      # or hf, mmpretrain, authors; IN may have any layout that is known here
+    python weights.py IN OUT.pth --to timm    # or hf, mmpretrain, authors; IN may have any layout that is known here
+    python weights.py IN DIR --to timm        # or hf: a folder that the library opens, its configuration included
+    python weights.py IN OUT.onnx             # or OUT.pt2, for torch.export
 
 In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that
 fits. "Native" is this project's layout, which the authors' released files have too. Other libraries compute the same
@@ -21,8 +23,8 @@ from torch import nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from model import MODELS, SIZES, ConvNeXt
-from plumbing.dist import to_device
-from plumbing.files import UserError, load_file, save_tensors, value_errors_are_the_users, write_atomically
+from plumbing import dist, files
+from plumbing.files import UserError, value_errors_are_the_users
 
 State = dict[str, torch.Tensor]
 
@@ -49,8 +51,8 @@ head.{p}                   head.fc.{p}                classifier.{p}            
 LAYOUTS, BLOCKS, *NAMES = (row.split() for row in TABLE.strip().splitlines())
 FIELDS = dict(p="weight|bias", i="[0-3]", j=r"\d+", d="[1-3]", q=r"[01]\.(?:weight|bias)", v=r"\w+\.[\w.]+")
 ENCLOSING = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls its ConvNeXt
-# Wrappers' parts of names: of DistributedDataParallel, torch.compile, and MinkowskiEngine (authors' pre-training).
-WRAPPERS = re.compile(r"\b(module|_orig_mod)\.|(?<!grn\.)\b(ln|linear)\.")
+# Wrappers' parts of names: of DistributedDataParallel, torch.compile, Lightning, and MinkowskiEngine (authors').
+WRAPPERS = re.compile(r"\b(module|_orig_mod|model|net|network)\.|(?<!grn\.)\b(ln|linear)\.")
 # What an FCMAE, a detector of detect.py and a segmenter of segment.py hold besides their encoder.
 HEADS = re.compile(
     r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+"
@@ -294,7 +296,7 @@ def read_content(path: str | Path) -> dict:
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{path} cannot be read as safetensors ({error})") from None
     with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' checkpoints
-        content = load_file(path)
+        content = files.load_file(path)
     state_dict = content.get("state_dict", content)
     is_detector = "roi_head.bbox_head.fc_cls.weight" in state_dict
     return _own_detector(state_dict, content.get("meta") or {}) if is_detector else content
@@ -303,7 +305,8 @@ def read_content(path: str | Path) -> dict:
 def read_config(path: str | Path) -> dict:
     """The flags of the run that wrote a checkpoint of this project; empty for files that do not say."""
     config = read_content(path).get("config")
-    return config if isinstance(config, dict) else {}
+    own = isinstance(config, dict) and isinstance(config.get("input_size", 0), int)  # timm's is [3, 224, 224]
+    return config if own else {}
 
 
 def read_file(path: str | Path, ema: bool = False) -> State:
@@ -328,16 +331,14 @@ def write_file(path: Path, state_dict: State, top: str | None = None) -> None:
         from safetensors.torch import save_file
 
         tensors = {key: value.contiguous() for key, value in state_dict.items()}
-        write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        files.write_atomically(path, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     else:
-        save_tensors(path, {top: state_dict} if top else state_dict)
+        files.save_tensors(path, {top: state_dict} if top else state_dict)
 
 
 def flags_of(path: str | Path, *more: str) -> dict:
     """A file's values of flags: model, stem_stride, mlp_norm; and of its run's input_size and `more`."""
     config = read_config(path)
-    if not isinstance(config.get("input_size"), int):  # another library's, such as timm's [3, 224, 224]
-        config.pop("input_size", None)
     return _flags_of(to_native(read_file(path))) | {key: config[key] for key in ("input_size", *more) if key in config}
 
 
@@ -362,11 +363,11 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
 
 
 def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:
-    """Give `net`, a detector or segmenter (`what`) on `encoder`, the weights of a file of any layout; return a report.
+    """Give `net`, what is built on `encoder` (`what`), the weights of a file of any layout; return a report.
 
     The encoder's must all fit. The rest is taken where the file has a tensor of that name and shape.
     """
-    tensors, own = read_file(path), net.state_dict()
+    tensors, own = {WRAPPERS.sub("", name): value for name, value in read_file(path).items()}, net.state_dict()
     report = [f"{path}: {describe(tensors)}", *load_weights(encoder, to_native(tensors))]
     heads = {name: value for name, value in tensors.items() if HEADS.fullmatch(name) and name in own}
     if heads:
@@ -375,6 +376,9 @@ def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[
         initial = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads if name not in fitting}))
         kept = f"; at their initial values: {initial}" if initial else ""
         report.append(f"loaded {len(fitting)} of the {what}'s other tensors{kept}")
+    else:
+        parts = {name.split(".")[0] for name in own} - {"encoder", "backbone"}
+        report.append(f"new in the {what}: {', '.join(sorted(parts))}")
     return report
 
 
@@ -383,7 +387,7 @@ def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: 
     networks = {name: make().eval() for name in ("model", "model_ema") if content.get(name)}
     for name, net in networks.items():
         _load_strictly(net, content[name], f"{path} and the network that it describes differ")
-        to_device(net, device)
+        dist.to_device(net, device)
     return networks
 
 
@@ -462,6 +466,60 @@ def _own_detector(state_dict: State, meta: dict) -> dict:
     return {"model": tensors, "classes": classes, "category_ids": numbers, "config": config}
 
 
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def write_folder(directory: Path, native: State, layout: str, config: dict, classes: list[str] | None) -> None:
+    """Write a folder for "hf"'s from_pretrained or "timm"'s local-dir:, which prepares images by a run's `config`.
+
+    An encoder gets a final norm that does nothing but normalise.
+    """
+    import data  # not at the top, since converting needs none
+
+    depths, dims, version, count, channels, stride = architecture(native).values()
+    names = classes if classes and len(classes) == count else [f"class {k}" for k in range(count)]
+    mean, std = data.STATISTICS.get(config.get("data_set"), data.STATISTICS["folder"])
+    size, crop, v2 = config.get("input_size", 224), config.get("crop_pct"), "v2" * (version == 2)
+    side, square = data.short_side(size, crop), dict(height=size, width=size)  # no side: warped to the square
+    base = "atto" if dims[0] < SIZES["tiny"][1][0] else "tiny"  # for the kind of its MLP; model_args has the sizes
+    timm = dict(
+        architecture=f"convnext{v2}_{base}", num_classes=len(names),
+        model_args=dict(depths=depths, dims=dims, patch_size=stride),
+        pretrained_cfg=dict(
+            input_size=[channels, size, size], crop_pct=crop or 0.875 if side else 1.0, interpolation="bicubic",
+            crop_mode="center" if side else "squash", mean=mean, std=std, num_classes=len(names), label_names=names,
+            first_conv="stem.0", classifier="head.fc",
+        ),
+    )  # fmt: skip
+    hf = dict(
+        model_type=f"convnext{v2}", depths=depths, hidden_sizes=dims, patch_size=stride, num_channels=channels,
+        architectures=[f"ConvNext{v2.upper()}{'ForImageClassification' if names else 'Model'}"], image_size=size,
+        layer_norm_eps=1e-6, id2label=dict(enumerate(names)), label2id={name: k for k, name in enumerate(names)},
+    )  # fmt: skip
+    processor = dict(
+        image_processor_type="BitImageProcessor", size=dict(shortest_edge=side) if side else square,
+        do_center_crop=bool(side), crop_size=square, image_mean=mean, image_std=std, resample=3,
+    )  # fmt: skip
+    norm = {"norm.weight": torch.ones(dims[-1]), "norm.bias": torch.zeros(dims[-1])}
+    write_file(directory / "model.safetensors", from_native(norm | native, layout))
+    files.save_json(directory / "config.json", timm if layout == "timm" else hf)
+    if layout == "hf":
+        files.save_json(directory / "preprocessor_config.json", processor)
+
+
+def export(path: Path, native: State, size: int) -> None:
+    """Write a program for any number of square images: .onnx, or torch.export's .pt2."""
+    net = build(native).eval()
+    images, batch = (torch.randn(2, net.in_chans, size, size),), ({0: torch.export.Dim("batch")},)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt2":
+        torch.export.save(torch.export.export(net, images, dynamic_shapes=batch), path)
+    else:
+        large = sum(value.nbytes for value in native.values()) > 2**30  # protocol buffers hold 2 GiB
+        names = dict(input_names=["images"], output_names=["logits" if net.num_classes else "features"])
+        torch.onnx.export(net, images, path, dynamo=True, dynamic_shapes=batch, external_data=large, **names)
+
+
 # --- command line -----------------------------------------------------------------------------------------------------
 
 # What the command can write: layout -> the key under which its library saves the tensors.
@@ -472,27 +530,41 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. The description shows the usage, so that errors take one line."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description="\n\n".join(__doc__.split("\n\n")[:2]))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("input", metavar="IN", type=Path, help="weights to read, in any known layout")
-    parser.add_argument("output", metavar="OUT", type=Path, help="file to write: .pth, .pt, .bin or .safetensors")
-    parser.add_argument("--to", choices=TOP, required=True, help="layout to write")
+    parser.add_argument("input", metavar="IN", help="weights to read, in any known layout: a file, run or address")
+    out = "file to write: .pth, .pt, .bin, .safetensors; .onnx or .pt2; or, of timm and hf, a folder"
+    parser.add_argument("output", metavar="OUT", type=Path, help=out)
+    parser.add_argument("--to", choices=TOP, help="layout to write; .onnx and .pt2 have none")
     parser.add_argument("--model_ema", action="store_true", help="take a checkpoint's averaged weights")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
     """Convert a file, and print what was recognised and written."""
-    if args.output.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        raise UserError(f"OUT {args.output} must end in .pth, .pt, .bin or .safetensors")
-    state_dict = read_file(args.input, args.model_ema)
-    if args.output.exists() and args.output.samefile(args.input):
-        raise UserError(f"OUT {args.output} is IN itself, which is never overwritten; choose another name")
-    print(f"{args.input}: {describe(state_dict)}")
-    native = to_native(state_dict)
+    out, suffix = args.output, args.output.suffix
+    program, folder = suffix in (".onnx", ".pt2"), not suffix and args.to in ("timm", "hf")
+    if program == bool(args.to) or not (program or folder or suffix in (".pth", ".pt", ".bin", ".safetensors")):
+        ends = "end in .pth, .pt, .bin or .safetensors, or name a folder for timm and hf, with --to"
+        raise UserError(f"OUT {out} must {ends}; or end in .onnx or .pt2, without")
+    source = files.file_of_run(args.input, "checkpoint-best.pth", "encoder.pth", "newest")
+    state_dict, content = read_file(source, args.model_ema), read_content(source)
+    if out.exists() and out.samefile(source):
+        raise UserError(f"OUT {out} is IN itself, which is never overwritten; choose another name")
+    print(f"{source}: {describe(state_dict)}")
+    native, config = to_native(state_dict), read_config(source)
+    size, stride = config.get("input_size", 224), architecture(native)["stem_stride"]
+    if args.to == "timm" and stride == 2:
+        raise UserError("timm's ConvNeXt with a stem of stride 2 downsamples once more than ours; try --to hf")
     with torch.device("meta"):  # checks that nothing is missing, at no cost
         build({key: value.to("meta") for key, value in native.items()})
-    converted = from_native(native, args.to)
-    write_file(args.output, converted, TOP[args.to])
-    print(f"{args.output}: {args.to} layout, {len(converted)} tensors")
+    if program:
+        export(out, native, size)
+    elif folder:
+        write_folder(out, native, args.to, config, content.get("classes"))
+    else:
+        write_file(out, from_native(native, args.to), TOP[args.to])
+    kind = f"{args.to} {'folder' if folder else 'layout'}" if args.to else f"a program for {size} px"
+    needs = f"; its network is made with patch_size={stride}" if args.to in ("timm", "hf") and stride != 4 else ""
+    print(f"{out}: {kind}, {len(native)} tensors{needs}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,16 @@ import csv
 import json
 import os
 import platform
+import re
+import sys
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import torch
 import torchvision
@@ -84,8 +91,10 @@ def load_file(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file, or another kind, raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged, or no file of weights in plain types ({reason})") from None
+        text = str(error) or type(error).__name__
+        reason = (re.search("Unsupported.+?(?= was not|$)", text, re.M) or re.match(".+", text))[0]
+        fix = "delete it and get it again, or save its state dict alone"
+        raise UserError(f"{path} is damaged, or no file of weights in plain types ({reason}); {fix}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -113,8 +122,35 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
         old.unlink()
 
 
+def download(address: str) -> str:
+    """The path of a file at an address, in torch.hub's cache. UserError unless all of it comes; nothing then stays."""
+    url = urlparse(address)
+    folder = Path(torch.hub.get_dir(), "checkpoints", f"{url.hostname}-{zlib.crc32(address.encode()):08x}")
+    path = folder / (os.path.basename(url.path) or "weights.pth")
+
+    def write(temporary: Path) -> None:
+        with urlopen(address, timeout=60) as response:
+            expected = response.length  # torch.hub does not compare
+        torch.hub.download_url_to_file(address, str(temporary), progress=sys.stderr.isatty())
+        if expected not in (None, temporary.stat().st_size):
+            raise OSError(f"{temporary.stat().st_size:,} of {expected:,} bytes came")
+
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not path.exists():  # one process of a machine downloads
+        time.sleep(1)
+    if not path.exists():
+        print(f"downloading {address} to {path}", flush=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write)
+        except (OSError, ValueError, HTTPException) as error:
+            raise UserError(f"{address} cannot be downloaded ({error}); try again, or give a file") from None
+    return str(path)
+
+
 def file_of_run(path: str, *order: str) -> str:
-    """A file as it is; of a run's folder the first file in `order` that exists, "newest" for the newest checkpoint."""
+    """A file as it is, or downloaded; of a run's folder the first in `order` that exists, "newest" a checkpoint."""
+    if path.startswith(("http://", "https://")):
+        return download(path)
     if not os.path.isdir(path):
         return path
     for name in order:

@@ -13,6 +13,8 @@ def _value(word: str) -> bool | int | float | str:
     return word if word in ("single", "group") else ast.literal_eval(word)
 
 
+PAPER = dict(epochs=800, blr=1.5e-4)  # pre-training's schedule, Tab. 8, where small data sets have another
+
 # ImageNet-1K from FCMAE weights, Tab. 9-11. Where Tab. 11 prints a blr of 6.25e-3, the released commands have 6.25e-4.
 IN1K = """
                    atto    femto   pico    nano    tiny    base     large    huge
@@ -62,8 +64,16 @@ model_ema          True    True    True    True    False
 images_per_update  512     512     512     512     512
 """
 
+# A few hundred to a few thousand images, from pre-trained weights; docs/weights.md says what it was compared with.
+FEW = dict(batch_size=16, blr=8e-3, epochs=30, head_init_scale=1.0, aa="none", reprob=0.0, eval_freq=5)
 # name -> size -> flag -> value
-RECIPES = {"in1k": by_size(IN1K), "in22k": by_size(IN22K), "in22k_to_in1k": by_size(IN22K_TO_IN1K)}
+SIZES = "yocto", "atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"
+RECIPES = {
+    "few": dict.fromkeys(SIZES, FEW),
+    "in1k": by_size(IN1K),
+    "in22k": by_size(IN22K),
+    "in22k_to_in1k": by_size(IN22K_TO_IN1K),
+}
 
 # Linear probing as in MoCo v3's released code (arXiv 2104.02057): random crops and flips, and no regularisation.
 LINEAR_PROBE = dict(

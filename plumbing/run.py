@@ -122,7 +122,9 @@ class Run:
             return None
         state = files.load_file(path)
         if state.get("stage") != self.stage or "optimizer" not in state:
-            raise UserError(f"{path} is no checkpoint of a run of {self.stage}, which --resume continues")
+            start = "init_weight" if self.stage == "pretrain.py" else "finetune"
+            line = f"{path} is no checkpoint of a run of {self.stage}, which --resume continues"
+            raise UserError(f"{line}; start from its weights with --{start}")
         before, now = state["config"], self.config
         if own and now["epochs"] > before["epochs"]:  # the same run, made longer
             longer = f"--epochs {before['epochs']} before, now {now['epochs']}"

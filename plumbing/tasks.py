@@ -88,7 +88,8 @@ def settle(
         names = (*network, *evaluation, *data) if only_use else network
         flags = flags_of(start, *names) if only_use else flags_of(start)
         config = {name: flags[name] for name in names if flags.get(name) is not None}
-        parser.take(start, config | ({"output_dir": os.path.dirname(start) or "."} if only_use else {}))
+        beside = {"output_dir": os.path.dirname(start) or "."} if only_use and "://" not in args.resume else {}
+        parser.take(start, config | beside)
         args = parser.parse_args(argv)
     data_set = cli.choose_data_set(args, places)
     implied = {name: value for name, value in parser.by_data[data_set].items() if name not in config}

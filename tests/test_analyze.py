@@ -257,6 +257,18 @@ def test_curves_aligns_runs_of_both_stages_and_leaves_out_other_folders(runs, tm
     assert points == sorted((row["run"], row["quantity"], round(float(row["images"]), 2)) for row in rows)
 
 
+def test_curves_of_a_detector_have_its_scores_and_no_cross_entropy(tmp_path):
+    (tmp_path / "log.jsonl").write_text(
+        '{"epoch": 1, "loss": 2.0}\n{"epoch": 1, "val_box_AP": 0.25, "val_box_AR1": 0.5}'
+    )
+    (tmp_path / "config.json").write_text('{"images": 4, "fpn_dim": 32}')
+    assert {(row["quantity"], row["value"]) for row in run("curves", tmp_path, tmp_path)} == {
+        ("loss", "2"),
+        ("val_box_AP", "0.25"),
+    }
+    assert analyze.panel_of("loss", {}) == "training loss"
+
+
 def test_statistics_labels_and_untrained_networks_follow_the_checkpoints(runs, tmp_path):
     network = MODELS["convnext_yocto"](num_classes=0, stem_stride=1)
     config = {"data_set": "embedded", "layer_scale_init_value": 0.5}

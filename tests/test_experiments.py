@@ -3,6 +3,7 @@
 import subprocess
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import analyze
 import finetune
 import pretrain
 import weights
-from experiments import bench
+from experiments import bench, worth
 from experiments.decoders import DECODERS, Positions, TransformerBlock, UNet, make_decoder
 from experiments.norms import MLP_NORMS, replace_norm
 from fast import FastBlock
@@ -268,3 +269,73 @@ def test_two_checkouts_are_compared_by_the_medians_of_their_processes(tmp_path, 
     monkeypatch.setattr(subprocess, "run", measured)
     time, memory = bench_rows("step", tmp_path, against=tmp_path / "old", processes=3)
     assert float(time["here / there"]) == 0.5 and float(memory["here / there"]) == 1
+
+
+# --- is pre-training worth it? ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
+    tmp_path, monkeypatch, capsys, small_models, given
+):
+    folder, commands = image_folder(tmp_path / "images", train=12, val=6), []
+
+    def in_this_process(command, stdout, stderr):
+        commands.append(command)
+        script = {"pretrain.py": pretrain, "finetune.py": finetune, "analyze.py": analyze}[Path(command[1]).name]
+        script.main(script.get_args(command[2:]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(worth.subprocess, "run", in_this_process)
+    monkeypatch.setattr(worth, "EPOCHS", 2)
+    start = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
+    torch.save(start.state_dict(), tmp_path / "a.pth")
+    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1000)
+    flags += words(init_weight=tmp_path / "a.pth") if given else ["--stem_stride", "1"]
+    monkeypatch.setattr(worth.Budget, "epochs", lambda *_: 2)
+    for _ in range(2):
+        worth.main(*worth.get_args([*flags, "--input_size", "16", "--num_workers", "0"]))
+    starts = ["random", *["published"] * given, "pre-trained"]
+    assert len(commands) == 4 + 3 * len(starts)  # the second call found everything done
+    rows = read_table(tmp_path / "worth" / "worth.csv")
+    assert [row["start"] for row in rows] == starts and {row["seeds"] for row in rows} == {"3"}
+    for start, row in zip(starts, rows):
+        config = [weights.read_config(tmp_path / "worth" / f"{start}-{k}" / "checkpoint-2.pth") for k in range(3)]
+        assert [c["seed"] for c in config] == [0, 1, 2] and {c["epochs"] for c in config} == {2}
+        source = dict(random=None, published=tmp_path / "a.pth").get(start, tmp_path / "worth/pretrain/encoder.pth")
+        assert {c["finetune"] for c in config} == {source and str(source)}
+        best = [torch.load(tmp_path / "worth" / f"{start}-{k}" / "checkpoint-best.pth")["top1"] for k in range(3)]
+        assert float(row["top1"]) == pytest.approx(sum(best) / 3, abs=1e-3)
+    assert "minutes of pre-training brought" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("here", "published", "words"),
+    [
+        (
+            [50, 52],
+            [40, 42],
+            "Pre-train on these images: 7.0 minutes of pre-training brought +10.0 points over published",
+        ),
+        ([30, 32], [40, 42], "Fine-tune from published weights"),
+        ([40, 50], [40, 48], "Not decided"),
+        (
+            [60],
+            [40],
+            "Not decided: 7.0 minutes of pre-training brought +20.0 points over published weights (twice the standard error: inf",
+        ),
+    ],
+)
+def test_the_verdict_weighs_the_gain_against_the_spread_of_the_seeds(here, published, words):
+    top1 = {"random": [10] * len(here), "published": published, "pre-trained": here}
+    assert worth.verdict(top1, 7).startswith(words)
+
+
+def test_epochs_fit_into_the_time_that_is_left(tmp_path):
+    budget = worth.Budget(tmp_path, 60, [])
+    (tmp_path / "log.jsonl").write_text('{"seconds": 4}')
+    budget.state["seconds"][tmp_path.name] = 10  # six seconds to start, four for an epoch
+    assert [budget.epochs(tmp_path / "x", seconds) for seconds in (5, 10, 14, 26)] == [1, 1, 2, 5]
+    worth.save_json(budget.path, budget.state)
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        worth.Budget(tmp_path, 60, ["--input_size", "16"])

@@ -47,7 +47,7 @@ TRAINING = {  # other weights, in both scripts
 }  # fmt: skip
 WEIGHTS = {
     pretrain: TRAINING
-    | {"mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
+    | {"init_weight": "encoder.pth", "mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
     finetune: TRAINING
     | {
         "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "class_balance": 0.5, "drop_path": 0.5, "head_init_scale": 0.1,
@@ -98,8 +98,8 @@ NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEE
 
 # Flags whose effect two short runs in one process cannot show; tests elsewhere do.
 ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations deterministic num_workers device compile
-    dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk class_names image_max decoder
-    mlp_norm"""
+    dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk class_names
+    image_max decoder mlp_norm recipe"""
 
 
 class Outcome(NamedTuple):

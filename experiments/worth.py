@@ -1,0 +1,143 @@
+"""Is pre-training worth it on your own images? Ordinary runs of the scripts answer, within a budget of time.
+
+    python -m experiments.worth --data_path DIR --minutes 30
+    python -m experiments.worth --data_path DIR --minutes 30 --init_weight FILE_OR_URL
+
+DIR holds train/<class>/ and val/<class>/. Other flags, such as --input_size 64, go to pretrain.py and finetune.py. A
+third of the time goes to pre-training, from the given weights or random ones. Then every start is fine-tuned for the
+same epochs, with up to three seeds. The same command continues where it was stopped. Writes worth.csv and worth.png.
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import weights
+from plumbing import cli
+from plumbing.files import UserError, file_of_run, make_directory, save_csv, save_json
+from plumbing.plots import COLOURS, new_figure, save_figure
+
+EPOCHS = 50  # of fine-tuning, at most
+
+
+class Budget:
+    """Runs jobs in processes of their own; worth.json keeps the seconds that they took, and what was decided."""
+
+    def __init__(self, directory: Path, seconds: float, flags: list[str]):
+        self.directory, self.total, self.path = make_directory(directory), seconds, directory / "worth.json"
+        self.state = json.loads(self.path.read_text()) if self.path.exists() else {"flags": flags, "seconds": {}}
+        if self.state["flags"] != flags:
+            raise UserError(f"{directory} is of {' '.join(self.state['flags'])}; choose another --output_dir")
+
+    def run(self, name: str, output: str, *command: str | int | Path) -> Path:
+        """Run or continue a job, unless its output is there; return that file. UserError if it fails."""
+        folder = make_directory(self.directory / name)
+        if not (folder / output).exists():
+            print(f"{name}: {' '.join(map(str, command))}", flush=True)
+            save_json(self.path, self.state)
+            script, start = Path(__file__).parents[1] / command[0], time.time()
+            command = [*map(str, (sys.executable, script, *command[1:], "--output_dir", folder))]
+            with open(folder / "output.txt", "a") as file:
+                status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+            self.state["seconds"][name] = self.state["seconds"].get(name, 0) + time.time() - start
+            save_json(self.path, self.state)
+            if status:
+                raise UserError(f"{name} failed: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
+        return folder / output
+
+    def epochs(self, trial: Path, seconds: float) -> int:
+        """Epochs that fit into `seconds`, by a run of one epoch."""
+        return 1 + max(0, int((seconds - self.state["seconds"][trial.parent.name]) / last(trial, "seconds")))
+
+
+def last(checkpoint: Path, key: str) -> float:
+    """The last value of `key` in the log of a run."""
+    records = map(json.loads, checkpoint.with_name("log.jsonl").read_text().splitlines())
+    return [record[key] for record in records if key in record][-1]
+
+
+def verdict(top1: dict[str, list[float]], minutes: float) -> str:
+    """What to do, by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
+    *before, (_, here) = top1.items()
+    best, values = max(before, key=lambda item: statistics.fmean(item[1]))
+    gain, seeds = statistics.fmean(here) - statistics.fmean(values), len(here)
+    error = 2 * ((statistics.variance(here) + statistics.variance(values)) / seeds) ** 0.5 if seeds > 1 else math.inf
+    advice = "Pre-train on these images" if gain > 0 else f"Fine-tune from {best} weights"
+    found = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
+    return f"{advice if abs(gain) > error else 'Not decided'}: {found} (twice the standard error: {error:.1f})."
+
+
+def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
+    """A dot for each seed, and a line at the mean."""
+    figure, [[axis]] = new_figure(1, 1, 2 + 2 * len(rows), 4)
+    for k, row in enumerate(rows):
+        axis.hlines(row["top1"], k - 0.2, k + 0.2, COLOURS[k], linewidth=3)
+        axis.plot([k] * row["seeds"], top1[row["start"]], "o", color=COLOURS[k], alpha=0.6)
+    texts = ("{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows)
+    axis.set_xticks(range(len(rows)), texts)
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
+    axis.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
+
+
+def main(args: argparse.Namespace, flags: list[str]) -> None:
+    """Run what is left of the comparison, and write the table and the picture."""
+    given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
+    taken = [f"--{name}={value}" for name, value in weights.flags_of(given).items()] if given else []
+    flags = ["--data_path", args.data_path, *taken, *flags, "--save_ckpt_num", "1"]
+    budget = Budget(Path(args.output_dir), 60 * args.minutes, flags)
+
+    start = ["--init_weight", given] if given else []
+    pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4, "--epochs"
+    trial = budget.run("trial_pretrain", "checkpoint-1.pth", *pretrain, 1)
+    epochs = budget.state.setdefault("pretrain_epochs", budget.epochs(trial, budget.total / 3))
+    encoder = budget.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, epochs).with_name("encoder.pth")
+    starts = {"random": None} | ({"published": given} if given else {}) | {"pre-trained": encoder}
+    names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the size of images from it
+    probe = "--checkpoint", *map(starts.get, names), "--label", *names, "--untrained", "--data_path", args.data_path
+    table = csv.DictReader(budget.run("probe", "probe.csv", "analyze.py", "probe", *probe).read_text().splitlines())
+    frozen = {(row["checkpoint"], row["features"]): float(row["accuracy"]) for row in table}
+
+    finetune = "finetune.py", *flags, "--recipe", "few", "--eval_freq", EPOCHS
+    trial = budget.run("trial_finetune", "checkpoint-1.pth", *finetune, "--scratch", "--epochs", 1)
+    left = budget.total - sum(budget.state["seconds"].values())
+    fitting = [min(EPOCHS, budget.epochs(trial, left / len(starts) / seeds)) for seeds in (1, 2, 3)]
+    seeds = budget.state.setdefault("seeds", 1 + sum(epochs >= EPOCHS // 5 for epochs in fitting[1:]))
+    epochs, top1 = budget.state.setdefault("epochs", fitting[seeds - 1]), {start: [] for start in starts}
+    for seed in range(seeds):
+        for start, path in starts.items():
+            more = *(["--finetune", path] if path else ["--scratch"]), "--epochs", epochs, "--seed", seed
+            run = budget.run(f"{start}-{seed}", f"checkpoint-{epochs}.pth", *finetune, *more)
+            top1[start].append(last(run, "best_top1"))
+
+    spent, rows = {name: seconds / 60 for name, seconds in budget.state["seconds"].items()}, []
+    for start, values in top1.items():
+        label, minutes = start.replace("random", "untrained"), sum(spent[f"{start}-{k}"] for k in range(seeds)) / seeds
+        row = dict(start=start, knn=frozen[label, "10 nearest"], probe=frozen[label, "stages 3, 4"], seeds=seeds)
+        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else 0.0)
+        rows.append(row | dict(minutes=minutes + spent["pretrain"] * (start == "pre-trained")))
+    save_csv(budget.directory / "worth.csv", rows)
+    draw(budget.directory / "worth.png", rows, top1)
+    for row in (dict(zip(rows[0], rows[0])), *rows):
+        print("".join(f"{value:12.1f}" if isinstance(value, float) else f"{value:>12}" for value in row.values()))
+    print(f"{verdict(top1, spent['pretrain'])}\nin {budget.directory}: worth.csv and worth.png")
+
+
+def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line; also return the flags for the scripts."""
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--init_weight", metavar="PATH", help="weights to go on from: a file, a run or an address")
+    parser.add_argument("--minutes", type=cli.positive, default=30, help="budget of time")
+    parser.add_argument("--output_dir", default="runs/worth", metavar="DIR", help="where everything is written")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    main(*get_args())
