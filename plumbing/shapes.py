@@ -8,17 +8,17 @@ import numpy as np
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "triangle", "square", "cross")  # the classes of scenes
 SPLITS = ("train", "val")  # their places in what follows, and their seeds
-DRAWN = (4000, 1000)  # how many are drawn
-SCENES = (5000, 200)  # for detection and segmentation
+DRAWN, SCENES = (4000, 1000), (5000, 200)  # how many are drawn of each split: images and, to find shapes in, scenes
 _CHUNK = 50  # images drawn at once; a multiple of the number of textures keeps the classes balanced
-# Layers, back to front: least and largest radius, offset from the centre, least and largest distance of colours.
-_SMALL, _LARGE = (0.12, 0.2, 0.9, 0.35, 0.65), (0.35, 0.6, 0.5, 0.35, 0.65)
 _IMAGES = dict(
     shapes=("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral"),
-    layers=(_SMALL, _SMALL, _LARGE), rotation=2 * np.pi, fills=len(TEXTURES), contrast=1,
+    layers=((0.12, 0.2, 0.9), (0.12, 0.2, 0.9), (0.35, 0.6, 0.5)),  # back to front: least and largest radius, offset
+    rotation=2 * np.pi, fills=len(TEXTURES), light=(0.15, 0.85), contrast=1, difference=(0.35, 0.65), step=0,
 )  # fmt: skip
-_PLAIN = (0.4, 0.6, 0.5, 0.4, 0.6), (0.2, 0.35, 0.7, 0.2, 0.35), (0.2, 0.35, 0.7, 0.65, 0.8)
-_SCENES = dict(shapes=SHAPES, layers=_PLAIN, rotation=0.5, fills=1, contrast=0.5)
+_SCENES = dict(  # plain shapes, mostly brighter than what is behind them
+    shapes=SHAPES, layers=((0.4, 0.6, 0.5), (0.22, 0.36, 0.75), (0.22, 0.36, 0.75)),
+    rotation=0.5, fills=1, light=(0.05, 0.3), contrast=0.4, difference=(0.1, 0.5), step=0.2,
+)  # fmt: skip
 
 
 def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -27,12 +27,11 @@ def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarr
     The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with their own
     textures in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
     """
-    images, labels, *_ = _draw(n, seed, size, **_IMAGES)
-    return images, labels
+    return tuple(_draw(n, seed, size, **_IMAGES)[:2])
 
 
 def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw such images and their shapes: uint8 (n, size, size, 3), kinds (n, 3) and masks, bool (n, 3, size, size).
+    """Draw images of plain shapes, and these: uint8 (n, S, S, 3), kinds (n, 3) and masks, bool (n, 3, S, S).
 
     A kind is an index into SHAPES, back to front; a mask is the part that no later shape hides.
     """
@@ -41,24 +40,20 @@ def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndar
 
 
 def _draw(n, seed, size, **look):
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the GIL; small chunks stay in the cache
         chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size, **look), range(-(-n // _CHUNK))))
     return [np.concatenate(parts)[:n] for parts in zip(*chunks)]
 
 
-def _draw_chunk(seed, chunk, size, shapes, layers, rotation, fills, contrast):
-    n = _CHUNK
-    rng = np.random.default_rng([seed, chunk, size])
+def _draw_chunk(seed, chunk, size, shapes, layers, rotation, fills, light, contrast, difference, step):
+    n, rng = _CHUNK, np.random.default_rng([seed, chunk, size])
     labels = rng.permutation(np.arange(n) % len(TEXTURES))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
-
-    ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
+    ground = rng.uniform(*light, size=(n, 1, 1, 3)).astype(np.float32)
     picture = _texture(rng, x, y, ground, labels, contrast)
     masks, all_kinds = np.zeros((n, 3, size, size), dtype=bool), np.empty((n, 3), dtype=np.int64)
-    for layer, (least, most, reach, near, far) in enumerate(layers):
+    for layer, (least, most, reach) in enumerate(layers):
         kinds = all_kinds[:, layer] = rng.integers(len(shapes), size=n)
         radius = _uniform(rng, n, least, most)
         u, v = x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach)
@@ -68,8 +63,8 @@ def _draw_chunk(seed, chunk, size, shapes, layers, rotation, fills, contrast):
             chosen = kinds == k
             distance = _distance(shape, u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
             inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
-        colour = (ground + rng.uniform(near, far, size=ground.shape)) % 1  # far from the ground's in every channel
-        fill = _texture(rng, u, v, colour.astype(np.float32), rng.integers(fills, size=n), contrast)
+        colour = ground + rng.uniform(*difference, size=ground.shape) + step * layer  # in every channel
+        fill = _texture(rng, u, v, (colour % 1).astype(np.float32), rng.integers(fills, size=n), contrast)
         picture += inside * (fill - picture)
         masks[:, layer] = inside[..., 0] > 0.5
         masks[:, :layer] &= ~masks[:, layer : layer + 1]
@@ -139,8 +134,7 @@ def _distance(shape, u, v):
             k = 3 if shape == "triangle" else 4
             return r * np.cos((angle % (2 * np.pi / k)) - np.pi / k) - (0.6 if k == 3 else 0.75)
         case "cross":
-            low, high = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-            return np.maximum(low - 0.3, high - 1)
+            return np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3, np.maximum(np.abs(u), np.abs(v)) - 1)
         case "star":
             fold = np.abs((angle % (2 * np.pi / 5)) - np.pi / 5)  # 0 at a tip, pi / 5 in a notch
             return r * (0.5 + fold) - 0.55
