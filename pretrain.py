@@ -34,8 +34,11 @@ from sparse import upsample_mask
 # Defaults of the small data sets, with a small stem and a short run. Folders get the paper's recipe (Tab. 8).
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
-    "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
-}
+    "embedded": dict(
+        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2500, 1000), input_size=48,
+        batch_size=8, epochs=8, eval_freq=4, blr=4e-2,
+    ),
+}  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 
 
