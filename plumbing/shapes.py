@@ -8,7 +8,7 @@ import numpy as np
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "triangle", "square", "cross")  # the classes of scenes
 SPLITS = ("train", "val")  # their places in what follows, and their seeds
-DRAWN, SCENES = (4000, 1000), (5000, 200)  # how many are drawn of each split: images and, to find shapes in, scenes
+DRAWN, SCENES = (4000, 1000), (2500, 200)  # how many are drawn of each split: images and, to find shapes in, scenes
 _CHUNK = 50  # images drawn at once; a multiple of the number of textures keeps the classes balanced
 _IMAGES = dict(
     shapes=("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral"),
