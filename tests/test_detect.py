@@ -584,7 +584,7 @@ def test_values_come_from_command_line_recipe_checkpoint_and_data_set_in_this_or
     assert detect.get_args(["--predict", "x.png", *best]).score_threshold == 0.5
     args = detect.get_args(["--eval", *best, "--data_set", "embedded", "--nms", "hard"])
     assert (args.data_path, args.data_set, args.nms, args.statistics) == (None, "embedded", "hard", "folder")
-    assert detect.get_args(["--data_set", "embedded"]).lr == 2e-3 and detect.get_args(["--blr", "1"]).lr is None
+    assert detect.get_args(["--data_set", "embedded"]).lr == 1.5e-3 and detect.get_args(["--blr", "1"]).lr is None
 
     args = detect.get_args(["--recipe", "coco", "--model", "convnextv2_base", "--data_path", "coco", "--epochs", "12"])
     expected = dict(blr=8e-4, lr=None, epochs=12, steps=[27, 33], layer_decay=0.95, drop_path=0.4, warmup_updates=1000)
