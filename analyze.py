@@ -566,12 +566,8 @@ def add_flags(parser: cli.Parser, command: str) -> None:
     if command == "activations":
         add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
     if command == "features":
-        add(
-            "--stage",
-            type=int,
-            choices=range(1, 5),
-            help="of this stage, averaged over space (default: forward_features)",
-        )
+        stage = "of this stage, averaged over space (default: forward_features)"
+        add("--stage", type=int, choices=range(1, 5), help=stage)
     if command == "probe":
         add("--bank_images", type=cli.count, default=4000, help="training images to compare with, at most")
 

@@ -15,11 +15,9 @@ from sparse import SparseTensor, leaky_stages, masked_stages, reference_conv, sp
 # How the encoder runs: (net, imgs, mask) -> the maps of its four stages. All but "leaky" compute the same.
 BACKENDS = {
     "sparse": sparse_stages,  # visible sites only
-    "reference": partial(
-        sparse_stages, conv=reference_conv
-    ),  # by the definition of the convolution, a sum over 49 taps; slow
+    "reference": partial(sparse_stages, conv=reference_conv),  # the convolution by its definition; slow
     "masked": masked_stages,  # dense, with the mask before and after each convolution: the tests' oracle
-    "leaky": leaky_stages,  # dense, without masks inside: the paper's "without sparse conv."
+    "leaky": leaky_stages,  # dense inside, so that mask and image mix: the paper's "without sparse conv."
 }
 
 
@@ -32,11 +30,7 @@ def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Gene
     keep = int(cells * (1 - mask_ratio))
     if not 0 < keep < cells:
         extreme = "hides no patch" if keep >= cells else "leaves no patch visible"
-        fix = (
-            "choose a ratio such as 0.6, or larger images"
-            if cells > 1
-            else "take larger images, or a smaller stem_stride"
-        )
+        fix = "choose a ratio such as 0.6, larger images, or a smaller stem_stride"
         raise ValueError(f"mask_ratio {mask_ratio} {extreme} of {h} x {w}; {fix}")
     device = generator.device if generator is not None else "cpu"
     order = torch.rand(n, cells, generator=generator, device=device).argsort(dim=1)
@@ -48,11 +42,7 @@ def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Gene
 def check_fraction(mask: torch.Tensor) -> None:
     """Raise ValueError for a mask that hides everything or nothing."""
     if mask.all() or not mask.any():
-        extreme = (
-            "leaves no patch visible, so there is nothing to predict from"
-            if mask.all()
-            else "hides no patch to predict"
-        )
+        extreme = "leaves no patch visible to predict from" if mask.all() else "hides no patch to predict"
         raise ValueError(f"the mask {extreme}")
 
 
@@ -84,9 +74,8 @@ class FCMAE(nn.Module):
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
         if decoder_depth < 0 or decoder_embed_dim < 1:
-            raise ValueError(
-                f"decoder_depth {decoder_depth} is below 0, or decoder_embed_dim {decoder_embed_dim} below 1"
-            )
+            size = f"decoder_depth {decoder_depth} is below 0, or decoder_embed_dim {decoder_embed_dim} below 1"
+            raise ValueError(size)
         self.encoder, self.backend, self.mask_ratio, self.norm_pix_loss = encoder, backend, mask_ratio, norm_pix_loss
         self.patch_size, self.in_chans = encoder.patch_size, encoder.in_chans
 

@@ -59,37 +59,34 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
     add = tasks.add_task_flags(parser, "classify", RECIPES)
     add("--topk", type=cli.count, default=5, help="classes that --predict prints for each image")
-    add("--linear_probe", action=cli.BoolFlag, default=False, help="train the head alone, by MoCo v3's protocol")
+    add("--linear_probe", action=cli.BoolFlag, default=False, help="train the head alone, as MoCo v3 does")
 
-    start = "weights to start from, in any layout that weights.py reads, or a run's folder"
+    start = "weights in any layout that weights.py reads, or a run's folder"
     add = cli.add_model_flags(parser, MODELS, start)
-    add("--scratch", action=cli.BoolFlag, default=False, help=f"start from random weights even if {OURS} exists")
-    add("--nb_classes", type=cli.count, help="number of classes (default: the data's)")
-    add(
-        "--head_init_scale",
-        type=cli.nonnegative,
-        help="factor on a new head's weights (default: 0.001 with --finetune, else 1)",
-    )
+    add("--scratch", action=cli.BoolFlag, default=False, help=f"start from random weights, not {OURS}")
+    add("--nb_classes", type=cli.count, help="number of classes (the data's)")
+    head_init_scale = "factor on a new head's weights (0.001 with --finetune, else 1)"
+    add("--head_init_scale", type=cli.nonnegative, help=head_init_scale)
     add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")
-    add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py (default: the weights')")
+    add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py")
 
-    data_path = "folder with train/ and val/, or where CIFAR lies; none: the drawn images"
+    data_path = "folder with train/ and val/, or where CIFAR lies"
     add = cli.add_data_flags(parser, data.DATA_SETS, data_path, DRAWN, synonyms=SYNONYMS)
-    add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (default: DIR/val)")
-    add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead, for tuning")
-    add("--labels_per_class", type=cli.count, help="train on this many images per class, chosen by --seed")
+    add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (DIR/val)")
+    add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
+    add("--labels_per_class", type=cli.count, help="train on this many images per class")
     add("--dist_eval", action=cli.BoolFlag, default=True, help="divide the validation images among processes")
-    crop_pct = "evaluation: fraction of the sides kept (default: 224/256, or all)"
+    crop_pct = "evaluation: fraction of the sides kept (224/256)"
     add("--crop_pct", type=cli.number(float, 0.1, 1), help=crop_pct)
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--min_crop", type=cli.fraction, default=0.08, help="smallest fraction of the area that a random crop keeps")
-    add("--aa", metavar="NAME", help=f"automatic augmentation: {TIMM_AA}, original, trivial, none")
+    add("--min_crop", type=cli.fraction, default=0.08, help="smallest area of a random crop")
+    add("--aa", metavar="NAME", help=f"original, trivial, none, or as {TIMM_AA}")
     add("--color_jitter", type=cli.positive, help="colour jitter when there is no --aa")
     interpolations = ("bicubic", "bilinear", "nearest")
     add("--train_interpolation", choices=interpolations, default="bicubic", help="interpolation of random crops")
     add("--reprob", type=cli.fraction, default=0.0, help="probability of random erasing")
-    remode = "erase with noise, one colour, or the mean colour"
+    remode = "what erases"
     add("--remode", choices=("pixel", "rand", "const"), default="pixel", help=remode)
     add("--recount", type=cli.count, default=1, help="rectangles to erase")
     add("--mixup", type=cli.nonnegative, default=0.0, help="MixUp's alpha; 0: off")
@@ -100,7 +97,7 @@ def make_parser() -> cli.Parser:
 
     add = cli.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup=20)
     tasks.add_transfer_flags(add)
-    kinds = "a layer is one block, or a group of three"
+    kinds = "what a layer is: a block, or up to three"
     add("--layer_decay_type", choices=("single", "group"), default="single", help=kinds)
     cli.add_run_flags(parser, "runs/finetune")
     return parser
@@ -119,10 +116,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     start = tasks.start_of(args, parser)
     if only_use and not (args.data_set or args.data_path or args.eval_data_path):
         args.data_set, args.data_path = trained_on(start)
-    data_set, data_path = (
-        args.data_set or "folder" if args.predict else cli.choose_data_set(args, places),
-        args.data_path,
-    )
+    data_set = args.data_set or "folder" if args.predict else cli.choose_data_set(args, places)
+    data_path = args.data_path
     if data_set == "folder" and not (data_path or only_use):
         parser.error("--eval_data_path alone has no images to train on; give --data_path DIR")
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])

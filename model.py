@@ -134,11 +134,8 @@ class ConvNeXt(nn.Module):
         )
         self.downsample_layers = nn.ModuleList([stem])
         for i in range(3):
-            self.downsample_layers.append(
-                nn.Sequential(
-                    LayerNorm(dims[i], channels_first=True), nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)
-                )
-            )
+            downsample = nn.Conv2d(dims[i], dims[i + 1], kernel_size=2, stride=2)
+            self.downsample_layers.append(nn.Sequential(LayerNorm(dims[i], channels_first=True), downsample))
         rates = iter(drop_path_rate * k / max(sum(depths) - 1, 1) for k in range(sum(depths)))
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dim, next(rates), version, layer_scale_init_value) for _ in range(depth)))

@@ -26,7 +26,7 @@ from plumbing import cli, dist, frozen
 from plumbing.files import save_tensors, value_errors_are_the_users
 from plumbing.loading import mix_seed
 from plumbing.optim import parameter_groups
-from plumbing.plots import draw_curves, new_figure, plot_panels, save_figure
+from plumbing.plots import curves_of, draw_curves, new_figure, plot_panels, save_figure
 from plumbing.run import Batch, Run
 from plumbing.shapes import DRAWN
 from sparse import upsample_mask
@@ -237,14 +237,12 @@ def draw(directory: Path, mae: FCMAE, pixels: torch.Tensor, statistics: tuple, s
     caption = f"{mae.mask_ratio:.0%} of the patches hidden{normalised}"
     images = {title: denormalise(panel, statistics) for title, panel in panels.items()}
     plot_panels(directory / "reconstructions.png", images, caption)
-    losses = {"loss": "training", "train_loss": "training images, fixed masks", "val_loss": "held-out images"}
-    accuracies = {"probe": "linear probe", "knn": "10 nearest neighbours"} if "probe" in records[0] else {}
+    losses = {"training": "loss", "training images, fixed masks": "train_loss", "held-out images": "val_loss"}
+    accuracies = {"linear probe": "probe", "10 nearest neighbours": "knn"} if "probe" in records[0] else {}
     figure, axes = new_figure(1, 1 + bool(accuracies), 6 + 6 * bool(accuracies), 3.6)
     titles = ("Pre-training loss", "mean squared error"), ("Accuracy of frozen features on held-out images", "%")
-    for axis, labels, (title, y_label) in zip(axes[0], (losses, accuracies), titles):
-        points = {key: [(record["epoch"], record[key]) for record in records if key in record] for key in labels}
-        curves = {labels[key]: [*zip(*values)] for key, values in points.items() if values}
-        draw_curves(axis, curves, "epoch; 0: untrained", y_label, title)
+    for axis, keys, (title, y_label) in zip(axes[0], (losses, accuracies), titles):
+        draw_curves(axis, curves_of(records, keys), "epoch; 0: untrained", y_label, title)
     save_figure(figure, directory / "progress.png")
 
 

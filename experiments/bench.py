@@ -33,7 +33,7 @@ from model import MODELS, ConvNeXt
 from plumbing import cli, dist
 from plumbing.files import save_csv, value_errors_are_the_users
 from plumbing.optim import parameter_groups
-from plumbing.plots import COLOURS, new_figure, plot_curves, save_figure
+from plumbing.plots import COLOURS, draw_curves, new_figure, save_figure
 
 try:
     import timm  # only to compare with
@@ -280,7 +280,10 @@ def draw_sweep(path: Path, rows: list[dict], title: str) -> None:
     for row in rows:
         for values, column in zip(curves.setdefault(row["candidate"], ([], [])), ("visible", "ms")):
             values.append(row[column])
-    plot_curves(path, curves, "fraction of visible patches", "milliseconds", title, from_zero=True)
+    figure, [[axis]] = new_figure(1, 1, 6, 3.6)
+    draw_curves(axis, curves, "fraction of visible patches", "milliseconds", title)
+    axis.set(xlim=(0, None), ylim=(0, None))
+    save_figure(figure, path)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -12,6 +13,9 @@ from plumbing import dist
 from plumbing.files import UserError
 
 NONE = MappingProxyType({})
+# What a beginner needs, and `--help` shows first.
+FIRST = ("data_path", "finetune", "init_weight", "recipe", "model", "input_size", "epochs", "batch_size")
+FIRST += ("output_dir", "resume", "eval", "predict", "checkpoint", "images")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +31,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """End the script with one line, without the usage."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n" if dist.local_rank() == 0 else None)
+
+    def format_help(self) -> str:
+        """The description and a line per flag, the most needed ones first."""
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        groups = {"to begin with": [action for action in self._actions if action.dest in FIRST]}
+        for group in self._action_groups:
+            groups[group.title] = [a for a in group._group_actions if a.dest not in (*FIRST, "help")]
+        for title, actions in groups.items():
+            formatter.start_section(title)  # one without actions is not shown
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text("In parentheses: the default, and that of data sets which have their own.")
+        return formatter.format_help()
 
     def refuse_both(self, args: argparse.Namespace, one: str, other: str) -> None:
         """An error where two flags contradict each other."""
@@ -49,17 +67,31 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Show the default of every flag, and of data sets that have their own."""
+    """Show a flag in one line, with its choices and its default, and data sets that have another."""
 
     def __init__(self, prog: str, by_data: Mapping[str, dict]):
-        super().__init__(prog)
+        super().__init__(prog, max_help_position=30, width=max(100, shutil.get_terminal_size().columns - 2))
         self.by_data = by_data
 
+    def _format_action_invocation(self, action):
+        if isinstance(action, BoolFlag) or not action.option_strings:
+            return (action.option_strings or [action.metavar])[0]
+        kind = getattr(action.type, "__name__", "str")
+        value = action.metavar or {"int": "N", "float": "X"}.get(kind, "NAME")
+        values = f"{value} ..." if action.nargs == "+" else " ".join([value] * (action.nargs or 1))
+        return f"{action.option_strings[0]} {values}"
+
     def _get_help_string(self, action):
-        general = [] if action.default in (None, argparse.SUPPRESS) else [str(action.default)]
-        special = [f"{name} {values[action.dest]}" for name, values in self.by_data.items() if action.dest in values]
-        shown = f" (default: {', '.join(general + special)})" if general + special else ""
-        return f"{action.help}{shown}".replace("%", "%%")  # argparse fills in what follows a single one
+        values = [] if action.default in (None, False, argparse.SUPPRESS) else [action.default]
+        words = [" ".join(map(str, value)) if isinstance(value, tuple | list) else str(value) for value in values]
+        if action.default is True:
+            words = [f"on; off by --no-{action.dest}"]
+        for name, defaults in self.by_data.items():
+            if action.dest in defaults and name != "cifar100":  # which has cifar10's
+                words.append(f"{name} {defaults[action.dest]}")
+        choices = f": {', '.join(map(str, action.choices))}" if action.choices and not action.metavar else ""
+        shown = f" ({', '.join(words)})" if words else ""
+        return f"{action.help}{choices}{shown}".replace("%", "%%")  # argparse fills in what follows a single one
 
 
 class BoolFlag(argparse.BooleanOptionalAction):
@@ -108,11 +140,12 @@ nonnegative, positive = number(float, 0), number(float, 0, above=True)
 def add_model_flags(parser: Parser, models: Mapping, finetune: str | None = None) -> Callable:
     """The network; `finetune` is the help of --finetune."""
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=models, default="convnextv2_atto", metavar="NAME", help=", ".join(models))
+    sizes = ", ".join(dict.fromkeys(name.split("_")[1] for name in models))
+    add("--model", choices=models, default="convnextv2_atto", metavar="NAME", help=f"convnextv2_ or convnext_ {sizes}")
     if finetune:
         add("--finetune", metavar="PATH", help=finetune)
         add("--drop_path", type=fraction, default=0.0, help="stochastic depth rate of the last block")
-    add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem; a patch is 8 x this wide")
+    add("--stem_stride", type=int, choices=(4, 2, 1), default=4, help="stride of the stem; a patch is 8 times as wide")
     return add
 
 
@@ -128,10 +161,10 @@ def add_data_flags(
     add = parser.add_argument_group("data").add_argument
     add("--data_path", metavar="DIR", help=data_path)
     add("--data_set", type=data_set, choices=data_sets, metavar="NAME", help=", ".join(data_sets))
-    drawn_help = "embedded data: images to draw for training and for validation"
+    drawn_help = "drawn images for training and for validation"
     add("--embedded_images", type=count, default=drawn, nargs=2, metavar="N", help=drawn_help)
-    add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the network's input")
-    workers = "loading processes per training process (default: up to 8 for folders, else 0)"
+    add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the input")
+    workers = "loading processes per training process (up to 8 for folders, else 0)"
     add("--num_workers", type=number(int, 0, 1024), help=workers)
     return add
 
@@ -140,42 +173,42 @@ def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: floa
     """Batches, epochs and the learning rate; no `warmup` for scripts that count theirs in updates."""
     group = parser.add_argument_group("optimisation")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--batch_size", type=count, default=64, help="images per process and forward pass")
+    add("--batch_size", type=count, default=64, help="images per process and pass")
     add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
     add("--epochs", type=count, default=epochs, help="passes over the data")
     if warmup is not None:
-        warmup_help = f"epochs of linear warm-up (default: {warmup}, or 5%% of short runs)"
+        warmup_help = f"epochs of linear warm-up ({warmup}, or 5%% of short runs)"
         add("--warmup_epochs", type=nonnegative, help=warmup_help.replace("%%", "%"))
-    rate = "base learning rate per 256 images; lr = blr * images per update / 256"
+    rate = "learning rate per 256 images of an update"
     either("--blr", type=positive, action=BaseRate, default=blr, help=rate)
-    either("--lr", type=positive, help="learning rate itself, instead of --blr")
+    either("--lr", type=positive, help="learning rate itself")
     add("--min_lr", type=nonnegative, default=min_lr, help="learning rate at the end")
     add("--weight_decay", type=nonnegative, default=0.05, help="weight decay of kernels and matrices")
-    add("--clip_grad", type=positive, help="clip the gradient's norm to this (default: no clipping)")
+    add("--clip_grad", type=positive, help="clip the gradient's norm to this")
     return add
 
 
 def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None:
     """The run itself: precision, output, checkpoints, log; `compile` where the network can be compiled."""
     add = parser.add_argument_group("run").add_argument
-    add("--amp", choices=("none", "bf16", "fp16"), help="autocast type (default: bf16 or fp16 on GPUs, none on CPUs)")
+    add("--amp", choices=("none", "bf16", "fp16"), help="autocast type, by default the fastest safe one")
     parser.set_defaults(compile=False)
     if compile:
         add("--compile", action=BoolFlag, help="torch.compile the network: a slow start for faster steps")
     add("--checkpoint_activations", action=BoolFlag, default=False, help="less memory, slower steps")
     add("--output_dir", default=output_dir, metavar="DIR", help="where everything is written")
-    add("--log_dir", metavar="DIR", help="where TensorBoard finds the log and the plots too; needs its package")
-    add("--device", help="cuda, cpu or mps (default: cuda if there is one, else cpu)")
+    add("--log_dir", metavar="DIR", help="also log for TensorBoard here; needs its package")
+    add("--device", help="cuda, cpu or mps (cuda if there is one, else cpu)")
     seed = "seed of weights, order, crops, masks, mixing"
     add("--seed", type=number(int, 0), default=0, help=seed)
-    resume = "checkpoint, or a run's folder, to continue from, evaluate or predict with"
+    resume = "checkpoint or run's folder to continue, evaluate or predict with"
     add("--resume", metavar="PATH", help=resume)
     add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
     add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
     add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
     add("--save_every_steps", type=count, metavar="N", help="updates between checkpoints, inside epochs too")
     add("--log_every", type=count, default=20, help="updates between lines of the log")
-    deterministic = "the same bits from every run on a GPU too; CPUs need no flag for it"
+    deterministic = "the same bits from every run on a GPU, as on CPUs"
     add("--deterministic", action=BoolFlag, default=False, help=deterministic)
 
 

@@ -121,13 +121,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 def autocast(amp: str | None, device: torch.device) -> torch.autocast:
     """The precision of `--amp`; by default bfloat16 on GPUs that have it, float16 on older ones, float32 on CPUs."""
-    if amp is None:
-        amp = (
-            "none"
-            if device.type != "cuda"
-            else "bf16"
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else "fp16"
-        )
-    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return torch.autocast(device.type, dtype, enabled=amp != "none")
+    if amp is None and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -26,19 +26,17 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups for the optimiser: with weight decay and without."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for name, p in named if has_weight_decay(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not has_weight_decay(name, p)], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if has_weight_decay(name, parameter) else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 # --- one update -------------------------------------------------------------------------------------------------------
 
 
-def apply_update(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None
-) -> torch.Tensor:
+def apply_update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None):
     """Clip the accumulated gradient, step (in float16 if it is finite), clear it; return its norm before clipping."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""Pictures, drawn without a display."""
+"""Figures, drawn without a display."""
 
 import os
 import warnings
@@ -16,9 +16,7 @@ def new_figure(rows: int, columns: int, width: float, height: float):
     """A matplotlib figure and its axes (rows, columns), drawn without a display."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's
         os.environ.pop("MPLBACKEND", None)  # none is used here, and a name unknown to matplotlib would stop its import
-    from matplotlib.figure import (
-        Figure,
-    )  # not pyplot: no display, no global state, and imported only when a picture is due
+    from matplotlib.figure import Figure  # not pyplot: no display and no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -32,9 +30,7 @@ def save_figure(figure, path: Path) -> None:
         text.set_parse_math(False)
         text.set_text(text.get_text().encode(errors="backslashreplace").decode())
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing from"
-        )  # in a script that the font lacks, boxes stand for letters
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font shows boxes for them
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
@@ -47,7 +43,7 @@ def draw_panels(
     columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
     legend: Mapping[str, tuple] = MappingProxyType({}),
 ):  # fmt: skip
-    """A table of pictures as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+    """A table of images as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row, each `inches` wide. Without names two stand side by side in a row.
     legend: name -> (red, green, blue), 0 to 255.
@@ -55,30 +51,23 @@ def draw_panels(
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
     height, width = images.shape[-2:]
     gap, beside = max(2, width // 24), 1 if rows or len(images) == 1 else 2
-    mosaic = make_grid(
-        images.flatten(0, 1), nrow=beside * len(columns), padding=gap, pad_value=1.0
-    )  # (3, rows, columns)
-    ticks = [gap + width / 2 + k * (width + gap) for k in range(beside * len(columns))]
-    lines = -(-len(images) // beside)
-    fitting = max(
-        1, int(inches * len(ticks) / (0.6 + 0.1 * max(map(len, legend), default=0)))
-    )  # names in a row of the legend
-    legend_rows = -(-len(legend) // fitting)
-    figure, axes = new_figure(
-        1, 1, inches * len(ticks) + 1.4 * bool(rows), inches * lines * height / width + 0.8 + 0.25 * legend_rows
-    )
-    axes[0, 0].imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes[0, 0].set_xticks(ticks, list(columns) * beside, fontsize=11)
-    axes[0, 0].tick_params(length=0, labeltop=True, labelbottom=False)
-    axes[0, 0].set_yticks([gap + height / 2 + k * (height + gap) for k in range(len(rows))], rows, fontsize=11)
-    axes[0, 0].spines[:].set_visible(False)
-    axes[0, 0].set_xlabel(caption, fontsize=11)
+    mosaic = make_grid(images.flatten(0, 1), beside * len(columns), gap, pad_value=1.0)  # (3, rows, columns)
+    ticks, lines = torch.arange(beside * len(columns)), -(-len(images) // beside)
+    across = inches * len(ticks)
+    per_row = max(1, int(across / (0.6 + 0.1 * max(map(len, legend), default=0))))  # names in a row of the legend
+    legend_rows = -(-len(legend) // per_row)
+    down = inches * lines * height / width + 0.8 + 0.25 * legend_rows
+    figure, [[axis]] = new_figure(1, 1, across + 1.4 * bool(rows), down)
+    axis.imshow(mosaic.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_xticks(gap + width / 2 + ticks * (width + gap), list(columns) * beside, fontsize=11)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.set_yticks(gap + height / 2 + torch.arange(len(rows)) * (height + gap), rows, fontsize=11)
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel(caption, fontsize=11)
     if legend:
         from matplotlib.patches import Patch
 
-        handles = [
-            Patch(facecolor=[v / 255 for v in colour], edgecolor="grey", label=name) for name, colour in legend.items()
-        ]
+        handles = [Patch(fc=[v / 255 for v in colour], ec="grey", label=name) for name, colour in legend.items()]
         columns = -(-len(handles) // legend_rows)
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
     return figure
@@ -88,14 +77,10 @@ def draw_panels(
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
 
 
-def plot_curves(
-    path: Path, curves: dict[str, tuple], x_label: str, y_label: str, title: str, from_zero: bool = False
-) -> None:
-    """Write `draw_curves` as a PNG; `from_zero`: axes from 0."""
-    figure, axes = new_figure(1, 1, 6, 3.6)
-    draw_curves(axes[0, 0], curves, x_label, y_label, title)
-    if from_zero:
-        axes[0, 0].set(xlim=(0, None), ylim=(0, None))
+def plot_curves(path: Path, *labelled) -> None:
+    """Write `draw_curves` as a PNG."""
+    figure, [[axis]] = new_figure(1, 1, 6, 3.6)
+    draw_curves(axis, *labelled)
     save_figure(figure, path)
 
 
@@ -109,12 +94,15 @@ def draw_curves(axis, curves: dict[str, tuple], x_label: str, y_label: str, titl
         axis.legend()
 
 
-def plot_evaluations(
-    path: Path, records: list[dict], curves: dict[str, str], y_label: str, title: str, scale: float = 1.0
-) -> None:
-    """Plot scores over epochs from a log's records; `curves` maps labels to the records' keys, absent ones left out."""
-    records = [record for record in records if next(iter(curves.values())) in record]
-    epochs = [record["epoch"] for record in records]
-    lines = {label: key for label, key in curves.items() if key in records[0]}
-    points = {label: (epochs, [scale * record[key] for record in records]) for label, key in lines.items()}
-    plot_curves(path, points, "epoch", y_label, title)
+def curves_of(records: list[dict], keys: Mapping[str, str], scale: float = 1.0) -> dict[str, tuple]:
+    """Curves over epochs from a log's records; `keys` maps labels to the records' keys, absent ones left out."""
+    points = {
+        label: [(record["epoch"], scale * record[key]) for record in records if record.get(key) is not None]
+        for label, key in keys.items()
+    }
+    return {label: tuple(zip(*values)) for label, values in points.items() if values}
+
+
+def plot_evaluations(path: Path, records: list[dict], keys: Mapping, y_label: str, title: str, scale=1.0) -> None:
+    """Write `curves_of` the log's records as a PNG."""
+    plot_curves(path, curves_of(records, keys, scale), "epoch", y_label, title)

@@ -72,12 +72,8 @@ class Run:
         schedule: Callable | None = None, iterations: int | None = None, **origin,
     ):  # fmt: skip
         self.args, self.images, self.device, self.net, self.ema = args, images, device, net, ema
-        self.optimizer, self.stage, self.output_dir, world_size = (
-            optimizer,
-            stage,
-            Path(args.output_dir),
-            dist.world_size(),
-        )
+        self.optimizer, self.stage, self.output_dir = optimizer, stage, Path(args.output_dir)
+        world_size = dist.world_size()
         self.batch_size = min(args.batch_size, len(images) // world_size)
         if self.batch_size < 1:
             fix = "lower torchrun's --nproc_per_node"

@@ -20,31 +20,26 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
     """What to do; like the other functions, this one returns the function that adds to its group."""
     group = parser.add_argument_group("task")
     either = group.add_mutually_exclusive_group().add_argument
-    either("--eval", action=cli.BoolFlag, default=False, help="only evaluate the checkpoint of --resume")
-    either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders, with --resume")
-    group.add_argument(
-        "--recipe", choices=recipes, help="the published settings for the model's size; flags override them"
-    )
+    either("--eval", action=cli.BoolFlag, default=False, help="only evaluate --resume")
+    either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders by --resume")
+    recipe = "published settings for the model's size"
+    group.add_argument("--recipe", choices=recipes, help=recipe)
     return group.add_argument
 
 
 def add_transfer_flags(add: Callable) -> None:
     """How pre-trained weights are trained further: layers' learning rates, optimiser, moving average, evaluation."""
-    add("--layer_decay", type=cli.fraction, default=1.0, help="factor on the learning rate per layer towards the input")
+    add("--layer_decay", type=cli.fraction, default=1.0, help="learning rate's factor per layer towards the input")
     add("--opt", choices=("adamw", "adam", "sgd"), default="adamw", help="optimiser")
     add("--opt_eps", type=cli.positive, default=1e-8, help="epsilon of Adam and AdamW")
     add("--opt_betas", type=cli.fraction, default=(0.9, 0.999), nargs=2, help="betas of Adam and AdamW")
     add("--momentum", type=cli.fraction, default=0.9, help="Nesterov momentum of SGD")
     add("--model_ema", action=cli.BoolFlag, default=False, help="keep an exponential moving average of the weights")
-    add(
-        "--model_ema_decay",
-        type=cli.fraction,
-        default=0.9999,
-        help="its decay; min(this, (1 + t) / (10 + t)) at update t",
-    )
+    decay = "its decay; min(this, (1 + t) / (10 + t)) at update t"
+    add("--model_ema_decay", type=cli.fraction, default=0.9999, help=decay)
     add("--model_ema_eval", action=cli.BoolFlag, default=True, help="evaluate the average too")
-    add("--use_amp", action=cli.BoolFlag, help="mixed precision, bf16 but on older GPUs; the authors' flag for --amp")
-    add("--eval_freq", type=cli.count, default=1, help="epochs between evaluations; the last epoch always has one")
+    add("--use_amp", action=cli.BoolFlag, help="the authors' flag for --amp")
+    add("--eval_freq", type=cli.count, default=1, help="epochs between evaluations")
     add("--disable_eval", action=cli.BoolFlag, default=False, help="do not evaluate while training")
 
 
@@ -102,7 +97,7 @@ def settle(
     for name in network if only_use else ():
         if name in config and getattr(args, name) != config[name]:
             parser.error(f"--{name} {getattr(args, name)}, but {start} has {config[name]}; leave --{name} out")
-    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint's: those of its training
+    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint keeps its training's
     args.resume, args.finetune = (start, args.finetune) if only_use else (args.resume, start)
     cli.derive(args)
     return args
@@ -160,7 +155,7 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
 
-    BatchNorm's statistics are averaged too, so that they are those of averaged weights; what only counts is copied.
+    BatchNorm's statistics are averaged too, to suit the averaged weights; counters are copied.
     """
     ema = AveragedModel(net, use_buffers=True)
 

@@ -63,7 +63,7 @@ TABLE = {
     # --- values
     "pretrain: ratio zero": ("--mask_ratio 0", "mask_ratio 0.0 hides no patch of 2 x 2"),
     "pretrain: ratio that leaves nothing": ("--mask_ratio 0.8", "mask_ratio 0.8 leaves no patch visible of 2 x 2", "larger"),
-    "pretrain: one patch": ("--input_size 8", "of 1 x 1; take larger images, or a smaller stem_stride"),
+    "pretrain: one patch": ("--input_size 8", "of 1 x 1; choose a ratio such as 0.6, larger images, or a smaller"),
     "pretrain: size off the grid": ("--input_size 50", "image size 50 is not a multiple of the patch size 8; try --input_size 48"),
     "pretrain: wide stem": ("--stem_stride 4", "image size 16 is not a multiple", "--input_size 64, or --stem_stride 1"),
     "pretrain: stride": ("--stem_stride 3", "--stem_stride: invalid choice: 3 (choose from"),

@@ -172,7 +172,7 @@ IMAGE = torch.randn(1, 3, 32, 32)
         (lambda: make_mae()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "uint8"),
         (
             lambda: make_mae()(torch.randn(1, 3, 8, 8)),
-            "no patch visible of 1 x 1; take larger images, or a smaller stem",
+            "no patch visible of 1 x 1; choose a ratio such as 0.6, larger images, or a smaller stem",
         ),
         (lambda: make_mae(mask_ratio=0.99)(IMAGE), "mask_ratio 0.99 leaves no patch visible"),
         (lambda: random_mask(1, 4, 4, 0), "mask_ratio 0 hides no patch of 4 x 4; choose a ratio such as 0.6"),

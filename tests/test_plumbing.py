@@ -134,7 +134,7 @@ def test_defaults_come_weakest_first_and_help_shows_them(parser, capsys):
     assert (args.p, args.kind, args.derived) == (0.125, "pear", 3)
     parser.report(args)
     assert capsys.readouterr().out == "from the recipe: kind pear, derived 3\n"
-    assert "100% of n" in parser.format_help() and "p (default: 0.5, folder 0.5)" in parser.format_help()
+    assert "100% of n" in parser.format_help() and "p (0.5, folder 0.5)" in parser.format_help()
 
 
 def test_blr_replaces_an_lr_that_the_data_set_implies():
