@@ -35,8 +35,8 @@ from sparse import upsample_mask
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(
-        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2500, 1000), input_size=48,
-        batch_size=8, epochs=8, eval_freq=4, blr=4e-2,
+        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2000, 1000), input_size=64,
+        batch_size=16, epochs=6, eval_freq=3, blr=2.4e-2,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
