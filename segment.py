@@ -288,7 +288,7 @@ DEFAULTS = {
     "folder": dict(lr=1e-4, batch_size=16),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
-        scale=(0.9, 1.1), photometric=False, batch_size=8, epochs=6, lr=4e-3,
+        scale=(0.9, 1.1), photometric=False, batch_size=4, epochs=4, lr=2e-3,
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")

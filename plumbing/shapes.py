@@ -16,7 +16,7 @@ _IMAGES = dict(
     rotation=2 * np.pi, fills=len(TEXTURES), light=(0.15, 0.85), contrast=1, difference=(0.35, 0.65), step=0,
 )  # fmt: skip
 _SCENES = dict(  # plain shapes, mostly brighter than what is behind them
-    shapes=SHAPES, layers=((0.4, 0.6, 0.5), (0.22, 0.36, 0.75), (0.22, 0.36, 0.75)),
+    shapes=SHAPES, layers=((0.25, 0.4, 0.65),) * 3,
     rotation=0.5, fills=1, light=(0.05, 0.3), contrast=0.4, difference=(0.1, 0.5), step=0.2,
 )  # fmt: skip
 
