@@ -189,15 +189,16 @@ def test_annotations_are_completed_and_sorted(tmp_path, capsys):
 
 
 def test_drawn_objects_have_tight_boxes_and_the_better_ones_colour_where_they_overlap():
-    _, kinds, masks = draw_scenes(50, 0, 64)
+    _, kinds, masks = draw_scenes(50, 0, 160)
     rows = coco.embedded_annotations(kinds, masks, SHAPES, 20)["annotations"]
     assert len(rows) == (masks.sum(axis=(2, 3)) >= 20).sum()
     for row in rows:
-        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 64, 64), row["bbox"]
+        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 160, 160), row["bbox"]
         assert mask.sum() == mask[y : y + h, x : x + w].sum() == row["area"] >= 20
         assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
-    rows = [rows[0] | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
-    white, y, x = Image.new("RGB", (64, 64), "white"), *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 64, 64)).T
+    largest = max(rows, key=lambda row: row["area"])  # most of which no name covers
+    rows = [largest | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
+    white, y, x = Image.new("RGB", (160, 160), "white"), *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 160, 160)).T
     both, better, other = (coco.draw_objects(white, part, {1: "a", 2: "b"}) for part in (rows, rows[1:], rows[:1]))
     same = (both == better).all(dim=0)[y, x]
     assert same.float().mean() > 0.5 > (both == other).all(dim=0)[y, x].float().mean()
