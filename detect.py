@@ -355,8 +355,8 @@ DEFAULTS = {
     ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
-        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5,
-        eval_freq=5, lr=2e-3,
+        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=4, epochs=2,
+        schedule="cosine", lr=1.5e-3,
     ),
 }  # fmt: skip
 NETWORK = (

@@ -39,8 +39,11 @@ from sparse import upsample_mask
 # Defaults of the small data sets, with a small stem and a short run. Large folders get the paper's recipe (Tab. 8).
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
-    "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
-}
+    "embedded": dict(
+        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2000, 1000), input_size=64,
+        batch_size=16, epochs=6, eval_freq=3, blr=2.4e-2,
+    ),
+}  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 SMALL = 20_000  # images of a folder below which the schedule is not the paper's
 

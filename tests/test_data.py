@@ -28,7 +28,7 @@ from plumbing import augmentation
 from plumbing.files import UserError
 from plumbing.loading import EpochSampler, Samples, make_loader, mix_seed, open_image, progress
 from plumbing.scores import classification_scores, write_by_class
-from plumbing.shapes import TEXTURES, draw_images
+from plumbing.shapes import SHAPES, TEXTURES, draw_images, draw_scenes
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -55,6 +55,28 @@ def test_drawn_images_are_deterministic_balanced_and_independent_of_the_count():
     assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
     assert np.array_equal(images, draw_images(120, seed=3, size=32)[0][:60])
     assert np.bincount(labels[:50]).tolist() == [5] * len(TEXTURES)
+
+
+def test_drawn_images_are_those_of_the_published_results():
+    images, labels = draw_images(50, seed=0, size=32)
+    expected = [[149, 231, 242], [204, 61, 185], [162, 128, 89]]
+    assert np.abs(images[:3, 10, 20].astype(int) - expected).max() <= 1  # rounding differs among processors
+    assert labels[:10].tolist() == [8, 5, 9, 9, 7, 0, 1, 4, 4, 1]
+
+
+def test_scenes_hold_three_shapes_each_whose_areas_are_those_of_their_kinds():
+    images, kinds, masks = draw_scenes(200, seed=0, size=80)
+    assert images.shape == (200, 80, 80, 3) and masks.shape == (200, 3, 80, 80) and masks.sum(axis=1).max() == 1
+    assert images[~masks.any(axis=1)].mean() + 50 < min(images[masks[:, layer]].mean() for layer in range(3))
+    front = masks[:, 2]  # which nothing covers
+    whole = ~(front[:, [0, -1]].any(axis=(1, 2)) | front[:, :, [0, -1]].any(axis=(1, 2)))
+    fractions = [m.sum() / np.prod(np.ptp(np.argwhere(m), axis=0) + 1) for m in front[whole]]  # of the bounding box
+    by_kind = [np.array(fractions)[kinds[whole, 2] == SHAPES.index(name)] for name in SHAPES]
+    turns = np.linspace(0, 0.5)  # radians; a square that is not turned stands on a corner
+    square = 1 / (np.cos(turns - np.pi / 4) + np.abs(np.sin(turns - np.pi / 4))) ** 2
+    cross = 0.51 / (np.cos(turns) + 0.3 * np.sin(turns)) ** 2
+    expected = [np.pi / 4, np.pi / 4 * (1 - (0.49 / 0.95) ** 2), 0.5, square.mean(), cross.mean()]
+    assert np.allclose([values.mean() for values in by_kind], expected, atol=0.03), by_kind
 
 
 def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatch):

@@ -323,15 +323,19 @@ def test_annotations_are_completed_and_sorted(tmp_path):
 
 
 def test_drawn_objects_have_tight_boxes_and_the_better_ones_colour_where_they_overlap():
-    _, kinds, masks = draw_scenes(50, 0, 64)
+    _, kinds, masks = draw_scenes(50, 0, 160)
     rows = coco.embedded_annotations(kinds, masks, SHAPES, 20)["annotations"]
     assert len(rows) == (masks.sum(axis=(2, 3)) >= 20).sum()
     for row in rows:
-        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 64, 64), row["bbox"]
+        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 160, 160), row["bbox"]
         assert mask.sum() == mask[y : y + h, x : x + w].sum() == row["area"] >= 20
         assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
-    rows = [rows[0] | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
-    white, y, x = Image.new("RGB", (64, 64), "white"), *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 64, 64)).T
+    largest = max(rows, key=lambda row: row["area"])  # most of which no name covers
+    rows = [largest | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
+    white, y, x = (
+        Image.new("RGB", (160, 160), "white"),
+        *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 160, 160)).T,
+    )
     both, better, other = (coco.draw_objects(white, part, {1: "a", 2: "b"}) for part in (rows, rows[1:], rows[:1]))
     same = (both == better).all(dim=0)[y, x]
     assert same.float().mean() > 0.5 > (both == other).all(dim=0)[y, x].float().mean()
@@ -792,7 +796,7 @@ def test_values_come_from_command_line_recipe_checkpoint_and_data_set_in_this_or
     assert detect.get_args(["--predict", "x.png", *best]).score_threshold == 0.5
     args = detect.get_args(["--eval", *best, "--data_set", "embedded", "--nms", "hard"])
     assert (args.data_path, args.data_set, args.nms, args.statistics) == (None, "embedded", "hard", "folder")
-    assert detect.get_args(["--data_set", "embedded"]).lr == 2e-3 and detect.get_args(["--blr", "1"]).lr is None
+    assert detect.get_args(["--data_set", "embedded"]).lr == 1.5e-3 and detect.get_args(["--blr", "1"]).lr is None
 
     args = detect.get_args(["--recipe", "coco", "--model", "convnextv2_base", "--data_path", "coco", "--epochs", "12"])
     expected = dict(blr=8e-4, lr=None, epochs=12, steps=[27, 33], layer_decay=0.95, drop_path=0.4, warmup_updates=1000)
