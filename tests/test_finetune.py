@@ -404,7 +404,9 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
 
 def pretended(*tops: int):
     """An `evaluate` that returns these top-1 accuracies in turn, each with as many outcomes."""
-    results = [(dict(loss=1.0, top1=top, balanced=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops]
+    results = [
+        (dict(loss=1.0, top1=top, balanced=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops
+    ]
     return lambda *_, **__: results.pop(0)
 
 
