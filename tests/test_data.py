@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, image_folder, run, save_noise, words
+from helpers import CPU, image_folder, read_log, run, save_noise, words
 from PIL import Image, features
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
@@ -542,6 +542,30 @@ def test_balanced_accuracy_and_weights_of_uneven_classes():
     logits = torch.nn.functional.one_hot(torch.tensor([0] * 13 + [2]), 3).float()
     scores, _ = classification_scores([(logits, truth)], CPU, divided=False)
     assert (scores["top1"], scores["balanced"]) == (pytest.approx(100 * 13 / 14), pytest.approx(75))
+
+
+def test_a_balanced_loss_weights_the_images_of_each_class(tmp_path):
+    root = image_folder(tmp_path / "images", ("dots", "rings"), train=8, val=4)
+    for path in sorted((root / "train/rings").iterdir())[1:]:
+        path.unlink()  # four images of dots, one of rings: weights 1 / .8 and 1 / .2 in balance
+    losses = []
+    for balance in (0.0, 1.0):
+        flags = dict(class_balance=balance, batch_size=5, epochs=1, smoothing=0, head_init_scale=1, input_size=32)
+        run(finetune, root, tmp_path / f"{balance}", **flags)
+        losses.append(read_log(tmp_path / f"{balance}", "loss")[0][0])
+    captured = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.Run, "backward", lambda run, loss: captured.append(loss) or sys.exit())
+        cross_entropy = torch.nn.functional.cross_entropy
+        patch.setattr(finetune.F, "cross_entropy", lambda *args, **_: captured.append(args) or cross_entropy(*args))
+        with pytest.raises(SystemExit):
+            run(finetune, root, tmp_path / "again", **flags)
+    (logits, labels, _), loss = captured
+    each = cross_entropy(logits, labels, reduction="none")
+    means = [each[labels == k].mean().item() for k in (0, 1)]
+    assert losses == pytest.approx([each.mean().item(), np.mean(means)], rel=1e-4) and loss.item() == pytest.approx(
+        losses[1], rel=1e-4
+    )
 
 
 def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):

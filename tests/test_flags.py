@@ -50,7 +50,7 @@ WEIGHTS = {
     | {"init_weight": "encoder.pth", "mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2, "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
     finetune: TRAINING
     | {
-        "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "class_balance": 0.5, "drop_path": 0.5, "head_init_scale": 0.1,
+        "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "drop_path": 0.5, "head_init_scale": 0.1,
         "holdout": 0.4, "labels_per_class": 2, "min_crop": (0.9, dict(input_size=40)), "aa": "trivial", "color_jitter": 0.5,
         "train_interpolation": "bilinear", "reprob": 1, "remode": ("rand", dict(reprob=1)), "recount": (3, dict(reprob=1)),
         "mixup": 0.8, "cutmix": 1.0, "mixup_prob": (0.1, MIXED), "mixup_switch_prob": [(0, MIXED), (1, MIXED)], "smoothing": 0.3,
@@ -99,7 +99,7 @@ NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEE
 # Flags whose effect two short runs in one process cannot show; tests elsewhere do.
 ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations deterministic num_workers device compile
     dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk class_names
-    image_max decoder mlp_norm recipe"""
+    class_balance image_max decoder mlp_norm recipe"""
 
 
 class Outcome(NamedTuple):
