@@ -355,7 +355,7 @@ DEFAULTS = {
     ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
-        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=4, epochs=2,
+        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=4, epochs=3,
         schedule="cosine", lr=1.5e-3,
     ),
 }  # fmt: skip

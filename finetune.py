@@ -42,8 +42,8 @@ DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
     # In so few updates a head that starts near zero, or lower layers at lower learning rates, hardly learn.
     "embedded": dict(
-        model="convnextv2_yocto", stem_stride=1, embedded_images=(200, 1000), input_size=64, batch_size=8, epochs=15,
-        eval_freq=5, blr=3.2e-2, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
+        model="convnextv2_yocto", input_size=32, stem_stride=1, embedded_images=(200, 1000), batch_size=16, epochs=100,
+        warmup_epochs=10, eval_freq=20, blr=3.2e-2, clip_grad=1, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]

@@ -40,8 +40,8 @@ from sparse import upsample_mask
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(
-        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2000, 1000), input_size=64,
-        batch_size=16, epochs=6, eval_freq=3, blr=2.4e-2,
+        model="convnextv2_yocto", input_size=32, stem_stride=1, decoder_embed_dim=128, batch_size=64, epochs=16,
+        eval_freq=8, blr=8e-3,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]

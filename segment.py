@@ -324,7 +324,7 @@ DEFAULTS = {
     "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12, eval_freq=4),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
-        scale=(0.9, 1.1), photometric=False, batch_size=4, epochs=4, lr=2e-3,
+        scale=(0.9, 1.1), photometric=False, batch_size=4, epochs=6, lr=2e-3,
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
