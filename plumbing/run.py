@@ -222,10 +222,12 @@ class Run:
         self.ending = dist.maximum(self.signal)
         ends_epoch = self.update_in_epoch + 1 == self.updates or self.done == self.total
         save = self.ending or (args.save_every_steps and self.done % args.save_every_steps == 0)
-        if self.done == self.first_done + 1 and self.bar.disable:
-            seconds = time.perf_counter() - self.start
+        if self.done == self.first_done + 1:
+            self.second = time.perf_counter()  # when the second update begins: the first waits for loaders
+        elif self.done == self.first_done + 2 and self.bar.disable:
+            seconds = time.perf_counter() - self.second
             left = tqdm.format_interval(seconds * (self.total - self.done))
-            dist.say(f"first update after {seconds:.1f} s; at that pace {left} left, without evaluations")
+            dist.say(f"{seconds:.1f} s an update; at that pace {left} left, without evaluations")
         # As many updates to a line as fit the epoch evenly, so that each line averages equally many.
         lines, update = max(1, round(self.updates / args.log_every)), self.update_in_epoch
         if save or ends_epoch or (update + 1) * lines // self.updates > update * lines // self.updates:

@@ -209,9 +209,8 @@ def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.
     activations = sum(storage.nbytes() for storage in kept.values()) / (2 if dist.autocast(amp, device)._enabled else 1)
     needed = activations + 16 * sum(p.numel() for p in net.parameters())
     if needed > min(limits):
-        raise UserError(
-            f"training needs {needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}; {fix}"
-        )
+        memory = f"{needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}"
+        raise UserError(f"training needs {memory}; {fix}")
 
 
 # --- evaluation while training ----------------------------------------------------------------------------------------
