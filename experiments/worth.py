@@ -84,7 +84,8 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
         axis.plot([k] * row["seeds"], top1[row["start"]], "o", color=COLOURS[k], alpha=0.6)
     texts = ("{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows)
     axis.set_xticks(range(len(rows)), texts)
-    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, None), ylabel="top-1 on val/, %")
+    axis.set_title("Accuracy by start: a line at the mean, a dot for each seed")
     axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 
