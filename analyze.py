@@ -115,12 +115,12 @@ def selectivity(activity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> ConvNeXt:
-    """The encoder or classifier of any checkpoint that weights.py reads, in eval mode; UserError for anything else."""
+    """Load the encoder or classifier of any checkpoint that weights.py reads, in eval mode; UserError for others."""
     return weights.build(weights.to_native(weights.read_file(path))).to(device).eval()
 
 
 def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
-    """The autoencoder of a checkpoint of pretrain.py, in eval mode; UserError when it holds no decoder."""
+    """Load the autoencoder of a checkpoint of pretrain.py, in eval mode; UserError when it holds no decoder."""
     state = weights.read_file(path)
     if "mask_token" not in state:
         raise UserError(f"{path} holds no decoder; reconstruct needs a checkpoint-<epoch>.pth of pretrain.py")
@@ -153,7 +153,7 @@ class Subject(NamedTuple):
 
 
 def open_subjects(args: argparse.Namespace, device: torch.device, load: Callable = load_network) -> list[Subject]:
-    """The networks of --checkpoint and, with --untrained, the first one's with random weights."""
+    """Load the networks of --checkpoint and, with --untrained, add the first one with random weights."""
     paths, labels = args.checkpoint, args.label
     if not labels:
         labels = [path.parent.name if path.stem.startswith(("checkpoint-", "encoder")) else path.stem for path in paths]
@@ -176,10 +176,10 @@ def open_subjects(args: argparse.Namespace, device: torch.device, load: Callable
 def choose_images(
     args: argparse.Namespace, count: int | None, usual: int, split: str = "val"
 ) -> tuple[Images, list[int]]:
-    """The data set's images, or those of --images, and a seeded choice of `count` indices: `usual`, or all."""
+    """Open the data set, or --images, and choose `count` indices by the seed: `usual`, or all."""
     transform = center_transform(args.input_size)
     if args.images:
-        paths = data.find_images(args.images, "--images")
+        paths = data.find_images(args.images, "--images", args.image_max)
         images, source, usual = Images(paths, None, None, transform, None), "--images", None
     else:
         if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
@@ -187,6 +187,7 @@ def choose_images(
         drawn = max(count or 0, DRAWN[SPLITS.index(split)])
         images = load_images(args.data_set, args.data_path, split, transform, count=drawn)
         source = f"{args.data_set} ({split})"
+    images.image_max = args.image_max
     if count and count > len(images):
         raise UserError(f"--num_images {count}, but {source} has {len(images):,}; ask for at most that many")
     indices = frozen.choose(len(images), count or usual, args.seed)
@@ -195,14 +196,14 @@ def choose_images(
 
 
 def images_to_show(args: argparse.Namespace, usual: int) -> dict[int, torch.Tensor]:
-    """A choice of images, index -> uint8 (3, S, S), without those that cannot be read."""
+    """Read a choice of images, index -> uint8 (3, S, S), without those that cannot be read."""
     images, indices = choose_images(args, args.num_images, usual)
     pixels = {index: images[0, index][0] for index in indices}
     return {index: image for index, image in pixels.items() if not images.unreadable[index]}
 
 
 def choose_both(args: argparse.Namespace) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
-    """Labelled training images, at most --bank_images, and validation images of the same classes."""
+    """Choose labelled training images, at most --bank_images, and validation images of the same classes."""
     if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"{args.command} compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
     queries = choose_images(args, args.num_images, usual=1000)
@@ -460,7 +461,7 @@ def curves(args: argparse.Namespace) -> tuple:
 
 
 def panel_of(key: str, config: dict) -> str | None:
-    """The y axis on which a key of the log is drawn; None for the others."""
+    """Return the y axis on which a key of the log is drawn; None for the others."""
     if key.endswith("loss") and "mask_ratio" in config:
         return "pre-training loss\n(squared error on hidden patches)"
     if key.endswith("loss"):
@@ -475,7 +476,7 @@ def panel_of(key: str, config: dict) -> str | None:
 
 
 def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, linestyle: str) -> None:
-    """One line; if solid, its points are marked, unless they are many."""
+    """Plot a line; if solid, mark its points, unless they are many."""
     marker = "o" if len(x) < 40 and linestyle == "-" else None
     axis.plot(x, y, linestyle, color=colour, label=label, marker=marker, markersize=4, linewidth=2)
 
@@ -524,7 +525,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not checkpoints[0].exists():
         raise UserError(f"no checkpoint {checkpoints[0]}; run `python pretrain.py` first, or give --checkpoint PATH")
     config = weights.read_config(checkpoints[0])
-    names = ["input_size"] + ["data_set", "data_path"] * (not (args.data_set or args.data_path))
+    names = ["input_size", "image_max"] + ["data_set", "data_path"] * (not (args.data_set or args.data_path))
     values = {name: config[name] for name in names if config.get(name)}
     if values.get("data_set") not in data.DATA_SETS:  # one of detect.py or segment.py
         values.pop("data_set", None)
@@ -537,7 +538,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_flags(parser: cli.Parser, command: str) -> None:
-    """The flags of one command."""
+    """Add the flags of one command."""
     add, files = parser.add_argument, dict(nargs="+", metavar="PATH")
     add("--output_dir", default="runs/analyze", metavar="DIR", help="where figure and table are written")
     add("--label", nargs="+", metavar="NAME", help="names in the legend, one per checkpoint or run")
@@ -547,7 +548,7 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         add("--checkpoint", default=[], **files, help="more of them, or checkpoints in them")
         add("--x", choices=("epoch", "images"), default="epoch", help="align runs by epochs or by images seen")
         return
-    parser.set_defaults(images=None, untrained=False)
+    parser.set_defaults(images=None, untrained=False, image_max=None)
     add("--checkpoint", default=["runs/pretrain"], **files, help="weights in any layout, or run directories")
     add("--data_set", choices=data.DATA_SETS, metavar="NAME", help=", ".join(data.DATA_SETS))
     add("--data_path", metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")

@@ -6,9 +6,9 @@ Nothing random here has a hidden state: the augmentation of a sample depends on 
 import math
 import os
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from plumbing import dist
 from plumbing.files import UserError
-from plumbing.loading import Samples, divided, make_loader, mix_seed
+from plumbing.loading import Samples, divided, make_loader, mix_seed, opened, upright, upright_size
 from plumbing.shapes import DRAWN, SPLITS, TEXTURES, draw_images
 
 say_once = cache(dist.say)
@@ -40,6 +40,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 IMAGE_SUFFIXES |= {".avif"} if features.check("avif") else set()  # Pillow's own packages read it since 11.3
 CONVERT = f"files must end in {', '.join(sorted(IMAGE_SUFFIXES))}; convert others, such as HEIC, to JPEG"
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # what Windows leaves in folders
+HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # what names of hidden files and folders begin with
+OUTPUTS = {"log.jsonl", "scores.json", "classes.csv", "predictions.csv", "predictions.json"}  # which scripts write
 VALIDATION = ("val", "validation", "valid")
 
 
@@ -72,7 +74,7 @@ class Images(Samples):
         """The image, cropped if the transform begins so."""
         item = self.items[index]
         if not isinstance(item, np.ndarray):
-            return open_rgb(item, self.crop)
+            return open_rgb(item, self.crop, self.image_max)
         image = Image.fromarray(item)
         return self.crop(image) if self.crop else image
 
@@ -87,9 +89,11 @@ class Images(Samples):
 
     def subset(self, indices: list[int]) -> "Images":
         """The images of these indices."""
+        subset = copy(self)
         items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices]
-        labels = None if self.labels is None else [self.labels[i] for i in indices]
-        return Images(items, labels, self.classes, self.transform, self.statistics, self.seed)
+        Samples.__init__(subset, items, self.seed)
+        subset.labels = None if self.labels is None else [self.labels[i] for i in indices]
+        return subset
 
 
 def load_batches(images: Images, indices: list[int], batch_size: int, workers: int = 0) -> Iterator[tuple]:
@@ -102,40 +106,38 @@ def load_batches(images: Images, indices: list[int], batch_size: int, workers: i
             yield pixels[readable], labels[readable]
 
 
-def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB. As in torchvision and timm, its EXIF orientation is not applied.
-
-    Raises nearly anything for a damaged file, or for one over twice Pillow's MAX_IMAGE_PIXELS (178 million
-    in all; nothing is allocated), and for what is no file.
+def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: float | None = None) -> Image.Image:
+    """The first frame of an image file, upright, as 8-bit RGB (`to_rgb`). Raises nearly anything for a damaged file.
 
     crop: random crop to take while decoding. JPEG files can be decoded at 1/2, 1/4 or 1/8 of their size, in a part of
     the time; the smallest of these that leaves the crop no smaller than its output is used.
     """
-    if not os.path.isfile(path):  # reading a pipe would wait for ever
-        raise FileNotFoundError("no such file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
-        with Image.open(path) as image:
-            if crop is None:
-                return to_rgb(image)
-            box = crop.make_params([image])  # drawn from the size, which stands in the file's header
-            factor = min(box["height"] / crop.size[0], box["width"] / crop.size[1])
-            if image.format == "JPEG" and factor > 1:
-                width = image.width
-                image.draft(None, [math.ceil(side / factor) for side in image.size])
-                scale = round(width / image.width)  # 1, 2, 4 or 8
-                top, left = round(box["top"] / scale), round(box["left"] / scale)
-                bottom, right = round((box["top"] + box["height"]) / scale), round((box["left"] + box["width"]) / scale)
-                box = dict(top=top, left=left, height=bottom - top, width=right - left)
-            return crop.transform(to_rgb(image), box)
+    with opened(path) as image:
+        if crop is None:
+            return to_rgb(upright(image), image_max)
+        width, height = upright_size(image)
+        box = crop.make_params([torch.empty(1, height, width, device="meta")])
+        factor = min(box["height"] / crop.size[0], box["width"] / crop.size[1])
+        if image.format == "JPEG" and factor > 1:
+            image.draft(None, [math.ceil(side / factor) for side in image.size])
+            scale = round(max(width, height) / max(image.size))  # 1, 2, 4 or 8
+            top, left = round(box["top"] / scale), round(box["left"] / scale)
+            bottom, right = round((box["top"] + box["height"]) / scale), round((box["left"] + box["width"]) / scale)
+            box = dict(top=top, left=left, height=bottom - top, width=right - left)
+        return crop.transform(to_rgb(upright(image), image_max), box)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too."""
+def to_rgb(image: Image.Image, image_max: float | None = None) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too.
+
+    image_max: white in the last two; by default 65535, and 1 for floating-point numbers. ValueError far beyond that.
+    """
     if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit values at 255
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535 if values.max() > 255 else 255 if values.max() > 1 else 1
-        image = Image.fromarray(np.clip(values * (255 / top), 0, 255).astype(np.uint8))
+        values, white = np.asarray(image, dtype=np.float32), image_max or (1 if image.mode == "F" else 65535)
+        if not image_max and not -white <= values.min() <= values.max() <= 2 * white:
+            limits = f"values from {values.min():g} to {values.max():g}, where 0 is black and {white} white"
+            raise ValueError(f"{limits}; give all images' largest value as --image_max")
+        image = Image.fromarray(np.clip(np.nan_to_num(values) * (255 / white), 0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -145,9 +147,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def list_images(directory: str | Path) -> list[str]:
     """All image files under a directory, sorted; links are followed, each folder once. UserError where there are none.
 
-    Prints how many files of other kinds it leaves out, and warns of folders that cannot be read.
+    Hidden files and folders, and folders of scripts' outputs below it, are left out. Prints how many files of other
+    kinds there are, and warns of folders that cannot be read.
     """
-    images, ignored, visited = [], Counter(), set()
+    images, ignored, visited, outputs = [], Counter(), set(), []
 
     def warn(error: OSError) -> None:
         tqdm.write(f"warning: cannot read the folder {error.filename} ({error.strerror})", file=sys.stderr)
@@ -158,28 +161,34 @@ def list_images(directory: str | Path) -> list[str]:
             subfolders.clear()
             continue
         visited.add(real)
+        if folder != str(directory) and any(name in OUTPUTS or name.endswith("-overlay.png") for name in names):
+            outputs.append(folder)
+            subfolders.clear()
+            continue
+        subfolders[:] = (name for name in subfolders if not name.startswith(HIDDEN))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith("._"):  # which macOS writes beside files on other disks
+            if suffix in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
                 images.append(os.path.join(folder, name))
-            elif not name.startswith(".") and name.lower() not in LITTER:
+            elif not name.startswith(HIDDEN) and name.lower() not in LITTER:
                 ignored[suffix or "without a suffix"] += 1
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(8)) + ", ..." * (len(ignored) > 8)
     if not images:
         raise UserError(f"no images under {directory}{f', but {kinds}' if kinds else ''}; {CONVERT}")
-    if kinds:
+    if kinds or outputs:
+        kinds = ", ".join([*[kinds] * bool(kinds), *(f"the outputs in {folder}" for folder in sorted(outputs))])
         say_once(f"{directory}: {len(images):,} images; not read: {kinds}")
     return sorted(images)
 
 
-def find_images(paths: list[str], flag: str = "--predict") -> list[str]:
+def find_images(paths: list[str], flag: str = "--predict", image_max: float | None = None) -> list[str]:
     """These files, and all images under these folders, in order. UserError if one is missing or none is readable."""
     images = []
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f"{flag} {path} does not exist; give files or folders of images")
         images += list_images(path) if os.path.isdir(path) else [path]
-    check_readable(images)
+    check_readable(images, image_max)
     return images
 
 
@@ -218,8 +227,9 @@ def load_images(
     transform: v2.Compose | None,
     seed: int = 0,
     count: int | None = None,
+    image_max: float | None = None,
 ) -> Images:
-    """The "train" or "val" images of a data set; `count` of the drawn ones.
+    """The "train" or "val" images of a data set; `count` of the drawn ones; `image_max` as in `to_rgb`.
 
     In folders, labels are the first folder below the split's, and None when an image lies in no such folder. UserError
     when there are no images, or none can be read.
@@ -245,16 +255,22 @@ def load_images(
         classes = sorted({names[0] for names in folders})
         number = {name: k for k, name in enumerate(classes)}
         labels = [number[names[0]] for names in folders]
-    check_readable(paths)
-    return Images(paths, labels, classes, transform, statistics, seed)
+    check_readable(paths, image_max)
+    images = Images(paths, labels, classes, transform, statistics, seed)
+    images.image_max = image_max
+    return images
 
 
-def check_readable(paths: list[str]) -> None:
-    """UserError if none of up to eight files, spread over `paths`, can be read."""
+def check_readable(paths: list[str], image_max: float | None = None) -> None:
+    """UserError if none of up to eight files, spread over `paths`, can be read. Prints what is white in 16 bits."""
     problems = []
     for path in paths[:: -(-len(paths) // 8)]:
         try:
-            open_rgb(path)
+            open_rgb(path, image_max=image_max)
+            with opened(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    white = image_max or (1 if image.mode == "F" else 65535)
+                    say_once(f"{path}: values up to {image.getextrema()[1]:g}; {white} is white (--image_max)")
             return
         except Exception as error:  # damaged files raise nearly anything, depending on the decoder
             problems.append(f"{path} ({error})")
@@ -272,9 +288,9 @@ def check_labels(images: Images) -> None:
         raise UserError(f"{path} lies in no class folder, and labels are needed; {fix}")
 
 
-def check_classes(expected: list[str], actual: list[str]) -> None:
-    """UserError unless the validation images have exactly the classes that were trained."""
-    missing, unknown = set(expected) - set(actual), set(actual) - set(expected)
+def check_classes(expected: list[str], actual: list[str], all: bool = True) -> None:
+    """UserError unless the validation images have the classes that were trained, without `all` only some of them."""
+    missing, unknown = set(expected) - set(actual) if all else (), set(actual) - set(expected)
     for problem, classes in (("lack the class", missing), ("have an unknown class", unknown)):
         if classes:
             names = f"{', '.join(sorted(classes)[:5])} ({len(classes)} in all)"

@@ -28,7 +28,15 @@ from torchvision import tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, masks_to_boxes, roi_align
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
+    box_iou,
+    clip_boxes_to_image,
+    masks_to_boxes,
+    roi_align,
+)
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
@@ -38,7 +46,7 @@ from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm
 from plumbing import cli, coco, dist, tasks
 from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
-from plumbing.loading import Samples, divided, make_loader
+from plumbing.loading import Samples, divided, make_loader, mix_seed, progress
 from plumbing.optim import learning_rate
 from plumbing.plots import plot_evaluations, plot_panels
 from plumbing.recipes import COCO
@@ -229,16 +237,13 @@ class Scenes(Samples):
     def open(self, index: int) -> Image.Image:
         """The image; raises nearly anything for a damaged file."""
         item = self.items[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
-        """The image and, with a transform, its target; ValueError if the two do not fit."""
-        image, row = self.open(index), self.data_set["images"][index]
+        """The image and, with a transform, its target."""
+        image = self.open(index)
         if not self.transform:
             return image, {}
-        if self.masks and image.size != (row["width"], row["height"]):
-            size, annotated = f"{image.width} x {image.height}", f"{row['width']} x {row['height']}"
-            raise ValueError(f"it is {size} pixels, and {annotated} in its annotations; correct them")
         return image, coco.to_target(self.objects[index], self.labels, image.height, image.width, self.masks)
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
@@ -246,10 +251,13 @@ class Scenes(Samples):
         image, target = sample
         if not self.transform:
             return v2.functional.pil_to_tensor(image), target
-        size = image.height, image.width
+        size, least = (image.height, image.width), max(image.size) // 6
         target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         if self.masks:
             target["masks"] = tv_tensors.Mask(target["masks"])
+        if least > min(size):  # a strip is padded, lest scaling leave nothing of its width
+            fill = [0, 0, max(0, least - image.width), max(0, least - image.height)]
+            image, target = v2.Pad(fill)(image, target)
         image, target = self.transform(image, target)
         target = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
         if self.masks:
@@ -263,8 +271,7 @@ class Scenes(Samples):
 
     def collate(self, samples: list[tuple]) -> tuple[list, list]:
         """Samples -> lists of images and targets."""
-        images, targets = zip(*samples)
-        return list(images), list(targets)
+        return tuple(map(list, zip(*samples)))
 
     def on_device(self, images: list, targets: list, device: torch.device) -> tuple[list, list]:
         """Loaded images and targets -> float images in [0, 1], and targets, on `device`."""
@@ -278,19 +285,37 @@ def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
     transform = augmentation(args) if split == "train" else None
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
-        images, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
+        items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
         data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
-        return Scenes(images, data_set, transform, args.seed)
+    else:
+        data_set, paths = coco.read_annotations(*find_data(args, split), args.masks)
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
+        held = round((args.holdout or 0) * len(paths))
+        chosen = sorted(order[:held] if split == "val" and args.holdout else order[held:])
+        chosen = chosen[: args.val_limit if split == "val" else None]
+        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (paths, data_set["images"]))
+    dist.say(f"{split}: {coco.describe(data_set)}")
+    if not any(coco.objects_by_image(data_set)):
+        raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
+    scenes = Scenes(items, data_set, transform, args.seed)
+    scenes.image_max = args.image_max
+    return scenes
+
+
+def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
+    """The annotations of a split, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
     root = Path(args.data_path or ".")
-    annotations = getattr(args, f"{split}_annotations") or root / "annotations" / f"instances_{split}2017.json"
-    directory = Path(getattr(args, f"{split}_images") or root / f"{split}2017")
-    data_set = coco.read_annotations(annotations)
-    if split == "val":
-        data_set["images"] = data_set["images"][: args.val_limit]
-    paths = [str(directory / row["file_name"]) for row in data_set["images"]]
-    if not any(map(os.path.isfile, paths)):
-        raise UserError(f"{directory} has no image of {annotations}; is it their folder? {paths[0]} is no file")
-    return Scenes(paths, data_set, transform, args.seed)
+    split = "train" if args.holdout else split
+    names = ("train",) if split == "train" else ("val", "valid", "validation")
+    layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
+    files = [root / layout.format(name) for layout in layouts for name in names]
+    files += [root / "annotations/instances_default.json"] if args.holdout else []
+    file = Path(getattr(args, f"{split}_annotations") or next(filter(os.path.isfile, files), files[0]))
+    layouts = "{}2017", "images/{}2017", "images/{}", "{}"
+    folders = [root / layout.format(name) for layout in layouts for name in names]
+    folders += [root / "images/default", root / "images", file.parent, root]
+    images = getattr(args, f"{split}_images")
+    return file, [Path(images)] if images else folders
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
@@ -324,22 +349,26 @@ def check_classes(trained: list[str], names: list[str]) -> None:
 
 DEFAULTS = {
     "folder": dict(lr=1e-4),
+    "folder on a CPU": dict(
+        input_size=160, jitter=(0.5, 1.5), fpn_dim=64, box_dim=256, mask_dim=64, regions=64,
+        proposals=(300, 100), group_norm=True, lr=1e-3, schedule="cosine", clip_grad=1.0,
+    ),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=(80, 80), augmentation="none", anchor_scale=4,
-        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=8, epochs=5,
-        eval_freq=5, lr=2e-3,
+        fpn_dim=32, box_dim=256, mask_dim=16, regions=32, group_norm=True, proposals=(100, 100), batch_size=4, epochs=2,
+        schedule="cosine", lr=1.5e-3,
     ),
 }  # fmt: skip
 NETWORK = (
     "model", "stem_stride", "mlp_norm", "anchor_scale", "fpn_dim", "box_dim", "mask_dim", "masks", "group_norm",
     "published_heads", "statistics",
 )  # fmt: skip
-EVALUATION = ("input_size", "test_size", "nms", "proposals")
-PLACES = ("data_path", "train_annotations", "train_images", "val_annotations", "val_images")
+EVALUATION = ("input_size", "test_size", "nms", "proposals", "image_max")
+PLACES = ("data_path", "holdout", "train_annotations", "train_images", "val_annotations", "val_images")
 
 
-def make_parser() -> cli.Parser:
-    """All flags."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
     parser, width = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0]), cli.number(int, 1, 8192)
     switch = dict(action=cli.BoolFlag, default=False)
     tasks.add_task_flags(parser, "search", ["coco"])
@@ -348,47 +377,43 @@ def make_parser() -> cli.Parser:
     add("--box_dim", type=width, default=1024, help="width of the box head")
     add("--mask_dim", type=width, default=256, help="channels of the mask head")
     add("--anchor_scale", type=cli.positive, default=8.0, help="side of the anchors, in strides of their level")
-    add("--masks", action=cli.BoolFlag, help="predict masks too (default: if all training objects have them)")
+    add("--masks", action=cli.BoolFlag, help="predict masks too (if all training objects have them)")
     add("--group_norm", **switch, help="GroupNorm in pyramid and mask head: random weights learn much sooner")
     add("--regions", type=cli.count, default=512, help="regions per image to learn from, a quarter of them objects")
     add("--proposals", type=cli.count, default=(2000, 1000), nargs=2, help="per image, in training and in evaluation")
     add("--nms", choices=("hard", "soft"), default="hard", help="remove overlapping boxes, or lower their scores")
     add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
-    add = cli.add_data_flags(parser, DEFAULTS, "folder in COCO's layout; none: the drawn images", SCENES, 1024)
-    test_size = "evaluation: short side, and limit of the long one (default: 25/32 and 1.3 x --input_size)"
+    add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in COCO's layout", SCENES, 1024)
+    test_size = "evaluation: short side, and limit of the long one (25/32 and 1.3 x the input)"
     add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
     for split in SPLITS:
         add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
         add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
+    add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
-    add("--score_threshold", type=cli.fraction, help="lowest score of a detection (default: 0.05; 0.5 to predict)")
+    add("--score_threshold", type=cli.fraction, help="lowest score of a detection (0.05; 0.5 to predict)")
     kinds = "large-scale jitter, a random short side, or neither; all flip"
     add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help=kinds)
     add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
     add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
-    add = cli.add_optimisation_flags(parser, epochs=36, blr=8e-4, min_lr=0.0, warmup=None)
-    add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (default: 1000, or 10% of short runs)")
+    add = cli.add_optimisation_flags(parser, epochs=None, blr=8e-4, min_lr=0.0, warmup=None)
+    parser.set_defaults(batch_size=2)
+    add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (1000, or 10% of short runs)")
     schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
     add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
-    add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (default: 3/4 and 11/12 of --epochs)")
+    add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (3/4 and 11/12 of --epochs)")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/detect", compile=False)
-    return parser
 
-
-def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
-    parser = make_parser()
+    first = parser.parse_args(argv)
+    if not first.recipe and (first.device == "cpu" or not (first.device or torch.cuda.is_available())):
+        parser.by_data = DEFAULTS | {"folder": DEFAULTS["folder on a CPU"]}
     args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"coco": COCO})
     args.test_size = list(args.test_size or (round(args.input_size * 25 / 32), round(args.input_size * 1.3)))
     if args.score_threshold is None:
         args.score_threshold = 0.5 if args.predict else 0.05
-    for name in ("test_size", "jitter"):
-        low, high = getattr(args, name)
-        if low > high:
-            parser.error(f"--{name} {low:g} {high:g}: the larger value comes second")
     return args
 
 
@@ -410,6 +435,24 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         )  # fmt: skip
 
 
+def check_memory(args: argparse.Namespace, num_classes: int, images: int, device: torch.device) -> None:
+    """UserError if an update of this many images needs more memory than there is."""
+    sides = [args.input_size] * 2 if args.augmentation == "jitter" else args.test_size
+    with torch.device("meta"):  # shapes alone
+        detector = make_detector(args, num_classes).train()
+        heads, regions = detector.roi_heads, images * args.regions
+
+        def step() -> None:
+            maps = detector.backbone(torch.empty(images, 3, *sides))
+            detector.rpn.head([*maps.values()])
+            heads.box_predictor(heads.box_head(torch.empty(regions, args.fpn_dim, 7, 7)))
+            if args.masks:
+                heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
+
+        fix = "lower --batch_size, --input_size, --regions or --fpn_dim"
+        tasks.check_memory(detector, step, args.amp, device, fix)
+
+
 @record  # torchrun then reports the error of the process that failed first
 def main(args: argparse.Namespace) -> None:
     """Train, evaluate or predict as `args` (from `get_args`) say."""
@@ -427,6 +470,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError("--masks, but not all objects of the training data have one; try --no-masks")
     scenes.masks = args.masks
 
+    if args.epochs is None:
+        args.epochs = max(12, math.ceil(1000 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
+        args.eval_freq = max(args.eval_freq, args.epochs // 4)
+    check_memory(args, len(scenes.classes), min(args.batch_size, len(scenes)), device)
     torch.manual_seed(args.seed)
     detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]
     if args.finetune:
@@ -437,11 +484,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", depths)
     optimizer = tasks.make_optimizer(args, groups)
 
-    parameters, objects = sum(p.numel() for p in detector.parameters()), sum(map(len, scenes.objects))
+    parameters = sum(p.numel() for p in detector.parameters())
     kind = "masks" if args.masks else "boxes alone, since not all training objects have masks or --no-masks"
     for line in (*report, f"{args.model} with {kind}: {parameters:,} parameters"):
         dist.say(line)
-    dist.say(f"{args.data_set}: {len(scenes):,} images, {objects:,} objects of {len(scenes.classes)} classes")
     origin = dict(schedule=make_schedule, classes=scenes.classes, category_ids=scenes.category_ids)
     score, write = partial(evaluate, scenes=val, args=args, device=device), partial(write_scores, scenes=val)
     with Run(args, scenes, device, detector.train(), optimizer, "detect.py", ema, **origin) as run:
@@ -491,15 +537,32 @@ def detect(
     batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
     detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
     detector.eval()
-    for batch, (images, targets) in zip(batches, make_loader(scenes, batches, args.num_workers)):
+    for batch, (images, targets) in zip(batches, progress(make_loader(scenes, batches, args.num_workers))):
         if scenes.readable(batch).all():
             ((_, index),) = batch
-            images, _ = scenes.on_device(images, targets, device)
+            (image,), _ = scenes.on_device(images, targets, device)
             with dist.autocast(args.amp, device):
-                (output,) = detector(images)
-            detections[index] = coco.as_results(output, ids[index], scenes.category_ids)
+                output = search(detector, image)
+            detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
     detector.train(training)
-    return {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+    detections = {index: rows for part in dist.gather(detections) for index, rows in part.items()}
+    if not detections:
+        raise UserError(f"none of the {len(scenes)} images can be read; check the files named above")
+    return detections
+
+
+def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As the detector's own output for an image (3, H, W), but for masks (n, 1, 28, 28) inside their boxes.
+
+    Of large images, all objects' masks at the image's size would fill the memory.
+    """
+    size, least = image.shape[1:], max(image.shape) // 6  # strips are padded, as in training
+    image = nn.functional.pad(image, (0, max(0, least - size[1]), 0, max(0, least - size[0])))
+    images, _ = detector.transform([image])
+    maps = detector.backbone(images.tensors)
+    (output,), _ = detector.roi_heads(maps, detector.rpn(images, maps)[0], images.image_sizes)
+    boxes = resize_boxes(output["boxes"], images.image_sizes[0], image.shape[1:])
+    return output | {"boxes": clip_boxes_to_image(boxes, size)}
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
@@ -511,9 +574,10 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
     return chief, (scores, detections)
 
 
-def describe(chief: dict[str, float]) -> str:
+def describe(chief: dict[str, float | None]) -> str:
     """The chief numbers as words for a line."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in chief.items() if name[-2:] != "75")
+    words = {name.replace("_", " "): "none" if value is None else f"{value:.3f}" for name, value in chief.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items() if name[-2:] != "75")
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
@@ -536,7 +600,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     for name, (chief, (scores, _)) in results.items():
         dist.say(f"{name}: {describe(chief)} on {scores['images']:,} images of {where}")
     if dist.rank() == 0:
-        better = max(results, key=lambda name: results[name][0]["box_AP"])
+        better = max(results, key=lambda name: results[name][0]["box_AP"] or 0)
         write_scores(Path(args.output_dir), results[better][1], scenes)
         print(f"in {args.output_dir}: scores.json, detections.json and detections.png, of {better}")
 
@@ -550,18 +614,15 @@ def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], s
     draw_detections(directory / "detections.png", scenes, detections)
 
 
-def draw_detections(
-    path: Path, scenes: Scenes, detections: dict[int, list[dict]], count: int = 8, min_score: float = 0.3
-) -> None:
-    """Draw ground truth beside detections that score at least `min_score`, of `count` images spread over the set."""
-    names, indices = dict(zip(scenes.category_ids, scenes.classes)), sorted(detections)
-    columns, count = {"ground truth": [], "detections": []}, min(count, len(indices))
-    for index in (indices[k * len(indices) // count] for k in range(count)):
-        likely = [row for row in detections[index] if row["score"] >= min_score]
+def draw_detections(path: Path, scenes: Scenes, detections: dict[int, list[dict]]) -> None:
+    """Draw ground truth beside detections that score at least 0.3, of eight images spread over the set."""
+    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "detections": []}
+    for index in sorted(detections)[:: -(-len(detections) // 8)]:
+        likely = [row for row in detections[index] if row["score"] >= 0.3]
         for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
             columns[title].append(coco.draw_objects(scenes.open(index), rows, names, square=512) / 255)
     columns = {title: torch.stack(images) for title, images in columns.items()}
-    plot_panels(path, columns, f"detections: with a score of at least {min_score:g}", inches=3)
+    plot_panels(path, columns, "detections: with a score of at least 0.3", inches=3)
 
 
 def draw(path: Path, records: list[dict]) -> None:
@@ -576,23 +637,22 @@ def draw(path: Path, records: list[dict]) -> None:
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
-    paths, names = find_images(args.predict), dict(zip(category_ids, classes))
+    paths, names = find_images(args.predict, image_max=args.image_max), dict(zip(category_ids, classes))
+    folder = make_directory(Path(args.output_dir, "predictions"))
     categories = [{"id": number, "name": name} for number, name in names.items()]
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
     scenes = Scenes(paths, data_set)
+    scenes.image_max = args.image_max
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return
-    files, folder = [], Path(args.output_dir, "predictions")
-    make_directory(folder)
+    files = []
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
-        drawn = coco.draw_objects(scenes.open(index), rows, names)
-        v2.functional.to_pil_image(drawn).save(picture)
-        objects = []
-        for row in rows:
-            objects.append({"class": names[row["category_id"]], "score": row["score"], "box": row["bbox"]})
-            objects[-1] |= {"mask": row["segmentation"]} if "segmentation" in row else {}
+        v2.functional.to_pil_image(coco.draw_objects(scenes.open(index), rows, names)).save(picture)
+        keys = {"class": "category_id", "score": "score", "box": "bbox", "mask": "segmentation"}
+        objects = [{key: row[theirs] for key, theirs in keys.items() if theirs in row} for row in rows]
+        objects = [row | {"class": names[row["class"]]} for row in objects]
         files.append({"file": paths[index], "picture": str(picture), "objects": objects})
         counts = Counter(names[row["category_id"]] for row in rows).most_common()
         print(f"{paths[index]}: {', '.join(f'{count} {name}' for name, count in counts) or 'nothing'}")

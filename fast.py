@@ -39,13 +39,13 @@ class FastBlock(Block):
         return gelu_grn_linear(self.act, self.grn, self.pwconv2, self.pwconv1(self.norm(x)))
 
     def as_built(self) -> bool:
-        """Whether the submodules that `gelu_grn_linear` reads without calling them are `Block`'s own, without hooks."""
+        """Tell whether the submodules that `gelu_grn_linear` reads without a call are `Block`'s own, without hooks."""
         parts = self.act, self.grn, self.pwconv2
         return [type(part) for part in parts] == [nn.GELU, GRN, nn.Linear] and all(map(unhooked, parts))
 
 
 def unhooked(module: nn.Module) -> bool:
-    """Whether no hook waits for a call of `module`, which may then be read instead of called."""
+    """Tell whether `module` has no hooks, so that it may be read instead of called."""
     return not any(
         getattr(module, f"_{hooks}")
         for hooks in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
@@ -95,7 +95,7 @@ def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The weight's gradient (C, 1, 7, 7), from the input and the output's gradient, both (N, C, H, W).
+    """Compute the weight's gradient (C, 1, 7, 7) from the input and the output's gradient, both (N, C, H, W).
 
     On CPUs with swapped roles: the output's gradient slides over the input like a kernel, one group per image and
     channel. PyTorch's own takes several times as long there, and is a large part of the backward pass.

@@ -90,7 +90,7 @@ class FCMAE(nn.Module):
     def forward(
         self, imgs: torch.Tensor, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One step of masked autoencoding.
+        """Mask, encode, decode, and take the loss.
 
         imgs: (N, in_chans, H, W), both sides multiples of the patch size.
         mask: (N, h, w) boolean, True = hidden; None: drawn from `generator`. On the CPU it costs no synchronisation.
@@ -120,7 +120,7 @@ class FCMAE(nn.Module):
         return self.pred(self.decoder(x)).flatten(2).transpose(1, 2)  # (N, p * p * C, h, w) -> (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean over hidden patches of the mean squared error to the (normalised) pixels."""
+        """Average, over hidden patches, the mean squared error to the (normalised) pixels."""
         wide = torch.promote_types(pred.dtype, torch.float32)
         target = self.patchify(imgs).to(wide)  # (N, L, p * p * C)
         if self.norm_pix_loss:

@@ -27,8 +27,8 @@ from data import Images, load_images
 from fast import speed_up
 from model import MODELS, ConvNeXt, check_size
 from plumbing import augmentation, cli, dist, tasks
-from plumbing.files import UserError, make_directory, save_csv, value_errors_are_the_users
-from plumbing.loading import divided, make_loader
+from plumbing.files import UserError, make_directory, read_lines, save_csv, value_errors_are_the_users
+from plumbing.loading import divided, make_loader, progress
 from plumbing.plots import plot_evaluations
 from plumbing.recipes import LINEAR_PROBE, RECIPES, SHORT_PROBE
 from plumbing.run import Run
@@ -42,16 +42,10 @@ DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
     # In so few updates a head that starts near zero, or lower layers at lower learning rates, hardly learn.
     "embedded": dict(
-        input_size=48,
-        stem_stride=1,
-        batch_size=32,
-        epochs=3,
-        blr=8e-3,
-        crop_pct=1.0,
-        min_crop=0.35,
-        head_init_scale=1.0,
+        model="convnextv2_yocto", stem_stride=1, embedded_images=(200, 1000), input_size=64, batch_size=8, epochs=15,
+        eval_freq=5, blr=3.2e-2, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
     ),
-}
+}  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 SYNONYMS = {"image_folder": "folder", "IMNET": "folder", "CIFAR": "cifar100"}  # the authors' names of data sets
 OURS = "runs/pretrain/encoder.pth"  # the output of `python pretrain.py`
@@ -61,7 +55,7 @@ OURS = "runs/pretrain/encoder.pth"  # the output of `python pretrain.py`
 
 
 def make_parser() -> cli.Parser:
-    """All flags."""
+    """Make the parser of all flags."""
     parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
     add = tasks.add_task_flags(parser, "classify", RECIPES)
     add("--topk", type=cli.count, default=5, help="classes that --predict prints for each image")
@@ -79,6 +73,8 @@ def make_parser() -> cli.Parser:
     data_path = "folder with train/ and val/, or where CIFAR lies"
     add = cli.add_data_flags(parser, data.DATA_SETS, data_path, DRAWN, synonyms=SYNONYMS)
     add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (DIR/val)")
+    names = "--eval, --predict: names of the outputs, one per line in their order"
+    add("--class_names", metavar="FILE", help=names)
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--labels_per_class", type=cli.count, help="train on this many images per class")
     add("--dist_eval", action=cli.BoolFlag, default=True, help="divide the validation images among processes")
@@ -99,10 +95,13 @@ def make_parser() -> cli.Parser:
     add("--cutmix", type=cli.nonnegative, default=0.0, help="CutMix's alpha; 0: off")
     add("--mixup_prob", type=cli.fraction, default=1.0, help="probability of mixing a batch at all")
     add("--mixup_switch_prob", type=cli.fraction, default=0.5, help="probability of CutMix when both are on")
+    balance = "weights of classes in the loss: their fraction of the images to the power of minus this"
+    add("--class_balance", type=cli.fraction, default=0.0, help=balance)
     add("--smoothing", type=cli.fraction, default=0.1, help="label smoothing")
 
     add = cli.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup=20)
     tasks.add_transfer_flags(add)
+    add("--best_by", choices=("top1", "balanced"), default="top1", help="accuracy that decides on the best checkpoint")
     kinds = "what a layer is: a block, or up to three"
     add("--layer_decay_type", choices=("single", "group"), default="single", help=kinds)
     cli.add_run_flags(parser, "runs/finetune")
@@ -128,7 +127,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--eval_data_path alone has no images to train on; give --data_path DIR")
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])
     if start:
-        parser.take(start, weights.flags_of(start) | (as_trained(start, args, data_set) if only_use else {}))
+        values = weights.flags_of(start, "image_max")
+        parser.take(start, values | (as_trained(start, args, data_set) if only_use else {}))
         args = parser.parse_args(argv)
     if args.linear_probe:
         parser.take("--linear_probe", LINEAR_PROBE | (SHORT_PROBE if data_set == "embedded" else {}))
@@ -147,7 +147,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
-    """What --eval and --predict take from a checkpoint: output folder, crop, and images held out of training."""
+    """Read what --eval and --predict take from a checkpoint: output folder, crop, and held-out images."""
     config, downloaded = weights.read_config(path), "://" in args.resume
     values = {} if downloaded else {"output_dir": os.path.dirname(path) or "."}
     values |= {"crop_pct": config["crop_pct"]} if "crop_pct" in config else {}
@@ -159,7 +159,7 @@ def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
 
 
 def trained_on(path: str) -> tuple[str, str | None]:
-    """A checkpoint's data set and its path: a folder without a path if the file does not say."""
+    """Read a checkpoint's data set and its path: a folder without a path if the file does not say."""
     config = weights.read_config(path)
     known = config.get("data_set") in data.DATA_SETS
     return (config["data_set"], config.get("data_path")) if known else ("folder", None)
@@ -169,11 +169,12 @@ def trained_on(path: str) -> tuple[str, str | None]:
 
 
 def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | None]:
-    """Training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
+    """Load training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
     train = val = None
     evaluation = data.evaluation_transform(args.input_size, args.crop_pct)
     if not args.eval or args.holdout:
-        train = load_images(args.data_set, args.data_path, "train", None, args.seed, args.embedded_images[0])
+        source, more = (args.data_set, args.data_path), (args.seed, args.embedded_images[0], args.image_max)
+        train = load_images(*source, "train", None, *more)
         if args.data_set == "folder" and not data.split_folder(args.data_path, "train"):
             whole = f"{args.data_path} has no train/<class>/ folders"
             if not (args.holdout or args.eval_data_path or args.disable_eval):
@@ -190,7 +191,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
         val.transform = evaluation
     elif args.eval or not args.disable_eval:
         source = ("folder", args.eval_data_path) if args.eval_data_path else (args.data_set, args.data_path)
-        val = load_images(*source, "val", evaluation, count=args.embedded_images[1])
+        val = load_images(*source, "val", evaluation, count=args.embedded_images[1], image_max=args.image_max)
         data.check_labels(val)
     if train and val:
         data.check_classes(train.classes, val.classes)
@@ -200,7 +201,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
 
 
 def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvNeXt, list[str]]:
-    """The network to train, with the weights of --finetune, and lines that report what was loaded and what was not."""
+    """Build the network to train, with the weights of --finetune; return it, and lines on what was loaded."""
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
     start |= dict(layer_scale_init_value=args.layer_scale_init_value)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
@@ -251,10 +252,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     optimizer = tasks.make_optimizer(args, groups)
     mix = augmentation.mixing(args, args.nb_classes)
 
+    by_class = torch.tensor(images.labels).bincount(minlength=args.nb_classes).float()
+    class_weights = tasks.class_weights(by_class, args.class_balance).to(device) if args.class_balance else None
+
     parameters, trained = sum(p.numel() for p in net.parameters()), sum(p.numel() for g in groups for p in g["params"])
     for line in (*report, f"{args.model}: {parameters:,} parameters, {trained:,} of them trained"):
         dist.say(line)
-    dist.say(f"{args.data_set}: {len(images):,} images of {len(classes)} classes at {args.input_size} px")
+    uneven = f"{by_class[: len(classes)].min():.0f} to {by_class.max():.0f} a class"
+    dist.say(f"{args.data_set}: {len(images):,} images of {len(classes)} classes at {args.input_size} px, {uneven}")
     net.train(not args.linear_probe)
     score, write = partial(evaluate, images=val, args=args, device=device), partial(write_by_class, classes=classes)
     with Run(args, images, device, net, optimizer, "finetune.py", ema, classes=classes) as run:
@@ -263,16 +268,16 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
                 imgs, targets = mix(batch.images, batch.targets)
                 with run.autocast:
                     logits = run.network(imgs)  # (N, classes)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+                loss = F.cross_entropy(logits.float(), targets, class_weights, label_smoothing=args.smoothing)
                 if run.backward(loss):
                     run.update()
 
             if val and run.evaluation_due(epoch):
-                tasks.evaluate(run, epoch, score, "top1", describe, write)
+                tasks.evaluate(run, epoch, score, args.best_by, describe, write)
                 run.write("accuracy.png", draw, run.records)
             if run.save_due(epoch):
                 run.save(epoch + 1)
-    best = f"checkpoint-best.pth (top-1 {run.best:.2f}%), classes.csv and confusion.png" if val else "checkpoints"
+    best = f"checkpoint-best.pth ({args.best_by} {run.best:.2f}%), classes.csv, confusion.png" if val else "checkpoints"
     run.finish(f"{best}, accuracy.png, log.jsonl, config.json")
 
 
@@ -281,7 +286,7 @@ def classify(
     net: nn.Module, images: Images, batches: list, args: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield float32 logits (N, classes) and labels (N,) of the readable images of each batch of (0, index)."""
-    for batch, (pixels, labels) in zip(batches, make_loader(images, batches, args.num_workers)):
+    for batch, (pixels, labels) in zip(batches, progress(make_loader(images, batches, args.num_workers))):
         imgs, labels = images.on_device(pixels, labels, device)
         with dist.autocast(args.amp, device):
             logits = net(imgs)
@@ -292,7 +297,7 @@ def classify(
 def evaluate(
     net: nn.Module, images: Images, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """A network's scores, every image counted once, and the outcomes (`plumbing.scores.classification_scores`)."""
+    """Score a network, every image once; return scores and outcomes (`plumbing.scores.classification_scores`)."""
     rank, world_size = (dist.rank(), dist.world_size()) if args.dist_eval else (0, 1)
     batches, training = divided(range(rank, len(images), world_size), args.batch_size), net.training
     results = classify(net.eval(), images, batches, args, device)
@@ -304,8 +309,9 @@ def evaluate(
 
 
 def describe(scores: dict[str, float]) -> str:
-    """Scores as words for a line."""
-    return f"top-1 {scores['top1']:.2f}%, top-5 {scores['top5']:.2f}%, loss {scores['loss']:.4f}"
+    """Put scores into words."""
+    top1, balanced, top5, loss = (scores[name] for name in ("top1", "balanced", "top5", "loss"))
+    return f"top-1 {top1:.2f}%, balanced {balanced:.2f}%, top-5 {top5:.2f}%, loss {loss:.4f}"
 
 
 def draw(path: Path, records: list[dict]) -> None:
@@ -316,14 +322,19 @@ def draw(path: Path, records: list[dict]) -> None:
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate the checkpoint of --resume, its moving average too; write the better one's accuracy by class."""
-    networks, classes = weights.load_classifier(args.resume, device)
+    networks, names = weights.load_classifier(args.resume, device)
     _, val = load_labelled(args)
     data_set, _ = trained_on(args.resume)
     val.statistics, outputs = data.STATISTICS[data_set], networks["model"].num_classes
-    if classes:
-        data.check_classes(classes, val.classes)
-    if len(val.classes) > outputs:
-        raise UserError(f"{args.resume} has {outputs} classes, the validation images {len(val.classes)}; give others")
+    names = read_lines(args.class_names) if args.class_names else names or val.classes
+    if len(names) > outputs or (names is val.classes and len(names) < outputs):
+        fix = "name the outputs, one per line in their order, in a file for --class_names"
+        raise UserError(f"{args.resume} has {outputs} outputs, and there are {len(names)} names of classes; {fix}")
+    data.check_classes(names, val.classes, all=False)
+    number = {name: k for k, name in enumerate(names)}
+    val.labels = [number[val.classes[label]] for label in val.labels]
+    if len(val.classes) < len(names):
+        dist.say(f"the images have {len(val.classes)} of the {len(names)} classes that {args.resume} tells apart")
     held = f" ({args.holdout:.0%} of each class, held out)" if args.holdout else ""
     prepared = data.describe_evaluation(args.input_size, args.crop_pct, data_set)
     where = f"{args.eval_data_path or args.data_path or args.data_set}{held}, {prepared}"
@@ -331,19 +342,23 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     for name, (scores, outcomes) in results.items():
         dist.say(f"{name}: {describe(scores)} on {len(outcomes):,} images of {where}")
     if dist.rank() == 0:
-        _, outcomes = max(results.values(), key=lambda result: result[0]["top1"])
-        write_by_class(Path(args.output_dir), outcomes, val.classes)
+        _, outcomes = max(results.values(), key=lambda result: result[0][args.best_by])
+        names = [*names, *(f"(output {k})" for k in range(len(names), outputs))]
+        used, outcomes = outcomes.unique(return_inverse=True)  # without classes that no image has
+        write_by_class(Path(args.output_dir), outcomes, [names[k] for k in used.tolist()])
         print(f"in {args.output_dir}: classes.csv, confusion.csv and confusion.png")
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Print the likeliest classes of every image, in the order given, and write them to predictions.csv."""
     networks, classes = weights.load_classifier(args.resume, device)
-    net = networks.get("model_ema", networks["model"])
-    classes = classes or [f"class {k}" for k in range(net.num_classes)]
-    paths, (data_set, _) = data.find_images(args.predict), trained_on(args.resume)
+    net, classes = networks.get("model_ema", networks["model"]), classes or []
+    classes = read_lines(args.class_names) if args.class_names else classes
+    classes = [*classes, *(f"class {k}" for k in range(len(classes), net.num_classes))]
+    paths, (data_set, _) = data.find_images(args.predict, image_max=args.image_max), trained_on(args.resume)
     transform = data.evaluation_transform(args.input_size, args.crop_pct)
     images = Images(paths, range(len(paths)), None, transform, data.STATISTICS[data_set])  # labels are positions
+    images.image_max = args.image_max
     dist.say(f"{len(paths):,} images {data.describe_evaluation(args.input_size, args.crop_pct, data_set)}")
     batches, rows, topk = divided(range(len(paths)), args.batch_size), [], min(args.topk, len(classes))
     mine = batches[dist.rank() :: dist.world_size()]  # so that one batch of each process is a stretch of the order

@@ -74,7 +74,7 @@ class Block(nn.Module):
         return x + self.run(self.branch, x)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """What the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
+        """Compute what the block adds to its input: (N, C, H, W) -> (N, C, H, W)."""
         x = self.dwconv(x).permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
         x = self.mlp(x).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
         return self.drop_path(x)

@@ -39,8 +39,11 @@ from sparse import upsample_mask
 # Defaults of the small data sets, with a small stem and a short run. Large folders get the paper's recipe (Tab. 8).
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
-    "embedded": dict(input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=32, epochs=3, blr=8e-3),
-}
+    "embedded": dict(
+        model="convnextv2_yocto", stem_stride=1, decoder_embed_dim=192, embedded_images=(2000, 1000), input_size=64,
+        batch_size=16, epochs=6, eval_freq=3, blr=2.4e-2,
+    ),
+}  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 SMALL = 20_000  # images of a folder below which the schedule is not the paper's
 
@@ -107,13 +110,13 @@ def main(args: argparse.Namespace) -> None:
     """Train the autoencoder that `args` (from `get_args`) describe; write encoder and plots with each checkpoint."""
     device = dist.setup(args.device, args.deterministic)
     with dist.main_process_first():
-        transform, count = pretrain_transform(args.input_size), args.embedded_images[0]
-        images = load_images(args.data_set, args.data_path, "train", transform, args.seed, count)
+        transform, more = pretrain_transform(args.input_size), (args.seed, args.embedded_images[0], args.image_max)
+        images = load_images(args.data_set, args.data_path, "train", transform, *more)
         if args.holdout:
             images, val = data.split_holdout(images, args.holdout)
         else:
             others = args.data_set != "folder" or data.split_folder(args.data_path, "val")
-            val = load_images(args.data_set, args.data_path, "val", None) if others else None
+            val = load_images(args.data_set, args.data_path, "val", None, image_max=args.image_max) if others else None
 
     torch.manual_seed(args.seed)
     mae = speed_up(make_autoencoder(args))
@@ -151,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_autoencoder(args: argparse.Namespace) -> FCMAE:
-    """The network that the flags describe; UserError where they contradict each other."""
+    """Build the network that the flags describe; UserError where they contradict each other."""
     with value_errors_are_the_users():
         start = dict(layer_scale_init_value=args.layer_scale_init_value)
         encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, **start)
@@ -169,7 +172,7 @@ def make_autoencoder(args: argparse.Namespace) -> FCMAE:
 
 
 def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tensor:
-    """The batch's part of its update's masks, drawn from (seed, update): the same however the update is divided."""
+    """Draw the batch's masks from (seed, update): the same however the update is divided into batches."""
     generator = torch.Generator().manual_seed(mix_seed("mask", args.seed, batch.update))
     return random_mask(batch.images_in_update, grid, grid, args.mask_ratio, generator)[batch.part]
 
@@ -214,7 +217,7 @@ def evaluate(run: Run, mae: FCMAE, evaluation: tuple | None, epoch: int) -> None
 
 @torch.no_grad()
 def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[str, float]:
-    """The loss with the same masks every time and, where there are labels, accuracies of frozen features in percent."""
+    """Measure the loss with fixed masks and, where there are labels, accuracies of frozen features in percent."""
 
     def normalised(batches: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return ((normalise(pixels, run.images.statistics, run.device), labels) for pixels, labels in batches)
@@ -237,7 +240,7 @@ def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[s
 
 
 def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
-    """Up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
+    """Read up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
     images, count = copy.copy(images), min(count, len(images))
     images.transform = center_transform(size)
     return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
@@ -245,7 +248,7 @@ def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Of images (N, C, H, W): the originals, visible patches, predicted patches, and the latter two together."""
+    """Reconstruct images (N, C, H, W): originals, visible patches, predicted patches, and the latter two together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

@@ -12,8 +12,8 @@ Shapes: N images, K classes, C channels, H x W pixels.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,12 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 
 import weights
-from data import GREY, STATISTICS, Images, find_images, list_images, normalise, open_rgb
+from data import GREY, STATISTICS, Images, find_images, list_images, normalise, open_rgb, split_holdout
 from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm, check_size
 from plumbing import cli, dist, maps, tasks
 from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
-from plumbing.loading import divided, make_loader
+from plumbing.loading import divided, make_loader, progress
 from plumbing.maps import IGNORED
 from plumbing.plots import plot_evaluations
 from plumbing.recipes import ADE20K
@@ -153,26 +153,19 @@ class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
     As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. With `reduce_zero_label`, label 0 of files does not
-    count, and 1 is the first class.
+    image and label map together; without one both come as they are. Classes have `numbers` in files; `pixels` counts
+    each number's, and `files` names a map that has it.
     """
 
-    def __init__(self, *args, reduce_zero_label: bool = False):
-        super().__init__(*args)
-        self.reduce_zero_label = reduce_zero_label
+    numbers, pixels, files = range(IGNORED), Counter(), {}
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        """Decode an image and its labels (H, W). ValueError if they do not fit each other or the classes."""
+        """Decode an image and its labels (H, W)."""
         item, labels = self.items[index], None if self.labels is None else self.labels[index]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item)
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
         if labels is None:
             labels = np.full((image.height, image.width), IGNORED, dtype=np.uint8)
-        elif not isinstance(labels, np.ndarray):
-            labels = maps.read_labels(labels, len(self.classes), self.reduce_zero_label)
-        if labels.shape != (image.height, image.width):
-            size = f"{labels.shape[1]} x {labels.shape[0]}"
-            raise ValueError(f"{image.width} x {image.height} pixels, but {size} in {self.labels[index]}")
-        return image, labels
+        return image, labels if isinstance(labels, np.ndarray) else maps.read_labels(labels, self.numbers)
 
     def augment(self, sample: tuple[Image.Image, np.ndarray], index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform an image and its labels."""
@@ -182,65 +175,107 @@ class LabelledImages(Images):
         return v2.functional.pil_to_tensor(image), labels.as_subclass(torch.Tensor)
 
 
-def load_images(args: argparse.Namespace, split: str, classes: list[str]) -> LabelledImages:
-    """The "train" or "val" images, with augmentation for training."""
+def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
+    """The "train" or "val" images, with augmentation for training; their labels are counted."""
     if args.data_set == "folder":
-        items, labels = list_pairs(args.data_path, "training" if split == "train" else args.val_split)
+        names = TRAINING if split == "train" or args.holdout else {VALIDATION[0]: VALIDATION}.get(args.val_split)
+        items, labels = list_pairs(args.data_path, [*(names or [args.val_split]), *[""] * bool(args.holdout)])
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
         labels = masks * (kinds[:, :, None, None] + 1)
         labels = labels.sum(axis=1).astype(np.uint8)  # masks are disjoint: (n, 3, S, S) -> (n, S, S)
-    transform = Augmentation(args) if split == "train" else None
-    settings = transform, STATISTICS[args.statistics], args.seed
-    return LabelledImages(items, labels, classes, *settings, reduce_zero_label=args.reduce_zero_label)
+    images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
+    if args.holdout:
+        images = split_holdout(images, args.holdout)[split == "val"]
+    images.transform, images.image_max = Augmentation(args) if split == "train" else None, args.image_max
+    if args.data_set == "folder":
+        counted = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
+        images.pixels, images.files = dist.gather(counted)[0]
+    else:
+        images.pixels.update(images.labels[:: -(-len(images) // 500)].ravel().tolist())
+    return images
 
 
-def list_pairs(root: str, split: str) -> tuple[list[str], list[str]]:
-    """Pair ROOT/images/<split> and ROOT/annotations/<split> by name, without suffix. UserError for unpaired files."""
+def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Pair the files of images/ and annotations/ by name, without suffix, in the first folder of `splits` that exists.
+
+    UserError for unpaired files.
+    """
     names = []
-    for folder in (Path(root, kind, split) for kind in ("images", "annotations")):
-        if not folder.is_dir():
-            raise UserError(f"the folder {folder} does not exist; DIR is laid out as ADE20K is (see --help)")
+    for kind in ("images", "annotations"):
+        folder = next((path for split in splits if (path := Path(root, kind, split)).is_dir()), None)
+        if not folder:
+            fix = "DIR is laid out as ADE20K is (see --help); without such folders in images/ take --holdout 0.2"
+            raise UserError(f"the folder {Path(root, kind, splits[0])} does not exist; {fix}")
         names.append({str(Path(path).relative_to(folder).with_suffix("")): path for path in list_images(folder)})
     images, labels = names
     if lonely := sorted(images.keys() ^ labels.keys()):
         path = (images | labels)[lonely[0]]
         raise UserError(f"{len(lonely)} images or label maps have no partner of the same name, such as {path}")
-    if not images:
-        raise UserError(f"no images under {folder}")
     return [images[name] for name in sorted(images)], [labels[name] for name in sorted(images)]
 
 
-def find_classes(args: argparse.Namespace, trained: tuple = ()) -> tuple[list[str], list[tuple]]:
-    """Names and colours of the data's classes: of a folder those in a file; without one as `trained`, or nameless."""
+def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | None:
+    """Names and colours of the data's classes, of a folder those in a file; None without one."""
     if args.data_set == "embedded":
         return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
     path = args.classes
     if not (path or args.nb_classes):
         names = ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
         path = next((file for name in names if (file := Path(args.data_path, name)).is_file()), None)
-    if path or trained:
-        return maps.read_classes(path) if path else trained
-    count = args.nb_classes or maps.count_classes(list_pairs(args.data_path, "training")[1], args.reduce_zero_label)
-    if not 1 <= count <= IGNORED:
+    return maps.read_classes(path) if path else None
+
+
+def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Classes:
+    """The classes that are listed, or that label maps with these labels need."""
+    names, colours = listed_classes(args) or ([], [])
+    labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
+    if len(labels) == 2 and labels[0] == 0 < labels[1] - 1 and not first and (count or 2) <= 2:
+        dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
+        names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
+    else:
+        if len(labels) > 100 and not count:
+            fix = "were the maps smoothed or compressed? Else name the classes, by --classes or --nb_classes"
+            raise UserError(f"the label maps of {args.data_path} have {len(labels)} labels without names: {fix}")
+        count = count or max((label for label in labels if label != IGNORED), default=first - 1) + 1 - first
+        names, numbers = names or [f"class {k}" for k in range(count)], range(first, first + count)
+    if first and names and names[0].strip("_ ").lower() in NOTHING:
+        fix = "remove it, or --reduce_zero_label, with which label 0 does not count and label 1 is the first class"
+        raise UserError(f"the first class is {names[0]}; {fix}")
+    if len(names) > IGNORED:
         raise UserError(f"the label maps of {args.data_path} have {count} classes; 1 to {IGNORED} can be told apart")
-    return [f"class {k}" for k in range(count)], maps.class_colours(count)
+    return maps.Classes(names, colours if len(colours) == len(names) else maps.class_colours(len(names)), numbers)
 
 
-def measure_class_weights(images: LabelledImages, balance: float, most: int = 500) -> torch.Tensor:
-    """Weights (K,) of classes in the loss: their fraction of the pixels to the power of `-balance`; 1 on average.
+def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> torch.Tensor:
+    """Give images their classes, and return each one's pixels (K,).
 
-    Fractions are measured on up to `most` images, spread over the set, and at least .01%.
+    UserError for labels that are no class's, and if fewer than `least` classes have pixels.
     """
-    counts = torch.zeros(len(images.classes), dtype=torch.float64)
-    for index in range(0, len(images), -(-len(images) // most)):
-        with suppress(Exception):  # training reports what cannot be read
-            labels = torch.from_numpy(images.read(index)[1])
-            counts += labels.flatten().bincount(minlength=IGNORED + 1)[: len(counts)]
-    fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
-    class_weights = fractions**-balance
-    return (class_weights / (class_weights * fractions).sum()).float()
+    images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
+    if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
+        known = f"the {count} classes have {min(classes.numbers, default=0)} to {max(classes.numbers, default=0)}"
+        fix = "name all classes, or, if label 0 does not count, give --reduce_zero_label"
+        raise UserError(f"{images.files[max(unknown)]} has the label {max(unknown)}, but {known}; {fix}")
+    pixels = torch.tensor([images.pixels[number] for number in classes.numbers], dtype=torch.float64)
+    if (pixels > 0).sum() < least:
+        labels, zero = ", ".join(map(str, sorted(images.pixels))), " and 0" * (0 not in classes.numbers)
+        problem = (
+            f"{int((pixels > 0).sum())} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
+        )
+        raise UserError(f"{problem}, where 255{zero} does not count; label at least {least}, the background being one")
+    return pixels
+
+
+def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
+    """Each class's fraction of the pixels that count, as words."""
+    order, total = pixels.argsort(descending=True, stable=True).tolist(), sum(images.pixels.values())
+    words = [f"{images.classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order[:10]]
+    words += [f"{len(order) - 10} more"] * (len(order) > 10)
+    empty = [images.classes[k] for k in order if not pixels[k]]
+    left_out = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
+    return f"pixels: {', '.join(words)}; {1 - pixels.sum().item() / total:.1%} do not count{left_out}"
 
 
 class Augmentation:
@@ -285,14 +320,34 @@ def scaled_size(height: int, width: int, short: float, least: int = 1) -> tuple[
 # --- command line -----------------------------------------------------------------------------------------------------
 
 DEFAULTS = {
-    "folder": dict(lr=1e-4, batch_size=16),
+    "folder": dict(lr=1e-4, batch_size=8),
+    "folder on a CPU": dict(channels=64, aux_channels=32, lr=1e-3, batch_size=8, epochs=12, eval_freq=4),
     "embedded": dict(
         model="convnextv2_yocto", stem_stride=2, input_size=80, test_size=80, channels=16, aux_channels=16,
-        scale=(0.9, 1.1), photometric=False, class_balance=0.5, batch_size=8, epochs=8, lr=4e-3,
+        scale=(0.9, 1.1), photometric=False, batch_size=4, epochs=4, lr=2e-3,
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-EVALUATION = ("input_size", "test_size", "window", "stride", "reduce_zero_label", "nb_classes", "val_split")
+EVALUATION = (
+    "input_size",
+    "test_size",
+    "window",
+    "stride",
+    "reduce_zero_label",
+    "nb_classes",
+    "val_split",
+    "image_max",
+)
+PLACES = ("data_path", "holdout")
+CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
+TRAINING, VALIDATION = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
+NOTHING = (
+    "background",
+    "unlabeled",
+    "unlabelled",
+    "void",
+    "ignore",
+)  # names that label 0 may have if it does not count
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -303,8 +358,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=cli.count, default=512, help="width of the head")
     add("--aux_channels", type=cli.count, default=256, help="width of the auxiliary head")
     layout = "folder in ADE20K's layout; none: the drawn images"
-    add = cli.add_data_flags(parser, ("embedded", "folder"), layout, SCENES, input_size=512)
+    add = cli.add_data_flags(parser, ("embedded", "folder"), layout, SCENES, input_size=None)
     add("--val_split", default="validation", metavar="NAME", help="folder in images/ and annotations/ to evaluate on")
+    add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead")
     add("--classes", metavar="FILE", help="class names, one per line, also with colours (default: DIR/classes.txt)")
     add("--nb_classes", type=cli.number(int, 1, 255), help="number of classes without names")
     zero = "in files, label 0 does not count, and 1 is the first class, as in ADE20K"
@@ -332,9 +388,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/segment")
 
-    names = NETWORK, EVALUATION, ("data_path",)
-    args = tasks.settle(parser, argv, weights.flags_of, *names, {"ade20k": ADE20K})
+    first = parser.parse_args(argv)
+    small = not first.recipe and (first.device == "cpu" or not (first.device or torch.cuda.is_available()))
+    parser.by_data = DEFAULTS | ({"folder": DEFAULTS["folder on a CPU"]} if small else {})
+    args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"ade20k": ADE20K})
     parser.refuse_both(args, "classes", "nb_classes")
+    if not args.input_size:
+        args.input_size = CPU_SIZES[args.stem_stride] if small else 512
+        args.test_size = args.test_size or args.input_size * (3 if small else 2) // 2
     args.test_size = args.test_size or args.input_size
     with value_errors_are_the_users():
         for size in filter(None, (args.input_size, args.window)):
@@ -360,23 +421,31 @@ def main(args: argparse.Namespace) -> None:
 
 def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
     """The network that the flags describe."""
-    return speed_up(UPerNet(weights.make_encoder(args), num_classes, args.channels, args.aux_channels))
+    return UPerNet(weights.make_encoder(args), num_classes, args.channels, args.aux_channels)
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a segmenter, and evaluate it after every epoch."""
-    if args.batch_size == dist.world_size() == 1:
-        raise UserError("--batch_size 1 in one process: BatchNorm needs more than one image; take at least 2")
-    with dist.main_process_first():
-        classes, colours = find_classes(args)
-        images = load_images(args, "train", classes)
-        val = None if args.disable_eval else load_images(args, "val", classes)
+    images, val = load_images(args, "train"), None if args.disable_eval else load_images(args, "val")
+    batch_size = min(args.batch_size, len(images) // dist.world_size())
+    if batch_size * dist.world_size() < 2:
+        fix = "BatchNorm needs at least 2 in an update: raise --batch_size, or add images"
+        raise UserError(f"{len(images)} training images and --batch_size {args.batch_size}; {fix}")
+    classes = find_classes(args, images.pixels.keys() | (val.pixels.keys() if val else ()))
+    pixels = use_classes(images, classes, least=2)
+    if val:
+        use_classes(val, classes, least=1)
+    with torch.device("meta"):  # shapes alone
+        net, size = make_segmenter(args, len(classes.names)).train(), (batch_size, *[args.input_size] * 2)
+        imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
+        fix = "lower --batch_size, --input_size or --channels"
+        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), labels, None), args.amp, device, fix)
 
     torch.manual_seed(args.seed)
-    net = make_segmenter(args, len(classes))
+    net = speed_up(make_segmenter(args, len(classes.names)))
     loaded = weights.load_parts(net, net.encoder, args.finetune, "segmenter") if args.finetune else []
     dist.to_device(net, device)
-    class_weights = measure_class_weights(images, args.class_balance).to(device) if args.class_balance else None
+    class_weights = tasks.class_weights(pixels, args.class_balance).to(device) if args.class_balance else None
     ema = tasks.averaged(net, args.model_ema_decay) if args.model_ema else None
     groups = tasks.layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type, net.encoder.depths)
     optimizer = tasks.make_optimizer(args, groups)
@@ -384,11 +453,13 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     for line in loaded or ["random initial weights"]:
         dist.say(line)
     dist.say(f"{args.model} with UPerNet: {sum(p.numel() for p in net.parameters()):,} parameters")
-    dist.say(f"{args.data_set}: {len(images):,} images, {len(classes)} classes")
-    options = dict(schedule=make_schedule, iterations=args.iterations)
-    options |= dict(classes=classes, colours=[list(colour) for colour in colours])
+    sizes = f"crops of {args.input_size} px from a short side of {args.test_size}"
+    dist.say(f"{args.data_set}: {len(images):,} images, {len(classes.names)} classes; {sizes}")
+    dist.say(describe_pixels(images, pixels))
+    options = dict(schedule=make_schedule, iterations=args.iterations, classes=classes.names)
+    options |= dict(colours=[list(colour) for colour in classes.colours], numbers=list(classes.numbers))
     score = partial(evaluate, images=val, args=args, device=device)
-    write = partial(write_scores, classes=classes, colours=colours)
+    write = partial(write_scores, classes=classes)
     with Run(args, images, device, net.train(), optimizer, "segment.py", ema, **options) as run:
         for epoch in run.epochs():
             for batch in run.batches(epoch):
@@ -438,25 +509,39 @@ def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device
     """
     batches, training = divided(range(dist.rank(), len(images), dist.world_size()), 1), net.training
     net.eval()
-    for batch, (image, truth) in zip(batches, make_loader(images, batches, args.num_workers)):
+    for batch, (image, truth) in zip(batches, progress(make_loader(images, batches, args.num_workers))):
         if images.readable(batch):
             with dist.autocast(args.amp, device):
-                prediction = probabilities(net, image[0].to(device), args).argmax(dim=0)
-            yield batch[0][1], image[0], truth[0].to(device).long(), prediction
+                strips = [strip.argmax(dim=0).byte() for strip in probabilities(net, image[0].to(device), args)]
+            yield batch[0][1], image[0], truth[0].to(device), torch.cat(strips)
     net.train(training)
 
 
-def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """uint8 (3, H, W) -> (K, H, W), each class's probability, averaged over --test_scales and --flip."""
-    views, total = list(product(args.test_scales, (False, True) if args.flip else (False,))), 0
-    for scale, flip in views:
-        size = list(scaled_size(*image.shape[1:], args.test_size * scale, least=net.encoder.patch_size))
+def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """uint8 (3, H, W) -> each class's probability, averaged over --test_scales and --flip, in strips of rows (K, h, W).
+
+    They come from top to bottom, and bound the memory that large images need.
+    """
+    views, (height, width) = [], image.shape[1:]
+    for scale, flip in product(args.test_scales, (False, True) if args.flip else (False,)):
+        size = list(scaled_size(height, width, args.test_size * scale, least=net.encoder.patch_size))
         view = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR)  # (3, H, W) -> (3, h, w)
         view = normalise(view.flip(2) if flip else view, STATISTICS[args.statistics], image.device)
         logits = slide(net, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
-        logits = logits.flip(3) if flip else logits
-        total = total + resize(logits, image[None])[0].softmax(dim=0)  # (1, K, h, w) -> (K, H, W)
-    return total / len(views)
+        views.append(logits.flip(3) if flip else logits)
+    rows = max(1, 2**24 // (width * views[0].shape[1]))
+    for top in range(0, height, rows):
+        strips = (resize_rows(logits[0], height, width, slice(top, top + rows)).softmax(dim=0) for logits in views)
+        yield sum(strips) / len(views)
+
+
+def resize_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:
+    """Rows of what `resize` makes of (K, h, w) at (height, width)."""
+    at = torch.arange(height, device=logits.device)[rows]
+    at = ((at + 0.5) * logits.shape[1] / height - 0.5).clamp(0, logits.shape[1] - 1)
+    low, part = at.floor().long(), (at % 1)[:, None]
+    strip = logits[:, low].lerp(logits[:, (low + 1).clamp(max=logits.shape[1] - 1)], part)  # (K, rows, w)
+    return F.interpolate(strip[None], size=(len(at), width), mode="bilinear", align_corners=False)[0]
 
 
 def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
@@ -483,12 +568,15 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     chosen = {k * len(images) // 6 for k in range(6)}
     for index, image, truth, prediction in label(net, images, args, device):
-        counted = truth != IGNORED
-        confusion += (classes * truth + prediction)[counted].bincount(minlength=classes * classes)
+        for true, predicted in zip(truth.split(256), prediction.split(256)):  # rows
+            pairs = classes * true.long() + predicted
+            confusion += pairs[true != IGNORED].bincount(minlength=classes * classes)
         count += 1
         if index in chosen:
-            examples[index] = image, *(labels.to(torch.uint8).cpu() for labels in (truth, prediction))
+            examples[index] = image, truth.cpu(), prediction.cpu()
     counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
+    if not sum(counts):
+        raise UserError(f"none of {len(images)} images to evaluate can be read; check the files")
     examples = sorted((index, example) for part in parts for index, example in part.items())
     scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
     chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}
@@ -500,31 +588,34 @@ def describe(scores: dict) -> str:
     return f"mIoU {100 * scores['mIoU']:.1f}, accuracy {100 * scores['accuracy']:.1f}"
 
 
-def write_scores(folder: Path, results: tuple[dict, list], classes: list[str], colours: list[tuple]) -> None:
+def write_scores(folder: Path, results: tuple[dict, list], classes: maps.Classes) -> None:
     """Write scores.json, and segmentation.png of the examples."""
     make_directory(folder)
     scores, examples = results
     save_json(folder / "scores.json", scores)
-    maps.draw_segmentation(folder / "segmentation.png", examples, classes, colours)
+    maps.draw_segmentation(folder / "segmentation.png", examples, classes)
 
 
-def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], list, list]:
-    """The networks of --resume, "model" and, if there is one, "model_ema"; names and colours of their classes."""
+def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], maps.Classes]:
+    """The networks of --resume, "model" and, if there is one, "model_ema"; and their classes."""
     content, path = weights.read_content(args.resume), args.resume
     if not {"classes", "colours", "model"} <= content.keys():
         raise UserError(f"{path} is no checkpoint of segment.py; train one with segment.py --finetune {path}")
-    classes, colours = content["classes"], [tuple(colour) for colour in content["colours"]]
-    nets = weights.load_saved(content, lambda: make_segmenter(args, len(classes)), path, device)
-    return nets, classes, colours
+    names, first = content["classes"], int(args.reduce_zero_label)
+    numbers = content.get("numbers", range(first, first + len(names)))
+    nets = weights.load_saved(content, lambda: speed_up(make_segmenter(args, len(names))), path, device)
+    return nets, maps.Classes(names, [tuple(colour) for colour in content["colours"]], numbers)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
-    nets, classes, colours = load_segmenters(args, device)
-    if (names := find_classes(args, (classes, colours))[0]) != classes:
-        before, now = (f"{', '.join(words[:5])} ({len(words)} in all)" for words in (classes, names))
+    nets, classes = load_segmenters(args, device)
+    names, _ = listed_classes(args) or (classes.names, None)
+    if classes.names not in (names, ["background", *names]):
+        before, now = (f"{', '.join(words[:5])} ({len(words)} in all)" for words in (classes.names, names))
         raise UserError(f"the classes of {args.resume} are {before}, the validation data's {now}; they must agree")
-    images, results = load_images(args, "val", classes), {}
+    images, results = load_images(args, "val"), {}
+    use_classes(images, classes, least=1)
     scales = f"scales {' '.join(f'{scale:g}' for scale in args.test_scales)}{' and mirrored' * args.flip}"
     for name, net in nets.items():
         scores, (details, _) = results[name] = evaluate(net, images, args, device)
@@ -532,22 +623,25 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         dist.say(f"{name}: {describe(scores)} on {where}, short side {args.test_size} px, {scales}")
     winner = max(results, key=lambda name: results[name][0]["mIoU"])
     if dist.rank() == 0:
-        write_scores(Path(args.output_dir), results[winner][1], classes, colours)
+        write_scores(Path(args.output_dir), results[winner][1], classes)
         print(f"in {args.output_dir}: scores.json and segmentation.png, of {winner}")
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Write a label map for every image, and the image with the classes' colours laid over it."""
-    nets, classes, colours = load_segmenters(args, device)
-    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict)
-    images = LabelledImages(paths, None, classes, None, STATISTICS[args.statistics])
+    nets, classes = load_segmenters(args, device)
+    net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict, image_max=args.image_max)
+    images = LabelledImages(paths, None, classes.names, None, STATISTICS[args.statistics])
+    images.image_max = args.image_max
     folder = make_directory(Path(args.output_dir, "predictions"))
     for index, image, _, prediction in label(net, images, args, device):
-        labels, name = prediction.to(torch.uint8).cpu(), f"{index:05d}-{Path(paths[index]).stem}"
-        maps.write_labels(folder / f"{name}.png", labels.numpy(), colours, args.reduce_zero_label)
-        maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes, colours)
-        counts, order = labels.flatten().bincount(minlength=len(classes)).sort(descending=True)
-        largest = [f"{classes[k]} {n / labels.numel():.1%}" for k, n in zip(order.tolist(), counts[:5].tolist()) if n]
+        labels, name = prediction.cpu(), f"{index:05d}-{Path(paths[index]).stem}"
+        maps.write_labels(folder / f"{name}.png", labels.numpy(), classes)
+        maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes)
+        pixels, order = labels.flatten().bincount(minlength=len(classes.names)).sort(descending=True)
+        largest = [
+            f"{classes.names[k]} {n / labels.numel():.1%}" for k, n in zip(order[:5].tolist(), pixels.tolist()) if n
+        ]
         print(f"{paths[index]}: {', '.join(largest)}")
     dist.gather(None)  # the other processes' files are there too
     dist.say(f"in {folder}: a label map and an overlay of each image")

@@ -36,13 +36,13 @@ class Sites:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
-        """The visible cells of a boolean mask (N, h, w), True = hidden. On the CPU it costs no synchronisation."""
+        """Take the visible cells of a boolean mask (N, h, w), True = hidden. On the CPU it costs no synchronisation."""
         visible = ~mask
         cell = visible.flatten().nonzero().squeeze(1).to(device or mask.device, non_blocking=True)  # (A,)
         return cls(tuple(mask.shape), cell, visible.flatten(1).sum(dim=1).tolist())
 
     def finer(self) -> "Sites":
-        """Every cell divided into 2 x 2: row r becomes rows 4r .. 4r + 3."""
+        """Divide every cell into 2 x 2: row r becomes rows 4r .. 4r + 3."""
         n, height, width = self.grid
         y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
         child = torch.arange(4, device=self.cell.device)
@@ -84,7 +84,7 @@ class SparseTensor:
 
 
 def reference_conv(x: torch.Tensor, dwconv: nn.Conv2d, sites: Sites) -> torch.Tensor:
-    """The definition: every row sums its visible neighbours, each times its tap. (A, C) -> (A, C).
+    """Convolve by definition: every row sums its visible neighbours, each times its tap. (A, C) -> (A, C).
 
     dwconv: a block's 7x7 depthwise convolution. Slow, because it stores 49 copies of x; the tests' reference.
     """
@@ -98,7 +98,7 @@ def with_zero_row(x: torch.Tensor) -> torch.Tensor:
 
 
 def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: Sites) -> torch.Tensor:
-    """The same function: scatter rows into a grid of zeros, convolve densely, gather the rows. (A, C) -> (A, C)."""
+    """Compute the same: scatter rows into a grid of zeros, convolve densely, gather the rows. (A, C) -> (A, C)."""
     y = dwconv(SparseTensor(x, sites).dense())  # (A, C) -> (N, C, H, W)
     return y.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
 
@@ -169,7 +169,7 @@ def _branch(block: Block, x: torch.Tensor, sites: Sites, conv: Callable) -> torc
 
 
 def masked_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """The same function by dense convolutions with the mask before and after each, GRN over visible sites: the oracle.
+    """Compute the same with dense convolutions, the mask before and after each, GRN over visible sites: the oracle.
 
     Same arguments as `sparse_stages`; four maps (N, dims[i], H / s_i, W / s_i), zero at hidden sites.
     """

@@ -359,7 +359,7 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
             raise UserError(f"{path} holds no classifier but an encoder; train one with finetune.py --finetune {path}")
         networks[name] = net.to(device, memory_format=torch.channels_last).eval()
     classes = content.get("classes")
-    return networks, classes if isinstance(classes, list) and len(classes) == net.num_classes else None
+    return networks, classes if isinstance(classes, list) and len(classes) <= net.num_classes else None
 
 
 def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:

@@ -119,7 +119,7 @@ def memory(call: Callable[[], None], device: torch.device) -> float:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each candidate of the task: time, throughput, time relative to the task's base, and memory.
+    """Measure each candidate of the task: time, throughput, time relative to the task's base, and memory, a row each.
 
     With a mask also time relative to the limit: the fraction of visible patches times the unmasked network's time.
     """
@@ -215,7 +215,7 @@ TASKS["finetune"] = finetune, "timm"
 
 
 def ours(args: argparse.Namespace, model: str, num_classes: int = 0) -> ConvNeXt:
-    """Our encoder or classifier, always with the same weights."""
+    """Build our encoder or classifier, always with the same weights."""
     torch.manual_seed(0)
     net = MODELS[model](num_classes=num_classes, stem_stride=args.stem_stride)
     net.checkpoint_activations(args.checkpoint_activations)
@@ -223,23 +223,23 @@ def ours(args: argparse.Namespace, model: str, num_classes: int = 0) -> ConvNeXt
 
 
 def prepare(args: argparse.Namespace, device: torch.device, net: nn.Module) -> nn.Module:
-    """The network in training on its device, as the scripts have it."""
+    """Move the network to its device, in training mode, as the scripts do."""
     return dist.to_device(net if args.plain else speed_up(net), device).train()
 
 
 def noise(args: argparse.Namespace, device: torch.device, batch: int) -> torch.Tensor:
-    """Images (N, 3, S, S), channels_last."""
+    """Draw images (N, 3, S, S), channels_last."""
     imgs = torch.rand(batch, 3, args.input_size, args.input_size, device=device)
     return imgs.contiguous(memory_format=torch.channels_last)
 
 
 def mean_square(net: Callable, *inputs) -> torch.Tensor:
-    """A scalar to differentiate, from a network's output."""
+    """Reduce a network's output to a scalar to differentiate."""
     return net(*inputs).float().square().mean()
 
 
 def adamw(net: nn.Module) -> tuple[Callable, Callable]:
-    """The calls that update the weights and clear the gradients."""
+    """Return the calls that update the weights and clear the gradients."""
     optimizer = torch.optim.AdamW(parameter_groups(net, 0.05), fused=True)
     return optimizer.step, optimizer.zero_grad
 
@@ -256,7 +256,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def draw_bars(path: Path, rows: list[dict], title: str) -> None:
-    """The paper's Figure 6: throughput and memory of each candidate, by model and type."""
+    """Draw the paper's Figure 6: throughput and memory of each candidate, by model and type."""
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     width = 0.8 / len(candidates)
     figure, axes = new_figure(1, 2, 11, 4)
@@ -275,7 +275,7 @@ def draw_bars(path: Path, rows: list[dict], title: str) -> None:
 
 
 def draw_sweep(path: Path, rows: list[dict], title: str) -> None:
-    """Milliseconds against the fraction of visible patches, a line per candidate."""
+    """Draw milliseconds against the fraction of visible patches, a line per candidate."""
     curves = {}
     for row in rows:
         for values, column in zip(curves.setdefault(row["candidate"], ([], [])), ("visible", "ms")):

@@ -62,7 +62,7 @@ class UNetMAE(FCMAE):
             module.apply(init_weights)
 
     def forward_decoder(self, features: torch.Tensor | list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-        """The last stage's map, or with `skip` all four, and mask (N, h, w) -> patches (N, L, p * p * in_chans)."""
+        """Decode the last stage's map, or with `skip` all four: mask (N, h, w) -> patches (N, L, p * p * in_chans)."""
         *finer, last = features if self.skip else [features]
         x = self.proj(last)  # (N, D, h, w)
         x = torch.where(mask[:, None], self.mask_token.to(x.dtype), x)

@@ -95,7 +95,7 @@ class Job(NamedTuple):
 
 
 def unique(jobs: Iterable[Job]) -> list[Job]:
-    """Every job once, after those that it needs."""
+    """List every job once, after those that it needs."""
     return list(dict.fromkeys(part for job in jobs for part in (*unique(job.needs), job)))
 
 
@@ -107,7 +107,7 @@ class Plan:
         self.claims = {key: claim for key, claim in CLAIMS.items() if key.startswith("night") == (name == "night")}
 
     def job(self, name: str, seed: int, condition: Condition) -> Job:
-        """The job of a command in claims.json."""
+        """Return the job of a command in claims.json."""
         stage, differs, output, command = SETTINGS["commands"][name].values()
         needs, root = (self.job(stage, seed, condition),) if stage else (), shlex.quote(self.root.as_posix())
         before, epochs = f"{root}/{needs[0].output.parent.name}" if needs else "", self.budget["epochs"]
@@ -173,7 +173,7 @@ def networks_of(job: Job, tensor: str = "after GRN") -> dict[str, list[dict]]:
 
 
 def recorded_rows(results: Path) -> dict[tuple, list[dict]]:
-    """The tables' rows by (claim, condition, metric, seed); of a course along pre-training there are several."""
+    """Read the tables' rows by (claim, condition, metric, seed); a course along pre-training has several."""
     rows = {}
     for path in sorted(results.glob("*.csv")):
         name = path.stem.removeprefix("claim_").replace("_", " ")
@@ -183,7 +183,7 @@ def recorded_rows(results: Path) -> dict[tuple, list[dict]]:
 
 
 def rows_for(key: tuple, job: Job, condition: Condition, recorded: dict) -> list[dict]:
-    """The rows of a key and how they came about, if its job is done here, else as `recorded`."""
+    """Return the rows of a key and how they came about, if its job is done here, else as `recorded`."""
     if key[2] == "maps" or not job.output.exists():
         return recorded.get(key, [])
     metric, networks = METRICS[key[2]], networks_of(job, condition.tensor)
@@ -240,7 +240,7 @@ class Difference(NamedTuple):
 
 
 def compare(claim: Claim, values: dict[str, dict[str, dict[int, float]]]) -> list[Difference]:
-    """Every comparison of values (condition -> metric -> seed -> number), by metrics that have a seed for all of it."""
+    """Compare values (condition -> metric -> seed -> number), by metrics that have a seed for all conditions."""
     differences = []
     for text, (metric, settings) in product(claim.expect, METRICS.items()):
         sides = [side.split(" - ") for side in re.split(" above | level with ", text)]
@@ -256,7 +256,7 @@ def compare(claim: Claim, values: dict[str, dict[str, dict[int, float]]]) -> lis
 
 
 def verdict(differences: list[Difference], expected: int) -> tuple[str, Difference]:
-    """A claim's word, and the first comparison that gives it. One metric decides, unless another decides otherwise.
+    """Return a claim's word, and the first comparison that gives it. One metric decides, unless another contradicts.
 
     By a metric a claim is seen if all its `expected` comparisons are, and is not if one decides against it.
     """
@@ -269,7 +269,7 @@ def verdict(differences: list[Difference], expected: int) -> tuple[str, Differen
 
 
 def draw(claim: Claim, differences: list[Difference], path: Path) -> None:
-    """Every difference with its interval, its seeds as points, the least that counts, and the paper's beside it."""
+    """Draw every difference with its interval, its seeds as points, the least that counts, and the paper's."""
     names, metrics = (list(dict.fromkeys(d[k] for d in differences)) for k in (0, 1))
     figure, [[axis]] = new_figure(1, 1, 8.5, 2 + 0.55 * len(names))
     axis.axvline(0, color="black", linewidth=1)
@@ -317,7 +317,7 @@ def _markdown(*rows: list) -> str:
 
 
 def table(claim: Claim, values: dict, differences: list[Difference]) -> str:
-    """Mean and standard deviation of every condition, then every comparison."""
+    """Tabulate mean and standard deviation of every condition, then every comparison."""
     metrics = [name for name in METRICS if any(name in numbers for numbers in values.values())]
     rows = [["", "seeds", "the paper", *(METRICS[name].quantity for name in metrics)]]
     for name, numbers in values.items():

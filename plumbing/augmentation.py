@@ -31,7 +31,7 @@ def training_transform(
 
 
 def automatic_augmentation(name: str, mean: tuple, interpolation: v2.InterpolationMode) -> v2.Transform:
-    """timm's names for automatic augmentation -> torchvision's transforms; UserError for one that torchvision lacks.
+    """Translate timm's name of an automatic augmentation to torchvision's transform; UserError where it has none.
 
     "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2), each
     applied with probability 0.5. timm also draws the magnitude around m with a std of mstd, which torchvision does not.

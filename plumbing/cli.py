@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -28,12 +29,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=lambda prog: Help(prog, by_data), **kwargs)
         self.by_data, self.origins = by_data, {}
 
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As argparse's, with ~ expanded, which shells leave as it is in --flag=~/path."""
+        words = [word.replace("=~", "=\0~").split("\0") for word in (sys.argv[1:] if argv is None else argv)]
+        return super().parse_args(["".join(map(os.path.expanduser, parts)) for parts in words], namespace)
+
     def error(self, message: str) -> None:
         """End the script with one line, without the usage."""
         self.exit(2, f"{self.prog}: {message} (see --help)\n" if dist.local_rank() == 0 else None)
 
     def format_help(self) -> str:
-        """The description and a line per flag, the most needed ones first."""
+        """Show the description and a line per flag, the most needed ones first."""
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         groups = {"to begin with": [action for action in self._actions if action.dest in FIRST]}
@@ -47,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def refuse_both(self, args: argparse.Namespace, one: str, other: str) -> None:
-        """An error where two flags contradict each other."""
+        """End with an error where two flags contradict each other."""
         if getattr(args, one) and getattr(args, other):
             self.error(f"--{one} contradicts --{other}; leave one of the two out")
 
@@ -117,7 +123,7 @@ class BaseRate(argparse.Action):
 
 
 def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable[[str], float]:
-    """An argparse type for an int or float in [low, high], without `low` itself when `above`."""
+    """Make an argparse type for an int or float in [low, high], without `low` itself when `above`."""
     high = high if high is not None else 2**63 - 1 if kind is int else math.inf
 
     def check(text: str) -> float:
@@ -138,7 +144,7 @@ nonnegative, positive = number(float, 0), number(float, 0, above=True)
 
 
 def add_model_flags(parser: Parser, models: Mapping, finetune: str | None = None) -> Callable:
-    """The network; `finetune` is the help of --finetune."""
+    """Add the network's flags; `finetune` is the help of --finetune."""
     add = parser.add_argument_group("model").add_argument
     sizes = ", ".join(dict.fromkeys(name.split("_")[1] for name in models))
     add("--model", choices=models, default="convnextv2_atto", metavar="NAME", help=f"convnextv2_ or convnext_ {sizes}")
@@ -153,7 +159,7 @@ def add_data_flags(
     parser: Parser, data_sets: Sequence[str], data_path: str, drawn: tuple[int, int], input_size: int = 224,
     synonyms: Mapping[str, str] = NONE,
 ) -> Callable:  # fmt: skip
-    """The images; `data_path` is the help of --data_path, `drawn` the default number of drawn images."""
+    """Add the images' flags; `data_path` is the help of --data_path, `drawn` the default number of drawn images."""
 
     def data_set(name: str) -> str:
         return synonyms.get(name, name)
@@ -164,13 +170,14 @@ def add_data_flags(
     drawn_help = "drawn images for training and for validation"
     add("--embedded_images", type=count, default=drawn, nargs=2, metavar="N", help=drawn_help)
     add("--input_size", type=number(int, 8, 4096), default=input_size, help="pixels per side of the input")
+    add("--image_max", type=positive, help="white in 16-bit and floating-point images (65535, or 1)")
     workers = "loading processes per training process (up to 8 for folders, else 0)"
     add("--num_workers", type=number(int, 0, 1024), help=workers)
     return add
 
 
 def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: float, warmup: int | None) -> Callable:
-    """Batches, epochs and the learning rate; no `warmup` for scripts that count theirs in updates."""
+    """Add batches, epochs and the learning rate; no `warmup` for scripts that count theirs in updates."""
     group = parser.add_argument_group("optimisation")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--batch_size", type=count, default=64, help="images per process and pass")
@@ -189,7 +196,7 @@ def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: floa
 
 
 def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None:
-    """The run itself: precision, output, checkpoints, log; `compile` where the network can be compiled."""
+    """Add the run's flags: precision, output, checkpoints, log; `compile` where the network can be compiled."""
     add = parser.add_argument_group("run").add_argument
     add("--amp", choices=("none", "bf16", "fp16"), help="autocast type, by default the fastest safe one")
     parser.set_defaults(compile=False)
@@ -216,7 +223,7 @@ def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None
 
 
 def choose_data_set(args: argparse.Namespace, enough: Sequence[str] = ("data_path",)) -> str:
-    """The data set that --data_set and paths (`enough`) mean together; UserError if they contradict each other."""
+    """Choose the data set that --data_set and paths (`enough`) mean; UserError if they contradict each other."""
     place = any(getattr(args, name) for name in enough)
     if args.data_set == "folder" and not place:
         raise UserError("--data_set folder needs --data_path DIR")

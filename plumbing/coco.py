@@ -8,90 +8,192 @@ Shapes: n objects of an image, H x W its pixels.
 """
 
 import io
+import itertools
 import json
 import math
 from collections import Counter
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import coco, cocoeval
+from pycocotools import mask as rle
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from plumbing import dist
-from plumbing.files import UserError, value_errors_are_the_users
+from plumbing.files import UserError
+from plumbing.loading import opened, upright_size
 
 # COCO's twelve numbers, in the order of pycocotools: average precision and recall over IoU .5 to .95, at one IoU, by
 # size of object, and by the number of detections per image.
 NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 NUMBERS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
-FIELDS = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "category_id", "bbox")}
-FIELDS |= {"categories": ("id", "name")}
-
-
-def _pycocotools():
-    try:
-        import pycocotools.coco
-        import pycocotools.cocoeval
-        import pycocotools.mask
-    except ImportError:
-        raise UserError("detection needs the package pycocotools: pip install pycocotools") from None
-    return pycocotools
+FIELDS = {"images": ("id", "file_name"), "annotations": (), "categories": ("id", "name")}
+ELSEWHERE = "give --train_annotations, --train_images and the same of val, or --holdout 0.2 to split one file; "
+ELSEWHERE += "the package supervision converts YOLO's and VOC's boxes (DetectionDataset)"
+SCREEN = 1600  # pixels of the long side of a picture
 
 
 # --- annotations in ---------------------------------------------------------------------------------------------------
 
 
-def read_annotations(path: str | Path) -> dict:
-    """Read and check a COCO file, sort its categories by id, and number its annotations anew; UserError if it is none.
+def read_annotations(path: str | Path, folders: list[Path], masks: bool | None = None) -> tuple[dict, list[str]]:
+    """Read a COCO file, look at it as a whole, and return the data set and its images' paths.
 
-    Boxes without area, or outside of their image, are left out.
+    Types become COCO's; ids too, numbers or else text; annotations are numbered anew. One that cannot be used is left
+    out and counted by reason. UserError for another format, boxes in other units, images of another size than
+    annotated, and where nothing is left.
+
+    folders: where the images may lie; the first that holds one. masks: False leaves segmentations unread.
     """
     try:
-        data_set = json.loads(Path(path).read_text())
+        data_set = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the annotations {path} ({error})") from None
+        raise UserError(f"cannot read the annotations {path} ({error}); {ELSEWHERE}") from None
+    known = {}
     for name, fields in FIELDS.items():
         rows = data_set.get(name) if isinstance(data_set, dict) else None
         if not isinstance(rows, list):
             raise UserError(f'{path} has no list "{name}"; COCO\'s format has {", ".join(FIELDS)}')
-        for row in rows:
-            if missing := [field for field in fields if field not in row]:
-                raise UserError(f'{path}: an entry of "{name}" lacks {", ".join(missing)}: {row}')
-        repeated = [number for number, times in Counter(row.get("id") for row in rows).items() if times > 1]
-        if repeated and name != "annotations":
+        for (k, row), field in itertools.product(enumerate(rows), fields):
+            if not (isinstance(row, dict) and isinstance(row.get(field), str | int | float)):
+                raise UserError(f"{path}: {name}[{k}] has no {field} that is text or a number: {row}")
+        ids = [_key(row["id"]) for row in rows if fields]
+        if repeated := [number for number, times in Counter(ids).items() if times > 1]:
             raise UserError(f'{path}: the id {repeated[0]} stands more than once in "{name}"; ids must differ')
+        numbers = all(number.lstrip("-").isdecimal() for number in ids)
+        known[name] = {number: row | {"id": int(number) if numbers else number} for number, row in zip(ids, rows)}
 
-    images, categories = ({row["id"]: row for row in data_set[name]} for name in ("images", "categories"))
-    annotations = []
-    for row in data_set["annotations"]:
-        for name, known in (("image_id", images), ("category_id", categories)):
-            if row[name] not in known:
-                raise UserError(f"{path}: an annotation's {name} {row[name]} is no id of the file's: {row}")
-        box, image = row["bbox"], images[row["image_id"]]
-        if not isinstance(box, list) or [type(x) in (int, float) and math.isfinite(x) for x in box] != [True] * 4:
-            raise UserError(f"{path}: a bbox is not four numbers, left, top, width, height: {row}")
-        x, y, width, height = box
-        if min(x + width, image["width"]) - max(x, 0) < 1e-2 or min(y + height, image["height"]) - max(y, 0) < 1e-2:
-            continue
-        # Counted from 1: pycocotools never matches an annotation of id 0, and ids may be missing or stand twice.
-        row = row | {"id": len(annotations) + 1, "iscrowd": int(row.get("iscrowd", 0))}
-        if row["iscrowd"] and not row.get("segmentation"):
-            row["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-        if "area" not in row:
-            code = row.get("segmentation")
-            with value_errors_are_the_users():
-                area = decode_mask(code, image["height"], image["width"]).sum() if code else width * height
-            row["area"] = float(area)
-        annotations.append(row)
-    if left_out := len(data_set["annotations"]) - len(annotations):
-        dist.say(f"{path}: {left_out} boxes without area, or outside of their image, are left out")
+    paths = _measure(path, known["images"], folders)
+    annotations, boxes, left_out = [], [], {}
+    for k, row in enumerate(data_set["annotations"]):
+        try:
+            image, category = known["images"][_key(row["image_id"])], known["categories"][_key(row["category_id"])]
+            # Counted from 1: pycocotools never matches an annotation of id 0, and ids may be missing or stand twice.
+            ids = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category["id"]}
+            annotations.append(ids | _annotation(row, image["width"], image["height"], masks, boxes))
+        except (KeyError, TypeError):
+            left_out.setdefault("lack a bbox, or have an image_id or category_id that the file lacks", []).append(k)
+        except ValueError as error:
+            left_out.setdefault(str(error), []).append(k)
+    x, y, width, height, most_x, most_y = np.array(boxes or [[0] * 6], dtype=float).T
+    beyond = (x + width > most_x + 1) | (y + height > most_y + 1)
+    if beyond.mean() > 0.1 and ((x < width) & (y < height) & (width <= most_x) & (height <= most_y)).all():
+        raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
+    reasons = "; ".join(f"{len(rows):,} {why} (first: annotations[{rows[0]}])" for why, rows in left_out.items())
+    reasons = reasons and f"of {len(data_set['annotations']):,} annotations, left out are {reasons}"
     if all(row["iscrowd"] for row in annotations):
-        raise UserError(f"{path} has no box of any object; give annotated images")
-    categories = sorted(data_set["categories"], key=lambda row: row["id"])
-    return {"images": data_set["images"], "annotations": annotations, "categories": categories}
+        fix = reasons or "annotate single objects, with iscrowd 0"
+        raise UserError(f"{path} has no box of any object, {len(annotations):,} crowds aside; {fix}")
+    if left_out:
+        dist.say(f"{path}: {reasons}")
+    categories = sorted(known["categories"].values(), key=lambda row: row["id"])
+    categories = [{"id": row["id"], "name": str(row["name"])} for row in categories]
+    return {"images": list(known["images"].values()), "annotations": annotations, "categories": categories}, paths
+
+
+def _key(number) -> str:
+    return str(number).removesuffix(".0")
+
+
+def _number(value, default: float = 0.0) -> float:
+    try:
+        return float(value) if math.isfinite(float(value)) else default
+    except (TypeError, ValueError):
+        return default
+
+
+def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> list[str]:
+    """Write the upright size of images into their entries, and return their files; leave out those without a size."""
+    names = {key: str(row["file_name"]).replace("\\", "/") for key, row in images.items()}
+    folder = next((part for part in folders if any((part / name).is_file() for name in names.values())), None)
+    if not folder:
+        raise UserError(f"{folders[0]} has no image of {path}, such as {[*names.values()][:1]}; {ELSEWHERE}")
+    paths, unlike, turned = [], [], False
+    for key, name in names.items():
+        row, file = images[key], folder / name
+        size = annotated = round(_number(row.get("width"))), round(_number(row.get("height")))
+        with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
+            size = upright_size(image)
+            turned = size != image.size
+        if min(size) < 1:
+            dist.say(f"{file} is left out: it cannot be read, and {path} has no size of it")
+            del images[key]
+            continue
+        if min(annotated) > 0 and size != annotated:
+            why = "annotate it upright, or remove its EXIF tag" if turned else "was it scaled or turned?"
+            unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there: {why}")
+        row["width"], row["height"] = size
+        paths.append(str(file))
+    if unlike:
+        raise UserError(f"{path}: {len(unlike):,} of {len(names):,} images differ in size; {unlike[0]}")
+    return paths
+
+
+def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: list) -> dict:
+    """An annotation's box, mask and area, in COCO's types; ValueError, with the reason, for one that cannot be used."""
+    box = [_number(value, math.nan) for value in row["bbox"]] if isinstance(row["bbox"], list) else []
+    if len(box) != 4 or math.isnan(sum(box)):
+        raise ValueError("whose bbox is not four numbers, left, top, width, height")
+    x, y, w, h = box
+    boxes.append([*box, width, height])
+    inside_x, inside_y = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+    if inside_x < 1e-2 or inside_y < 1e-2:
+        raise ValueError("whose bbox has no area, or none inside its image")
+    if max(box) <= 1:
+        raise ValueError("whose bbox is in fractions of the image; multiply by its width and height")
+    if inside_x * inside_y < w * h / 2:
+        raise ValueError("whose bbox is mostly outside of its image; are these corners?")
+    crowd, code = bool(_number(row.get("iscrowd"))), row.get("segmentation")
+    if crowd:
+        code = code or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    code = _checked(code, height, width) if code and (crowd or masks is not False) else None
+    area = max(0, _number(row.get("area"))) or float(rle.area(_encoded(code, height, width)) if code else w * h)
+    return {"bbox": box, "iscrowd": int(crowd), "area": area} | ({"segmentation": code} if code else {})
+
+
+def _checked(code: list | dict, height: int, width: int) -> list | dict:
+    """Polygons or a run-length code that fits the image; ValueError for others, of which pycocotools notices little."""
+    try:
+        if isinstance(code, dict):
+            counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else [*map(int, code["counts"])]
+            fits = [*map(int, code["size"])] == [height, width] and min(counts) >= 0 and sum(counts) == height * width
+            code = {"size": [height, width], "counts": code["counts"] if isinstance(code["counts"], str) else counts}
+        else:
+            polygons = code if isinstance(code[0], list) else [code]
+            code = [[float(value) for value in polygon] for polygon in polygons if len(polygon) >= 6]
+            far = 2 * max(width, height)
+            fits = code and all(len(part) % 2 == 0 and all(-far < x < far for x in part) for part in code)
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise ValueError("whose segmentation is no polygon and no run-length code of the image; or try --no-masks")
+    return code
+
+
+def _run_lengths(text: str) -> list[int]:
+    """The counts of a compressed run-length code: six bits a character; from the fourth count on differences."""
+    counts, number, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        number, shift = number | (bits & 31) << shift, shift + 5
+        if not bits & 32:
+            number -= (bits & 16) << (shift - 4)  # the sign
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    return counts if text.isascii() and not shift else []
+
+
+def describe(data_set: dict) -> str:
+    """Images, and objects by class, in a line."""
+    names = {row["id"]: row["name"] for row in data_set["categories"]}
+    counts = dict.fromkeys(names, 0) | Counter(r["category_id"] for rows in objects_by_image(data_set) for r in rows)
+    shown = [f"{counts[number]:,} {names[number]}" for number in sorted(counts, key=counts.get, reverse=True)]
+    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
+    return f"{len(data_set['images']):,} images, {sum(counts.values()):,} objects of {len(names)} classes: {shown}"
 
 
 def has_masks(data_set: dict) -> bool:
@@ -125,26 +227,20 @@ def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int,
     return target
 
 
+def _encoded(code: list | dict, height: int, width: int) -> dict:
+    if isinstance(code, list):
+        return rle.merge(rle.frPyObjects(code, height, width))
+    return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
+
+
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, or a run-length code of either kind -> uint8 (H, W); ValueError for anything else."""
-    tools = _pycocotools().mask
-    try:
-        code = segmentation
-        if isinstance(segmentation, list):
-            code = tools.merge(tools.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            code = tools.frPyObjects(segmentation, height, width)
-        mask = tools.decode(code)
-    except Exception as error:  # pycocotools raises many types for what is no mask
-        raise ValueError(f"no polygon and no run-length code ({error}): {segmentation}") from None
-    if mask.shape != (height, width):
-        raise ValueError(f"a mask is {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x {height}")
-    return mask
+    """Polygons, or a run-length code of either kind -> uint8 (H, W)."""
+    return rle.decode(_encoded(segmentation, height, width))
 
 
 def encode_mask(mask: np.ndarray) -> dict:
     """A mask (H, W) -> a run-length code that JSON can hold."""
-    code = _pycocotools().mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | {"counts": code["counts"].decode()}
 
 
@@ -167,16 +263,22 @@ def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str,
 # --- detections out, their scores and their pictures ------------------------------------------------------------------
 
 
-def as_results(output: dict[str, torch.Tensor], image_id: int, category_ids: list[int]) -> list[dict]:
-    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results."""
-    boxes = output["boxes"].float().cpu()
-    boxes[:, 2:] -= boxes[:, :2]  # corners -> left, top, width, height
-    rows = []
-    for k, (box, label, score) in enumerate(zip(boxes.tolist(), output["labels"].tolist(), output["scores"].tolist())):
+def as_results(
+    output: dict[str, torch.Tensor], image_id: int, category_ids: list[int], size: tuple[int, int] | None = None
+) -> list[dict]:
+    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results.
+
+    size: height and width of the image, for masks (n, 1, 28, 28) of the boxes; they are enlarged one by one.
+    """
+    corners = output["boxes"].float()
+    boxes, rows = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist(), []
+    for k, (box, label, score) in enumerate(zip(boxes, output["labels"].tolist(), output["scores"].tolist())):
         box = [round(x, 3) for x in box]
         rows.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score})
         if "masks" in output:
-            rows[k]["segmentation"] = encode_mask((output["masks"][k, 0] > 0.5).cpu().numpy())
+            mask = output["masks"][k : k + 1]
+            mask = paste_masks_in_image(mask, corners[k : k + 1], size) if size else mask
+            rows[k]["segmentation"] = encode_mask((mask[0, 0] > 0.5).cpu().numpy())
     return rows
 
 
@@ -186,18 +288,18 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
     `kinds` say. Numbers are fractions of one, and None where there is no such object.
     """
-    tools, scores = _pycocotools(), {"images": len(detections)}
+    scores = {"images": len(detections)}
     for kind in kinds:
         # It writes into its arguments; and with a box at hand it would sort masks by the size of their box.
         rows = [dict(row) for index in sorted(detections) for row in detections[index]]
         if kind == "mask":
             rows = [{name: value for name, value in row.items() if name != "bbox"} for row in rows]
         with redirect_stdout(io.StringIO()):  # it prints what it does
-            truth = tools.coco.COCO()
+            truth = coco.COCO()
             truth.dataset = {name: [dict(row) for row in rows] for name, rows in data_set.items()}
             truth.createIndex()
-            results = truth.loadRes(rows) if rows else tools.coco.COCO()
-            evaluation = tools.cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
+            results = truth.loadRes(rows) if rows else coco.COCO()
+            evaluation = cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
             evaluation.params.imgIds = sorted(data_set["images"][index]["id"] for index in detections)
             evaluation.params.catIds = [row["id"] for row in data_set["categories"]]
             evaluation.evaluate()
@@ -216,34 +318,42 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
 def draw_objects(
     image: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None
 ) -> torch.Tensor:
-    """An image with its objects' boxes, masks, names and scores, uint8 (3, H, W).
+    """An image with its objects' boxes, masks and, of several classes, names and scores, uint8 (3, H, W).
 
-    rows: annotations or results; names: of category ids; square: side of a white square that the image is scaled to.
+    rows: annotations or results; names: of category ids; square: side of a white square that the image is scaled to;
+    without it, larger images are scaled to a screen.
     """
-    import matplotlib.font_manager  # its font, at a legible size
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    from matplotlib import colormaps, font_manager
 
-    scale = square / max(image.size) if square else 1.0
+    scale = square / max(image.size) if square else min(1, SCREEN / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
-    drawn = pil_to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
-    colours = {number: to_hex(colormaps["tab20"](k % 20)) for k, number in enumerate(names)}
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    free = np.ones((height, width), dtype=bool)  # a pixel of several masks is the best one's
+    palette = (255 * np.array(colormaps["tab20"].colors)).round().astype(int).tolist()
+    colours = {number: tuple(palette[2 * k % 20 + k // 10 % 2]) for k, number in enumerate(names)}
     rows = sorted(rows, key=lambda row: -row.get("score", 1))
-    chosen = [colours[row["category_id"]] for row in rows]
-    if rows and all(row.get("segmentation") for row in rows):
-        masks = np.stack([decode_mask(row["segmentation"], image.height, image.width) for row in rows])
-        masks = torch.nn.functional.interpolate(torch.from_numpy(masks)[None], (height, width))[0].bool()  # (n, H, W)
-        masks &= (
-            masks.cumsum(dim=0) == 1
-        )  # a pixel of several masks is the best one's; torchvision would paint it black
-        drawn = draw_segmentation_masks(drawn, masks, alpha=0.45, colors=chosen)
-    if rows:
-        x, y, w, h = (torch.tensor([row["bbox"] for row in rows], dtype=torch.float32) * scale).unbind(1)
-        boxes = torch.stack([x, y, x + w, y + h], dim=1)
-        texts = [names[row["category_id"]] + (f" {row['score']:.2f}" if "score" in row else "") for row in rows]
-        size = max(10, max(width, height) // 24)
-        font = dict(font=matplotlib.font_manager.findfont("DejaVu Sans"), font_size=size, fill_labels=True)
-        drawn = draw_bounding_boxes(drawn, boxes, texts, chosen, width=max(1, size // 8), **font)
-    if square:
-        drawn = torch.nn.functional.pad(drawn, (0, square - width, 0, square - height), value=255)
-    return drawn
+    for row in rows:
+        if row.get("segmentation"):
+            mask = Image.fromarray(decode_mask(row["segmentation"], image.height, image.width))
+            chosen = np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)).astype(bool) & free
+            pixels[chosen] = 0.55 * pixels[chosen] + 0.45 * np.array(colours[row["category_id"]])
+            free &= ~chosen
+    picture = Image.fromarray(pixels)
+    pen, font = ImageDraw.Draw(picture, "RGBA"), font_manager.findfont("DejaVu Sans")
+    for row in reversed(rows):
+        left, top, w, h = (x * scale for x in row["bbox"])
+        colour, size = colours[row["category_id"]], max(width, height) // 40
+        pen.rectangle([left, top, left + max(1, w), top + max(1, h)], outline=colour, width=max(1, size // 6))
+        if len(names) > 1:
+            text = " ".join([*names[row["category_id"]].split(), *([f"{row['score']:.2f}"] if "score" in row else [])])
+            size = max(
+                9, min(size, int(h / 3), int(1.6 * w / max(1, len(text))))
+            )  # smaller than the object, yet legible
+            below = top + h if top + h + 1.3 * size < height else max(0, top)
+            corner = min(max(0, left), width - 0.65 * size * len(text)), top - 1.3 * size if top > 1.3 * size else below
+            style = dict(font=ImageFont.truetype(font, size), anchor="lt")
+            x1, y1, x2, y2 = pen.textbbox(corner, text, **style)
+            pen.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], fill=(*colour, 128))
+            pen.text(corner, text, fill="black" if sum(colour) > 380 else "white", **style)
+    padding = (0, square - width, 0, square - height) if square else (0, 0)
+    return torch.nn.functional.pad(pil_to_tensor(picture), padding, value=255)

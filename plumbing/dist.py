@@ -51,17 +51,17 @@ def _keep_heap_mapped() -> None:
 
 
 def rank() -> int:
-    """This process's number, known before `setup` too."""
+    """Return this process's number, known before `setup` too."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which numbers the GPUs."""
+    """Return this process's number on its machine, which numbers the GPUs."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Count the processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -73,7 +73,7 @@ def say(line: str) -> None:
 
 
 def total(values: Sequence[torch.Tensor]) -> list[float]:
-    """The sums over processes of a few scalars, with one reduction and one wait for the device."""
+    """Sum a few scalars over processes, with one reduction and one wait for the device."""
     stacked = torch.stack(list(values))
     if world_size() > 1:
         distributed.all_reduce(stacked)
@@ -81,7 +81,7 @@ def total(values: Sequence[torch.Tensor]) -> list[float]:
 
 
 def maximum(number: int) -> int:
-    """The largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
+    """Return the largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
     largest = torch.tensor(number)
     if world_size() > 1:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
@@ -89,7 +89,7 @@ def maximum(number: int) -> int:
 
 
 def gather(value: Any) -> list:
-    """Every process's value, in the order of ranks; nobody goes on before all have come here."""
+    """Collect every process's value, in the order of ranks; nobody goes on before all have come here."""
     gathered = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(gathered, value)
@@ -120,7 +120,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def autocast(amp: str | None, device: torch.device) -> torch.autocast:
-    """The precision of `--amp`; by default bfloat16 on GPUs that have it, float16 on older ones, float32 on CPUs."""
+    """Set the precision of `--amp`: by default bfloat16 on GPUs that have it, float16 on others, float32 on CPUs."""
     if amp is None and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)

@@ -100,6 +100,15 @@ def load_file(path: str | Path) -> dict:
     return content
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text, such as names of classes, without blank ones and comments (#). UserError without a text."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the classes {path} ({error})") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def find_checkpoints(directory: Path) -> list[Path]:
     """A folder's `checkpoint-<epochs done>[-<updates of the next>].pth`, oldest first."""
     positions = {path: path.stem.split("-")[1:] for path in directory.glob("checkpoint-*.pth")}

@@ -14,13 +14,13 @@ from plumbing.loading import mix_seed
 
 
 def choose(length: int, count: int | None, seed: int = 0) -> list[int]:
-    """`count` of `length` indices, or all; a seeded choice, in order."""
+    """Choose `count` of `length` indices by the seed, or all, in order."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed("images", seed)))
     return sorted(order[:count].tolist())
 
 
 def layer_names(model: nn.Module, where: str) -> list[str]:
-    """The layers that `where` stands for: those of all blocks for "act", "grn" or "block"; a single layer's own name.
+    """List the layers that `where` names: "act", "grn" or "block" of all blocks, or a single layer.
 
     "stages.2.1.act" is after GELU and "stages.2.1.grn" after GRN, both 4C wide (the same in V1); "stages.2.1" is the
     output of the block, C wide; "norm" is the pooled and, with a head, normalised feature vector. UserError for others.
@@ -79,14 +79,14 @@ def mean_and_std(features: torch.Tensor) -> torch.Tensor:
 
 
 def stage_ends(model: nn.Module) -> list[str]:
-    """The layers that end the four stages."""
+    """List the layers that end the four stages."""
     return [f"stages.{i}.{depth - 1}" for i, depth in enumerate(model.depths)]
 
 
 def score(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float]:
-    """Accuracy in percent on features `queries` (N, D) by those of `bank` (M, D): "probe" and "knn", the 10 nearest."""
+    """Score features `queries` (N, D) by `bank` (M, D), in percent: "probe" and "knn", the 10 nearest."""
     probe, (x, y) = ridge_accuracy(bank, bank_labels, queries, labels), standardised(bank, queries)
     return {"probe": 100 * probe, "knn": 100 * knn_accuracy(x, bank_labels, y, labels)}
 
@@ -100,7 +100,7 @@ def standardised(bank: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor
 def knn_accuracy(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, k: int = 10
 ) -> float:
-    """Fraction of `queries` (N, D) whose class wins the vote of the `k` nearest of `bank` (M, D); labels (N,) and (M,).
+    """Return the fraction of `queries` (N, D) whose class wins the vote of the `k` nearest of `bank` (M, D).
 
     Nearest by cosine similarity s; a vote weighs exp(s / 0.07), as is usual for frozen features (Wu et al. 2018).
     """
@@ -113,7 +113,7 @@ def knn_accuracy(
 def ridge_accuracy(
     bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, strength: float = 0.01
 ) -> float:
-    """Accuracy on `queries` (N, D) of a linear layer that is fitted to `bank` (M, D); labels (N,) and (M,).
+    """Return the accuracy on `queries` (N, D) of a linear layer fitted to `bank` (M, D); labels (N,) and (M,).
 
     Ridge regression on one-hot classes in closed form, `strength` x M on the diagonal of the features' products, each
     feature of variance one: nothing is tuned, and nothing random.

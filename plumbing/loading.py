@@ -5,16 +5,23 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from plumbing import dist
+from plumbing.files import UserError
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -33,6 +40,39 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
         yield
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image upright: orientation by EXIF is applied."""
+    with opened(path) as image:
+        return upright(image)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, its header read. Raises nearly anything if it is damaged, or over 178 million pixels."""
+    if not os.path.isfile(path):  # reading a pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on large images and odd metadata
+        with Image.open(path) as image:
+            yield image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that an opened image will have upright."""
+    with suppress(Exception):  # damaged metadata
+        if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # Pillow turns TIFF's
+            return image.height, image.width
+    return image.size
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an image and turn it as its EXIF orientation says."""
+    image.load()
+    with suppress(Exception):  # damaged metadata
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 class Samples(Dataset):
     """Samples indexed by (epoch, index), which seed the augmentation.
 
@@ -43,6 +83,8 @@ class Samples(Dataset):
         items: file paths, or arrays.
         seed: seed of the augmentation.
     """
+
+    image_max: float | None = None  # white in images of 16 bits, as --image_max says
 
     def __init__(self, items: Sequence, seed: int = 0):
         self.items, self.seed = items, seed
@@ -99,13 +141,37 @@ def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int
     return [[(0, index) for index in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
 
 
+class Loader(DataLoader):
+    """A DataLoader that names the cure where its workers cannot share memory, as in Docker by default."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "worker" not in str(error):
+                raise
+            fix = "take --num_workers 0, or more shared memory: docker run --shm-size 2g"
+            raise UserError(f"a loading process ended, perhaps for lack of shared memory (/dev/shm); {fix}") from error
+
+
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
     collate = getattr(samples, "collate", None)
-    return DataLoader(
+    return Loader(
         samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
     )
+
+
+def progress(batches: Collection, every: float = 30) -> Iterator:
+    """Yield from a loader of the images to evaluate, with a bar or, without a terminal, a line every half minute."""
+    start = said = time.perf_counter()
+    for done, batch in enumerate(tqdm(batches, unit="batch", disable=None, leave=False), start=1):
+        yield batch
+        if time.perf_counter() > said + every and not sys.stderr.isatty():
+            said = time.perf_counter()
+            left = tqdm.format_interval((said - start) / done * (len(batches) - done))
+            dist.say(f"evaluated {done} of {len(batches)} batches, {left} left")
 
 
 @cache

@@ -1,17 +1,21 @@
 """Label maps: images with the number of a class, or `IGNORED`, in every pixel. How they are read, written and drawn."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
+from tqdm import tqdm
 
-from plumbing.files import UserError
+from plumbing.files import UserError, read_lines
+from plumbing.loading import open_image, opened, upright_size
 from plumbing.plots import plot_panels
 
 IGNORED = 255  # the label of pixels that do not count
@@ -19,55 +23,83 @@ MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's names of images with o
 Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # uint8: image (3, H, W), true and predicted labels (H, W)
 
 
+class Classes(NamedTuple):
+    """The classes of label maps: names, colours, and the number that each has in files."""
+
+    names: list[str]
+    colours: list[tuple]
+    numbers: Sequence[int]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_labels(path: str, classes: int, reduce_zero_label: bool = False) -> np.ndarray:
-    """Read labels 0 .. classes - 1 and 255, uint8 (H, W). ValueError for other labels, and for an image in colours.
-
-    reduce_zero_label: the file has 1 .. classes instead, and 0 or 255.
-    """
-    labels, first = read_numbers(path), int(reduce_zero_label)
-    wrong = (labels < 0) | ((labels >= classes + first) & (labels != IGNORED))
-    if wrong.any():
-        known = f"the {classes} classes have {first} to {classes - 1 + first}, and 255 does not count"
-        raise ValueError(f"{path} has the label {labels[wrong].max()}, but {known}")
-    if reduce_zero_label:
-        labels = np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
-    return labels.astype(np.uint8)
-
-
-def read_numbers(path: str) -> np.ndarray:
-    """Read the numbers in a palette, greyscale or 16-bit image, int64 (H, W). ValueError for an image in colours."""
-    with Image.open(path) as image:
-        if image.mode not in MODES:
-            fix = "save labels as numbers, in a palette or greyscale PNG"
-            raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
-        return np.asarray(image).astype(np.int64)
+def open_map(path: str | Path) -> Image.Image:
+    """Open an image with one number per pixel. ValueError for an image in colours, UserError for a JPEG file."""
+    image = open_image(path)
+    if image.format == "JPEG":
+        raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
+    if image.mode in ("RGB", "RGBA", "LA"):
+        grey, *others = image.split()[: 1 if image.mode == "LA" else 3]
+        if all(channel.tobytes() == grey.tobytes() for channel in others):
+            return grey
+    if image.mode not in MODES:
+        fix = "save labels as numbers, in a palette or greyscale PNG"
+        raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
+    return image
 
 
-def write_labels(path: Path, labels: np.ndarray, colours: list[tuple], reduce_zero_label: bool = False) -> None:
-    """The inverse of `read_labels`: write uint8 (H, W) as a palette PNG with the classes' colours."""
-    first = int(reduce_zero_label)
-    numbers = np.where(labels == IGNORED, 0 if first else IGNORED, labels + first)
-    image = Image.fromarray(numbers.astype(np.uint8), mode="P")
-    palette = [(0, 0, 0)] * first + list(colours) + [(0, 0, 0)] * 256  # of fewer colours Pillow would make fewer bits
-    image.putpalette([value for colour in palette[:256] for value in colour])
+def read_labels(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
+    """Read a label map, uint8 (H, W): class k has `numbers[k]` in the file, and other numbers do not count."""
+    table = np.full(2**16, IGNORED, dtype=np.uint8)
+    table[list(numbers)] = np.arange(len(numbers))
+    values = np.asarray(open_map(path))
+    return table[values.astype(np.uint8) if values.dtype == bool else values]
+
+
+def write_labels(path: Path, labels: np.ndarray, classes: Classes) -> None:
+    """Write labels (H, W) as a palette PNG with the classes' numbers and colours."""
+    image = Image.fromarray(np.minimum(classes.numbers, 255).astype(np.uint8)[labels], mode="P")
+    palette = [0] * 3 * 256
+    for number, colour in zip(classes.numbers, classes.colours):
+        palette[3 * min(number, 255) : 3 * min(number, 255) + 3] = colour
+    image.putpalette(palette)
     image.save(path, format="PNG")
 
 
-def count_classes(paths: Iterable[str], reduce_zero_label: bool = False) -> int:
-    """Count the classes that label maps need; those that cannot be read are left out."""
+def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, str]]:
+    """Count every label's pixels in the maps of (image, map) paths; also name one map for each label.
 
-    def largest(path):
+    UserError for a map in JPEG or of another size than its image, and if no map can be read: single ones are left out.
+    """
+
+    def count(pair):
+        image, path = pair
         try:
-            labels = read_numbers(path)
-        except Exception:  # damaged files raise nearly anything
-            return -1
-        return max(labels[labels != IGNORED].tolist(), default=-1)
+            with opened(image) as file:
+                size = upright_size(file)
+            labels = open_map(path)
+        except Exception as error:  # damaged files raise nearly anything
+            return error, path
+        if labels.size != size:
+            sizes = "{} is {} x {} pixels, and its label map {} {} x {}".format(image, *size, path, *labels.size)
+            turned = "lies on its side: images are turned upright by their EXIF orientation"
+            raise UserError(f"{sizes}; one of them {turned if labels.size == size[::-1] else 'was resized or cropped'}")
+        if labels.mode in ("L", "P"):
+            return {label: n for label, n in enumerate(labels.histogram()) if n}, path
+        return {int(label): int(n) for label, n in zip(*np.unique(np.asarray(labels), return_counts=True))}, path
 
+    pixels, files, error = Counter(), {}, None
     with ThreadPoolExecutor() as pool:
-        return 1 + max(pool.map(largest, paths)) - reduce_zero_label
+        for counts, path in tqdm(pool.map(count, pairs), "label maps", len(pairs), disable=None, leave=False):
+            if isinstance(counts, Exception):
+                error = error or counts
+                continue
+            pixels.update(counts)
+            files |= dict.fromkeys(counts, path)
+    if not pixels:
+        raise UserError(f"none of {len(pairs)} label maps can be read ({error})")
+    return pixels, files
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -75,18 +107,14 @@ def count_classes(paths: Iterable[str], reduce_zero_label: bool = False) -> int:
 
 def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
     """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the classes {path} ({error})") from None
+    lines = read_lines(path)
     if lines and lines[0].startswith("Idx\t"):
         lines = [line.split("\t")[-1] for line in lines[1:]]
     matches = [re.fullmatch(r"(.*\S)[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]
     names = [match[1].rstrip(",") for match in matches] if all(matches) else lines
     if not 1 <= len(set(names)) == len(names) <= IGNORED:
-        raise UserError(
-            f"{path} names {len(names)} classes, {len(set(names))} different; name 1 to {IGNORED}, each once"
-        )
+        counts = f"{len(names)} classes, {len(set(names))} different"
+        raise UserError(f"{path} names {counts}; name 1 to {IGNORED}, each once")
     if not all(matches):
         return names, class_colours(len(names))
     colours = [tuple(map(int, match.groups()[1:])) for match in matches]
@@ -127,43 +155,45 @@ def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tens
     return marked.masked_fill(truth == IGNORED, 0).to(torch.uint8)
 
 
-def draw_segmentation(path: Path, examples: Sequence[Example], classes: list[str], colours: list[tuple]) -> None:
+def draw_segmentation(path: Path, examples: Sequence[Example], classes: Classes) -> None:
     """Draw images, true labels, predictions and errors, with a legend of the classes that occur."""
-    columns, labels = {"image": [], "truth": [], "prediction": [], "wrong in red": []}, []
-    for image, truth, prediction in examples:
-        row = image, paint(truth, colours), paint(prediction, colours), mark_errors(image, truth, prediction)
-        for column, panel in zip(columns.values(), row):
+    columns, shown = {"image": [], "truth": [], "prediction": [], "wrong in red": []}, []
+    for image, truth, prediction in (scaled(example, 256) for example in examples):
+        painted = (paint(labels, classes.colours) for labels in (truth, prediction))
+        for column, panel in zip(columns.values(), (image, *painted, mark_errors(image, truth, prediction))):
             column.append(panel)
-        labels += [truth.flatten(), prediction.flatten()]
-    draw_with_legend(path, columns, torch.cat(labels), classes, colours, 256, 1.7)
+        shown += [truth.flatten(), prediction.flatten()]
+    draw_with_legend(path, columns, torch.cat(shown), classes, 1.7)
 
 
-def draw_overlay(
-    path: Path, image: torch.Tensor, prediction: torch.Tensor, classes: list[str], colours: list[tuple]
-) -> None:
+def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, classes: Classes) -> None:
     """Draw an image beside its prediction, laid over it."""
-    columns = {"image": [image], "labels": [overlay(image, prediction, colours)]}
-    draw_with_legend(path, columns, prediction, classes, colours, 480, 4)
+    image, prediction = scaled((image, prediction), 480)
+    columns = {"image": [image], "labels": [overlay(image, prediction, classes.colours)]}
+    draw_with_legend(path, columns, prediction.flatten(), classes, 4)
 
 
 def draw_with_legend(
-    path: Path, columns: dict[str, list[torch.Tensor]], labels: torch.Tensor, classes: list[str], colours: list[tuple],
-    side: int, inches: float,
-) -> None:  # fmt: skip
-    """Draw columns of images (3, H, W), each with its long side scaled to `side`, and the names of their `labels`."""
-    scaled = {title: [enlarge(image, side) for image in images] for title, images in columns.items()}
-    height, width = (max(image.shape[axis] for image in scaled["image"]) for axis in (1, 2))
+    path: Path, columns: dict[str, list[torch.Tensor]], labels: torch.Tensor, classes: Classes, inches: float
+) -> None:
+    """Draw columns of images uint8 (3, H, W), and a legend of their `labels` (n,): of many the largest ten."""
+    height, width = (max(image.shape[axis] for image in columns["image"]) for axis in (1, 2))
     panels = {  # white beside smaller ones
-        title: torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1]), value=1.0) for i in images])
-        for title, images in scaled.items()
+        title: torch.stack([F.pad(i / 255, (0, width - i.shape[2], 0, height - i.shape[1]), value=1.0) for i in images])
+        for title, images in columns.items()
     }
-    numbers = labels.unique().tolist()
-    legend = {classes[k]: colours[k] for k in numbers if k != IGNORED}
-    plot_panels(path, panels, "", inches=inches, legend=legend | ({"ignored": (0, 0, 0)} if IGNORED in numbers else {}))
+    pixels = labels.long().bincount(minlength=IGNORED + 1)
+    largest = [k for k in pixels[:IGNORED].argsort(descending=True)[:10].tolist() if pixels[k]]
+    legend = {classes.names[k]: classes.colours[k] for k in sorted(largest)}
+    plot_panels(path, panels, "", inches=inches, legend=legend | ({"ignored": (0, 0, 0)} if pixels[IGNORED] else {}))
 
 
-def enlarge(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Scale uint8 (3, H, W) so that its long side is `side`: floats in [0, 1]."""
-    factor = side / max(image.shape[1:])
-    size = [max(1, round(length * factor)) for length in image.shape[1:]]
-    return v2.functional.resize(image, size, v2.InterpolationMode.NEAREST_EXACT) / 255
+def scaled(example: Sequence[torch.Tensor], side: int) -> list[torch.Tensor]:
+    """An image (3, H, W) and label maps (H, W), uint8, scaled to a long side of `side`, before anything is drawn."""
+    height, width = example[0].shape[1:]
+    size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
+    nearest = v2.InterpolationMode.NEAREST_EXACT
+    return [
+        v2.functional.resize(part if part.ndim == 3 else part[None], size, nearest).view(*part.shape[:-2], *size)
+        for part in example
+    ]

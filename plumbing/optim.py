@@ -9,7 +9,7 @@ from torch import nn
 
 
 def learning_rate(epoch: float, peak: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear warm-up from 0, then half a cosine to `min_lr`; `epoch` is fractional, so the rate changes every step."""
+    """Warm up linearly from 0, then follow half a cosine to `min_lr`; `epoch` may be fractional."""
     if epoch < warmup_epochs:
         return peak * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
@@ -25,7 +25,7 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for the optimiser: with weight decay and without."""
+    """Divide parameters into two groups for the optimiser: with weight decay and without."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -13,7 +13,7 @@ from plumbing.files import write_atomically
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
-    """A matplotlib figure and its axes (rows, columns), drawn without a display."""
+    """Make a matplotlib figure and its axes (rows, columns), without a display."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's
         os.environ.pop("MPLBACKEND", None)  # none is used here, and a name unknown to matplotlib would stop its import
     from matplotlib.figure import Figure  # not pyplot: no display and no global state
@@ -43,7 +43,7 @@ def draw_panels(
     columns: dict[str, torch.Tensor], caption: str, rows: Sequence[str] = (), inches: float = 1.7,
     legend: Mapping[str, tuple] = MappingProxyType({}),
 ):  # fmt: skip
-    """A table of images as a figure, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
+    """Draw a table of images, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
     `rows` names the images, one to a row, each `inches` wide. Without names two stand side by side in a row.
     legend: name -> (red, green, blue), 0 to 255.
@@ -95,7 +95,7 @@ def draw_curves(axis, curves: dict[str, tuple], x_label: str, y_label: str, titl
 
 
 def curves_of(records: list[dict], keys: Mapping[str, str], scale: float = 1.0) -> dict[str, tuple]:
-    """Curves over epochs from a log's records; `keys` maps labels to the records' keys, absent ones left out."""
+    """Collect curves over epochs from a log's records; `keys` maps labels to records' keys, absent ones left out."""
     points = {
         label: [(record["epoch"], scale * record[key]) for record in records if record.get(key) is not None]
         for label, key in keys.items()

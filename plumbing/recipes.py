@@ -4,7 +4,7 @@ import ast
 
 
 def by_size(table: str) -> dict[str, dict]:
-    """A table whose first line names sizes and whose others begin with a flag's name -> the flags of each size."""
+    """Read a table whose first line names sizes and whose others begin with a flag's name: the flags of each size."""
     sizes, *rows = (line.split() for line in table.strip().splitlines())
     return {size: {name: _value(values[k]) for name, *values in rows} for k, size in enumerate(sizes)}
 
@@ -80,7 +80,7 @@ LINEAR_PROBE = dict(
     opt="sgd", blr=0.1, min_lr=0.0, epochs=90, warmup_epochs=0.0, weight_decay=0.0, layer_decay=1.0, model_ema=False,
     aa=None, color_jitter=None, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
 )  # fmt: skip
-SHORT_PROBE = dict(epochs=3, blr=1.0)  # for the embedded data: few updates want a higher rate
+SHORT_PROBE = dict(embedded_images=(4000, 1000), batch_size=32, epochs=3, blr=1.0)  # for drawn images: all of them
 
 # Mask R-CNN on COCO. Base is the published detector's. For Large and Huge the paper gives search ranges only (layer
 # decay .9 or .95, drop path .2 to .5, App. A.3); the choice is ours.

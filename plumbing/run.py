@@ -172,7 +172,7 @@ class Run:
             signal.signal(number, handler)
 
     def epochs(self) -> range:
-        """The epochs that are left."""
+        """Return the remaining epochs."""
         return range(self.first_epoch, self.last_epoch + 1)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -222,17 +222,23 @@ class Run:
         self.ending = dist.maximum(self.signal)
         ends_epoch = self.update_in_epoch + 1 == self.updates or self.done == self.total
         save = self.ending or (args.save_every_steps and self.done % args.save_every_steps == 0)
-        if save or ends_epoch or self.done % args.log_every == 0:
+        if self.done == self.first_done + 1 and self.bar.disable:
+            seconds = time.perf_counter() - self.start
+            left = tqdm.format_interval(seconds * (self.total - self.done))
+            dist.say(f"first update after {seconds:.1f} s; at that pace {left} left, without evaluations")
+        # As many updates to a line as fit the epoch evenly, so that each line averages equally many.
+        lines, update = max(1, round(self.updates / args.log_every)), self.update_in_epoch
+        if save or ends_epoch or (update + 1) * lines // self.updates > update * lines // self.updates:
             self._report()  # before every checkpoint, so that none is written whose weights are not finite
             if save:
                 self.save(self.epoch, self.update_in_epoch + 1)
 
     def evaluation_due(self, epoch: int) -> bool:
-        """Whether --eval_freq asks for an evaluation after `epoch`; the last epoch always has one."""
+        """Tell whether --eval_freq asks for an evaluation after `epoch`; the last epoch always has one."""
         return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.last_epoch
 
     def save_due(self, epoch: int) -> bool:
-        """Whether to save after `epoch`. Write the epoch's other outputs before `save`: a kill may follow it."""
+        """Tell whether to save after `epoch`. Write the epoch's other outputs before `save`: a kill may follow it."""
         self.ending = dist.maximum(self.signal)
         return bool(self.ending) or (epoch + 1) % self.args.save_ckpt_freq == 0 or epoch == self.last_epoch
 
@@ -345,6 +351,6 @@ class Run:
 
 
 def cosine(run: Run) -> Callable[[int], float]:
-    """Update -> learning rate: linear warm-up over --warmup_epochs, then half a cosine to --min_lr."""
+    """Map updates to learning rates: linear warm-up over --warmup_epochs, then half a cosine to --min_lr."""
     warmup, epochs = run.args.warmup_epochs, run.total / run.updates
     return lambda update: optim.learning_rate(update / run.updates, run.peak_lr, run.args.min_lr, warmup, epochs)

@@ -17,10 +17,10 @@ MOST_CLASSES = 2000  # of which confusion is written: for ImageNet-22k's, the ta
 def classification_scores(
     results: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device, divided: bool
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """From batches of logits (N, classes) and labels (N,): "top1" and "top5" accuracy in percent, cross-entropy "loss".
+    """From batches of logits (N, classes) and labels (N,): accuracies in percent, and the cross-entropy "loss".
 
-    Also the outcomes (images, 2) on the CPU: every image's class and the predicted one. With `divided`, the processes
-    hold different images, and all are counted.
+    They are "top1", "top5", and "balanced", the mean over classes of top-1. Also the outcomes (images, 2) on the CPU:
+    every image's class and the predicted one. With `divided`, the processes hold different images, and all are counted.
     """
     sums = [torch.zeros(3, device=device)]  # by batch; Python adds them up in float64, which MPS lacks
     outcomes = [torch.zeros(0, 2, device=device, dtype=torch.int64)]
@@ -32,8 +32,11 @@ def classification_scores(
     mine = [math.fsum(column) for column in zip(*torch.stack(sums).tolist())], torch.cat(outcomes).cpu()
     sums, outcomes = zip(*(dist.gather(mine) if divided else [mine]))
     (loss, top1, top5), outcomes = map(math.fsum, zip(*sums)), torch.cat(outcomes)
-    count = len(outcomes)
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}, outcomes
+    count, (truth, predicted) = len(outcomes), outcomes.unbind(1)
+    images, hits = truth.bincount(), truth[truth == predicted].bincount(minlength=int(truth.max()) + 1)
+    balanced = (hits / images)[images > 0].mean().item()
+    scores = {"loss": loss / count, "top1": 100 * top1 / count, "balanced": 100 * balanced, "top5": 100 * top5 / count}
+    return scores, outcomes
 
 
 def segmentation_scores(confusion: torch.Tensor, classes: Sequence[str]) -> dict:
@@ -83,11 +86,12 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: list[str]) -> Non
     root = PowerNorm(0.5, vmin=0, vmax=100)  # a linear scale would show what is rarely confused as white, like zero
     image = axes[0, 0].imshow(percent.numpy(), cmap="Blues", norm=root)
     figure.colorbar(image, label="% of the true class's images", shrink=0.8)
-    axes[0, 0].set(xlabel="predicted class", ylabel="true class")
+    axes[0, 0].set(xlabel="predicted class", ylabel="true class (images)")
     if n <= 40:  # more names would not be legible; ticks then number the rows of classes.csv, from 0
         short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
+        short = [name.encode(errors="backslashreplace").decode() for name in short]  # folders' may be no Unicode
         axes[0, 0].set_xticks(range(n), short, rotation=90)
-        axes[0, 0].set_yticks(range(n), short)
+        axes[0, 0].set_yticks(range(n), [f"{name} ({count})" for name, count in zip(short, confusion.sum(1).tolist())])
     if n <= 15:
         for i, j in confusion.nonzero().tolist():
             colour = "white" if percent[i, j] > 30 else "black"

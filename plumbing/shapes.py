@@ -6,11 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
-SHAPES = ("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral")
+SHAPES = ("disc", "ring", "triangle", "square", "cross")  # the classes of scenes
 SPLITS = ("train", "val")  # their places in what follows, and their seeds
-DRAWN = (4000, 1000)  # how many are drawn
-SCENES = (5000, 200)  # for detection and segmentation
+DRAWN, SCENES = (4000, 1000), (2500, 200)  # how many are drawn of each split: images and, to find shapes in, scenes
 _CHUNK = 50  # images drawn at once; a multiple of the number of textures keeps the classes balanced
+_IMAGES = dict(
+    shapes=("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral"),
+    layers=((0.12, 0.2, 0.9), (0.12, 0.2, 0.9), (0.35, 0.6, 0.5)),  # back to front: least and largest radius, offset
+    rotation=2 * np.pi, fills=len(TEXTURES), light=(0.15, 0.85), contrast=1, difference=(0.35, 0.65), step=0,
+)  # fmt: skip
+_SCENES = dict(  # plain shapes, mostly brighter than what is behind them
+    shapes=SHAPES, layers=((0.25, 0.4, 0.65),) * 3,
+    rotation=0.5, fills=1, light=(0.05, 0.3), contrast=0.4, difference=(0.1, 0.5), step=0.2,
+)  # fmt: skip
 
 
 def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -19,51 +27,44 @@ def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarr
     The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with their own
     textures in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
     """
-    images, labels, *_ = _draw(n, seed, size)
-    return images, labels
+    return tuple(_draw(n, seed, size, **_IMAGES)[:2])
 
 
 def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw such images and their shapes: uint8 (n, size, size, 3), kinds (n, 3) and masks, bool (n, 3, size, size).
+    """Draw images of plain shapes, and these: uint8 (n, S, S, 3), kinds (n, 3) and masks, bool (n, 3, S, S).
 
     A kind is an index into SHAPES, back to front; a mask is the part that no later shape hides.
     """
-    images, _, kinds, masks = _draw(n, seed, size)
+    images, _, kinds, masks = _draw(n, seed, size, **_SCENES)
     return images, kinds, masks
 
 
-def _draw(n, seed, size):
-    with ThreadPoolExecutor(
-        os.cpu_count()
-    ) as pool:  # numpy leaves the interpreter lock; small chunks stay in the cache
-        chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size), range(-(-n // _CHUNK))))
+def _draw(n, seed, size, **look):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the GIL; small chunks stay in the cache
+        chunks = list(pool.map(lambda chunk: _draw_chunk(seed, chunk, size, **look), range(-(-n // _CHUNK))))
     return [np.concatenate(parts)[:n] for parts in zip(*chunks)]
 
 
-def _draw_chunk(seed, chunk, size):
-    n = _CHUNK
-    rng = np.random.default_rng([seed, chunk, size])
+def _draw_chunk(seed, chunk, size, shapes, layers, rotation, fills, light, contrast, difference, step):
+    n, rng = _CHUNK, np.random.default_rng([seed, chunk, size])
     labels = rng.permutation(np.arange(n) % len(TEXTURES))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
     x, y = np.broadcast_to(axis, (n, size, size)), np.broadcast_to(axis[:, None], (n, size, size))
-
-    ground = rng.uniform(0.15, 0.85, size=(n, 1, 1, 3)).astype(np.float32)
-    picture = _texture(rng, x, y, ground, labels)
+    ground = rng.uniform(*light, size=(n, 1, 1, 3)).astype(np.float32)
+    picture = _texture(rng, x, y, ground, labels, contrast)
     masks, all_kinds = np.zeros((n, 3, size, size), dtype=bool), np.empty((n, 3), dtype=np.int64)
-    for layer, small in enumerate((True, True, False)):
-        kinds = all_kinds[:, layer] = rng.integers(len(SHAPES), size=n)
-        radius = _uniform(rng, n, 0.12, 0.2) if small else _uniform(rng, n, 0.35, 0.6)
-        reach = 0.9 if small else 0.5
-        u, v = _turn(
-            x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach), _uniform(rng, n, 0, 2 * np.pi)
-        )
+    for layer, (least, most, reach) in enumerate(layers):
+        kinds = all_kinds[:, layer] = rng.integers(len(shapes), size=n)
+        radius = _uniform(rng, n, least, most)
+        u, v = x - _uniform(rng, n, -reach, reach), y - _uniform(rng, n, -reach, reach)
+        u, v = _turn(u, v, _uniform(rng, n, 0, rotation))
         inside = np.empty_like(picture[..., :1])
-        for k in range(len(SHAPES)):
+        for k, shape in enumerate(shapes):
             chosen = kinds == k
-            distance = _distance(SHAPES[k], u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
+            distance = _distance(shape, u[chosen] / radius[chosen], v[chosen] / radius[chosen]) * radius[chosen]
             inside[chosen, :, :, 0] = np.clip(0.5 - distance * size / 3, 0, 1)  # a soft edge, about 1.5 pixels wide
-        colour = (ground + rng.uniform(0.35, 0.65, size=ground.shape)) % 1  # far from the ground's in every channel
-        fill = _texture(rng, u, v, colour.astype(np.float32), rng.integers(len(TEXTURES), size=n))
+        colour = ground + rng.uniform(*difference, size=ground.shape) + step * layer  # in every channel
+        fill = _texture(rng, u, v, (colour % 1).astype(np.float32), rng.integers(fills, size=n), contrast)
         picture += inside * (fill - picture)
         masks[:, layer] = inside[..., 0] > 0.5
         masks[:, :layer] &= ~masks[:, layer : layer + 1]
@@ -80,7 +81,7 @@ def _turn(x, y, angle):
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
-def _texture(rng, x, y, colour, kinds):
+def _texture(rng, x, y, colour, kinds, contrast):
     """(n, S, S) coordinates -> (n, S, S, 3): a colour (n, 1, 1, 3) varied by each picture's kind of pattern."""
     n = len(x)
     u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
@@ -89,7 +90,7 @@ def _texture(rng, x, y, colour, kinds):
     for k, kind in enumerate(TEXTURES):
         chosen = kinds == k
         pattern[chosen] = _pattern(kind, u[chosen], v[chosen], frequency[chosen], phase[chosen])
-    contrast = rng.uniform(0.15, 0.4, size=(n, 1, 1, 3)) * rng.choice((-1, 1), size=(n, 1, 1, 3))
+    contrast = contrast * rng.uniform(0.15, 0.4, size=(n, 1, 1, 3)) * rng.choice((-1, 1), size=(n, 1, 1, 3))
     return colour + np.clip(pattern, -1, 1)[..., None] * contrast.astype(np.float32)
 
 
@@ -133,8 +134,7 @@ def _distance(shape, u, v):
             k = 3 if shape == "triangle" else 4
             return r * np.cos((angle % (2 * np.pi / k)) - np.pi / k) - (0.6 if k == 3 else 0.75)
         case "cross":
-            low, high = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-            return np.maximum(low - 0.3, high - 1)
+            return np.maximum(np.minimum(np.abs(u), np.abs(v)) - 0.3, np.maximum(np.abs(u), np.abs(v)) - 1)
         case "star":
             fold = np.abs((angle % (2 * np.pi / 5)) - np.pi / 5)  # 0 at a tip, pi / 5 in a notch
             return r * (0.5 + fold) - 0.55

@@ -4,20 +4,22 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from plumbing import cli, optim
-from plumbing.files import file_of_run, save_tensors
+from plumbing import cli, dist, optim
+from plumbing.files import UserError, file_of_run, save_tensors
 from plumbing.run import Run
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) -> Callable:
-    """What to do; like the other functions, this one returns the function that adds to its group."""
+    """Add --eval, --predict and --recipe; return the function that adds to their group."""
     group = parser.add_argument_group("task")
     either = group.add_mutually_exclusive_group().add_argument
     either("--eval", action=cli.BoolFlag, default=False, help="only evaluate --resume")
@@ -28,7 +30,7 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
 
 
 def add_transfer_flags(add: Callable) -> None:
-    """How pre-trained weights are trained further: layers' learning rates, optimiser, moving average, evaluation."""
+    """Add how pre-trained weights are trained: layers' learning rates, optimiser, moving average, evaluation."""
     add("--layer_decay", type=cli.fraction, default=1.0, help="learning rate's factor per layer towards the input")
     add("--opt", choices=("adamw", "adam", "sgd"), default="adamw", help="optimiser")
     add("--opt_eps", type=cli.positive, default=1e-8, help="epsilon of Adam and AdamW")
@@ -47,7 +49,7 @@ def add_transfer_flags(add: Callable) -> None:
 
 
 def start_of(args: argparse.Namespace, parser: cli.Parser) -> str | None:
-    """The file of weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
+    """Find the weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
     only_use = args.eval or args.predict
     if only_use and not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
@@ -108,7 +110,7 @@ def settle(
 
 
 def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
-    """The layer that a parameter belongs to, 0 nearest to the input.
+    """Return the layer that a parameter belongs to, 0 nearest to the input.
 
     "single" counts every block; "group" takes the blocks of stage 3 by threes, as do the authors' fine-tuning of Base
     and ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
@@ -126,14 +128,14 @@ def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
 
 
 def last_layer(depths: tuple[int, ...], kind: str) -> int:
-    """The encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
+    """Return the encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
     return sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
 
 
 def layer_groups(
     net: nn.Module, weight_decay: float, layer_decay: float, kind: str, depths: tuple[int, ...] | None = None
 ) -> list[dict]:
-    """Optimiser groups with `lr_scale` = layer_decay ** (layers above); `depths`: the encoder's, if not `net`'s own."""
+    """Make optimiser groups, `lr_scale` = layer_decay ** (layers above); `depths`: the encoder's, if not `net`'s."""
     depths, groups = depths or net.depths, {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -145,7 +147,7 @@ def layer_groups(
 
 
 def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.Optimizer:
-    """The optimiser of --opt; `Run` sets its learning rate before each update."""
+    """Make the optimiser of --opt; `Run` sets its learning rate before each update."""
     if args.opt == "sgd":
         # Not fused: torch's fused SGD leaves its momentum uninitialised if the first update is skipped.
         return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.momentum > 0, foreach=True)
@@ -154,7 +156,7 @@ def make_optimizer(args: argparse.Namespace, groups: list[dict]) -> torch.optim.
 
 
 def averaged(net: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
+    """Make a moving average of `net` whose decay warms up: min(decay, (1 + t) / (10 + t)) at its update t.
 
     BatchNorm's statistics are averaged too, to suit the averaged weights; counters are copied.
     """
@@ -169,6 +171,47 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
 
     ema.multi_avg_fn = update
     return ema
+
+
+def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
+    """Weights (K,) of classes in the loss, from their counts: fractions (at least .01%) to the power of `-balance`.
+
+    The mean over what was counted is 1.
+    """
+    fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
+    powers = fractions**-balance
+    return (powers / (powers * fractions).sum()).float()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.device, fix: str) -> None:
+    """UserError if training needs more memory than the device, or the machine or container, has.
+
+    It needs what `step`, forward pass and loss, keeps for the backward pass, halved by mixed precision, and four times
+    the weights. On the meta device that is known without any work.
+    """
+    kept, limits = {}, [math.inf]
+
+    def note(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        step()
+    if device.type == "cuda":
+        limits.append(torch.cuda.mem_get_info(device)[0])
+    elif hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        with suppress(ValueError, OSError):  # no container, or without a limit
+            limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    activations = sum(storage.nbytes() for storage in kept.values()) / (2 if dist.autocast(amp, device)._enabled else 1)
+    needed = activations + 16 * sum(p.numel() for p in net.parameters())
+    if needed > min(limits):
+        raise UserError(
+            f"training needs {needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}; {fix}"
+        )
 
 
 # --- evaluation while training ----------------------------------------------------------------------------------------
@@ -187,9 +230,11 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
     if run.ema and run.args.model_ema_eval:
         networks["model_ema"] = run.ema.module
     results = {name: evaluate(network) for name, network in networks.items()}
-    winner = max(results, key=lambda name: results[name][0][metric])
-    scores, details = results[winner]
-    improved, run.best = scores[metric] > run.best, max(run.best, scores[metric])
+    values = {name: scores[metric] for name, (scores, _) in results.items()}
+    ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN is no best
+    winner = max(ranks, key=ranks.get)
+    details = results[winner][1]
+    improved, run.best = ranks[winner] > run.best, max(run.best, ranks[winner])
     record = {"epoch": epoch + 1, "update": run.done, f"best_{metric}": run.best}
     for name, (scores, _) in results.items():
         record |= {f"{'val' if name == 'model' else 'val_ema'}_{key}": value for key, value in scores.items()}

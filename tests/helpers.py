@@ -1,5 +1,6 @@
 """What many tests need: small images on disk, short command lines, runs in the tests' own process, and ways to stop them."""
 
+import csv
 import itertools
 import json
 from pathlib import Path
@@ -43,9 +44,7 @@ def save_noise(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", 
     Image.fromarray(values).convert(mode).save(path, **options)
 
 
-def image_folder(
-    root: Path, classes: tuple[str, ...] = ("stripes", "rings", "dots"), size: int = 32, **splits: int
-) -> Path:
+def image_folder(root: Path, classes: tuple = ("stripes", "rings", "dots"), size: int = 32, **splits: int) -> Path:
     """ROOT/<split>/<class>/<i>.png of drawn images, so many of each split (`train=12, val=7`), dealt to the classes in turn."""
     per_class = -(-sum(splits.values()) // len(classes)) + len(splits)
     images, labels = draw_images(50 * -(-per_class // 5), seed=0, size=size)  # 50 have 5 of each class
@@ -60,9 +59,9 @@ def image_folder(
 
 def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, change=lambda data_set: None) -> dict:
     """Drawn images and their objects in COCO's layout under `root`; `change` works on the annotations first."""
-    images, kinds, masks = draw_scenes(count, seed, size)
     from plumbing.coco import embedded_annotations
 
+    images, kinds, masks = draw_scenes(count, seed, size)
     data_set = embedded_annotations(kinds, masks, SHAPES, 20)
     folder = root / f"{split}2017"
     folder.mkdir(parents=True)
@@ -93,17 +92,8 @@ def write_maps(root: Path, split: str, count: int, seed: int, size: int = 48) ->
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
-SMALL = dict(
-    input_size=16,
-    stem_stride=1,
-    batch_size=4,
-    epochs=2,
-    warmup_epochs=1,
-    lr=1e-3,
-    num_workers=0,
-    log_every=1,
-    device="cpu",
-)
+SMALL = dict(input_size=16, stem_stride=1, batch_size=4, epochs=2, warmup_epochs=1, lr=1e-3, num_workers=0)
+SMALL |= dict(log_every=1, device="cpu")
 FLAGS = {
     pretrain: SMALL | dict(input_size=32, decoder_embed_dim=16, disable_eval=True),
     finetune: SMALL | dict(model="convnextv2_atto", aa="none", reprob=0),
@@ -114,11 +104,10 @@ def words(**flags) -> list[str]:
     """A command line: `words(lr=0.1, opt_betas=(0.9, 0.99), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "0.99"]."""
     line = []
     for name, value in flags.items():
-        line += (
-            [f"--{name}", *map(str, value)]
-            if isinstance(value, list | tuple)
-            else [f"--{name}={value}"] * (value is not None)
-        )
+        if isinstance(value, list | tuple):
+            line += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            line.append(f"--{name}={value}")
     return line
 
 
@@ -137,6 +126,17 @@ def read_log(directory: Path, *keys: str) -> list:
     """The records of a run's log.jsonl; with `keys` their values, without one of them None."""
     records = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return [[record.get(key) for key in keys] for record in records] if keys else records
+
+
+def log_of(directory: Path, key: str) -> list:
+    """A log's values of one key, of the records that have it."""
+    return [record[key] for record in read_log(directory) if key in record]
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV file."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -171,6 +171,5 @@ def assert_equal(a: dict, b: dict, **tolerance) -> None:
     """The same names, and the same tensors: to the bit without a tolerance."""
     assert a.keys() == b.keys()
     for key in a:
-        torch.testing.assert_close(
-            a[key], b[key], **(tolerance or dict(rtol=0, atol=0)), msg=lambda text, key=key: f"{key}: {text}"
-        )
+        limits = tolerance or dict(rtol=0, atol=0)
+        torch.testing.assert_close(a[key], b[key], **limits, msg=lambda text, key=key: f"{key}: {text}")

@@ -1,10 +1,8 @@
 """Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
 
     python tests/stress.py --kills 50 --processes 2 --stage finetune
-    python tests/stress.py --kills 50 --torchrun
 
-SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times. With
---torchrun it goes to one process of two, and torchrun itself starts both again.
+SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
 """
 
 import argparse
@@ -15,13 +13,11 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -47,7 +43,7 @@ STAGES = {
 
 
 def images_in(root: Path) -> Path:
-    """Pictures in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
+    """Images in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
     for split, count in (("train", 12), ("val", 3)):
         write_coco(root, split, count, seed=count, size=32)
         write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
@@ -57,7 +53,7 @@ def images_in(root: Path) -> Path:
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
     """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
     with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+        names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
     pids = []
     for rank in range(processes):
         pid = os.fork()
@@ -70,10 +66,7 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
                 os.dup2(output, 1)
                 os.dup2(output, 2)
                 if processes > 1:
-                    names = dict(
-                        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port
-                    )
-                    os.environ |= {name: str(value) for name, value in names.items()}
+                    os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
                 work()
                 status = 0
             except SystemExit as exit:
@@ -87,42 +80,6 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
         pids.append(pid)
         os.setpgid(pid, pids[0])
     return pids
-
-
-def start(stage: str, images: Path, directory: Path, processes: int) -> list[int]:
-    """Start a run in `directory`."""
-    module, flags = importlib.import_module(stage), STAGES[stage]
-    words = [*flags.split(), "--data_path", str(images), "--batch_size", str(4 // processes)]
-    return fork(lambda: module.main(module.get_args(words)), directory, processes)
-
-
-def under_torchrun(stage: str, images: Path, directory: Path, kills: int, rng: random.Random, lasts: float) -> int:
-    """Run to the end under torchrun with up to `kills` kills of one process; their number. AssertionError when the run failed."""
-    module, flags = importlib.import_module(stage), STAGES[stage]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        f"--max-restarts={kills}",
-    ]
-    command += [module.__file__, *flags.split(), "--data_path", str(images), "--batch_size", "2"]
-    killed = 0
-    with open(directory / "output.txt", "w") as output:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the uninterrupted run: more threads round otherwise
-        run = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output, env=environment)
-        while killed < kills:
-            try:
-                run.wait(rng.uniform(0, lasts))
-                break
-            except subprocess.TimeoutExpired:
-                children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-                with suppress(IndexError, ProcessLookupError):  # it is starting or ending
-                    os.kill(int(rng.choice(children)), signal.SIGKILL)
-                    killed += 1
-        assert run.wait() == 0, f"torchrun ended with status {run.returncode}: {directory / 'output.txt'}"
-    return killed
 
 
 def wait(pids: list[int], seconds: float = float("inf")) -> bool:
@@ -169,42 +126,35 @@ def difference(a, b, place: str = "") -> str | None:
     return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
 
 
-def stress(stage: str, kills: int, processes: int, seed: int, torchrun: bool = False) -> bool:
+def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
-    rng, root, began = random.Random(seed), Path(tempfile.mkdtemp()), time.monotonic()
-    images_in(root / "images")
-    (root / "whole").mkdir()
-    wait(start(stage, root / "images", root / "whole", processes))
-    whole = contents(root / "whole")
-    if torchrun:
-        (root / "timed").mkdir()
-        began = time.monotonic()
-        under_torchrun(stage, root / "images", root / "timed", 0, rng, 0)
-    lasts = time.monotonic() - began
+    rng, root, module = random.Random(seed), Path(tempfile.mkdtemp()), importlib.import_module(stage)
+    line = [*STAGES[stage].split(), "--data_path", str(images_in(root / "images")), "--batch_size", str(4 // processes)]
+
+    def start(directory: Path) -> list[int]:
+        directory.mkdir(exist_ok=True)
+        return fork(lambda: module.main(module.get_args(line)), directory, processes)
+
+    began = time.monotonic()
+    wait(start(root / "whole"))
+    whole, lasts = contents(root / "whole"), time.monotonic() - began
     done = runs = identical = 0
     while done < kills:
-        directory = root / str(runs)
-        directory.mkdir()
-        times = min(rng.randint(1, 3), kills - done)
-        if torchrun:
-            done += under_torchrun(stage, root / "images", directory, times, rng, lasts)
-        else:
-            for _ in range(times):
-                if wait(start(stage, root / "images", directory, processes), rng.uniform(0, lasts)):
-                    break
-                done += 1
-            wait(start(stage, root / "images", directory, processes))
-        differs = difference(whole, contents(directory))
-        runs, identical = runs + 1, identical + (differs is None)
-        if differs is None:
+        directory, runs = root / str(runs), runs + 1
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            if wait(start(directory), rng.uniform(0, lasts)):
+                break
+            done += 1
+        wait(start(directory))
+        place = difference(whole, contents(directory))
+        if place is None:
+            identical += 1
             shutil.rmtree(directory)
         else:
-            print(f"{directory} differs from {root / 'whole'} in {differs}")
+            print(f"{directory} differs from {root / 'whole'} in {place}")
     minutes = (time.monotonic() - began) / 60
-    under = " under torchrun" if torchrun else ""
-    print(
-        f"{stage}, {processes} process(es){under}: {identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
-    )
+    counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
+    print(f"{stage}, {processes} process(es): {counts}")
     if identical == runs:
         shutil.rmtree(root)
     return identical == runs
@@ -215,14 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
-    parser.add_argument("--torchrun", action="store_true", help="kill one process of two under torchrun")
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="stage to kill")
     parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.processes = 2 if args.torchrun else args.processes
     stages = STAGES if args.stage == "all" else [args.stage]
-    if not all([stress(stage, args.kills, args.processes, args.seed, args.torchrun) for stage in stages]):
+    if not all([stress(stage, args.kills, args.processes, args.seed) for stage in stages]):
         sys.exit(1)
 
 

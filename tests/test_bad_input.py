@@ -110,8 +110,11 @@ TABLE = {
     "finetune: weights of no known layout": ("--finetune resnet.pth", "conv1.weight, fc.weight"),
     "finetune: weights of another size": ("--finetune tiny.pth --model convnextv2_atto", "do not fit", "convnextv2_atto"),
     "finetune: weights of another stem": ("--finetune stride4.pth", "with --stem_stride 4, do not fit the model, convnextv2_atto with --stem_stride 1"),
-    "finetune: evaluate other names": ("--eval --resume tuned.pth", "the validation images lack the class x"),
+    "finetune: evaluate other names": ("--eval --resume tuned.pth", "the validation images have an unknown class b (1 in all)"),
     "finetune: evaluate an encoder": ("--eval --resume encoder.pth --data_path labelled", "encoder.pth holds no classifier"),
+    "finetune: evaluate fewer classes without names": ("--eval --resume ten.pth", "ten.pth has 10 outputs, and there are 2 names of classes; name the outputs", "--class_names"),
+    "finetune: evaluate more classes": ("--eval --resume ten.pth --class_names eleven.txt", "10 outputs, and there are 11 names"),
+    "finetune: names nowhere": ("--eval --resume ten.pth --class_names nowhere.txt", "cannot read the classes nowhere.txt"),
     "detect: no annotations": ("--data_path labelled", "labelled/annotations/instances_train2017.json"),
     "detect: evaluate a classifier": ("--eval --resume tuned.pth --data_path labelled", "tuned.pth holds no detector"),
     "segment: no label maps": ("--data_path labelled", "labelled/images/training"),
@@ -181,10 +184,12 @@ def things(tmp_path_factory) -> Path:
         "detector.pth": outer | {"rpn_head.conv.weight": torch.ones(1)},
         "resnet.pth": {"conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
         "list.pth": [1, 2],
+        "ten.pth": ConvNeXt(**TINY, num_classes=10, stem_stride=1).state_dict(),
         "code.pth": {"model": state, "code": Code()},
     }
     for name, content in contents.items():
         torch.save(content, root / name)
+    (root / "eleven.txt").write_text("\n".join("abcdefghijk"))
     torch.save({"model": state, "code": Code()}, root / "code.pkl", _use_new_zipfile_serialization=False)
     (root / "damaged/truncated.pth").write_bytes((root / "tiny.pth").read_bytes()[:5000])
     (root / "damaged/text.pth").write_text("hello")

@@ -1,16 +1,20 @@
 """Claims about data.py, plumbing/loading.py and plumbing/shapes.py: images, order, splits, labels and augmentation."""
 
 import argparse
+import os
 import random
 import re
+import shutil
+import signal
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, save_noise
+from helpers import CPU, image_folder, run, save_noise, words
 from PIL import Image, features
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
@@ -19,10 +23,12 @@ import data
 import finetune
 import pretrain
 from data import Images, load_images, pretrain_transform
+from model import MODELS
 from plumbing import augmentation
 from plumbing.files import UserError
-from plumbing.loading import EpochSampler, make_loader, mix_seed
-from plumbing.shapes import TEXTURES, draw_images
+from plumbing.loading import EpochSampler, Samples, make_loader, mix_seed, open_image, progress
+from plumbing.scores import classification_scores, write_by_class
+from plumbing.shapes import SHAPES, TEXTURES, draw_images, draw_scenes
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -51,6 +57,28 @@ def test_drawn_images_are_deterministic_balanced_and_independent_of_the_count():
     assert np.bincount(labels[:50]).tolist() == [5] * len(TEXTURES)
 
 
+def test_drawn_images_are_those_of_the_published_results():
+    images, labels = draw_images(50, seed=0, size=32)
+    expected = [[149, 231, 242], [204, 61, 185], [162, 128, 89]]
+    assert np.abs(images[:3, 10, 20].astype(int) - expected).max() <= 1  # rounding differs among processors
+    assert labels[:10].tolist() == [8, 5, 9, 9, 7, 0, 1, 4, 4, 1]
+
+
+def test_scenes_hold_three_shapes_each_whose_areas_are_those_of_their_kinds():
+    images, kinds, masks = draw_scenes(200, seed=0, size=80)
+    assert images.shape == (200, 80, 80, 3) and masks.shape == (200, 3, 80, 80) and masks.sum(axis=1).max() == 1
+    assert images[~masks.any(axis=1)].mean() + 50 < min(images[masks[:, layer]].mean() for layer in range(3))
+    front = masks[:, 2]  # which nothing covers
+    whole = ~(front[:, [0, -1]].any(axis=(1, 2)) | front[:, :, [0, -1]].any(axis=(1, 2)))
+    fractions = [m.sum() / np.prod(np.ptp(np.argwhere(m), axis=0) + 1) for m in front[whole]]  # of the bounding box
+    by_kind = [np.array(fractions)[kinds[whole, 2] == SHAPES.index(name)] for name in SHAPES]
+    turns = np.linspace(0, 0.5)  # radians; a square that is not turned stands on a corner
+    square = 1 / (np.cos(turns - np.pi / 4) + np.abs(np.sin(turns - np.pi / 4))) ** 2
+    cross = 0.51 / (np.cos(turns) + 0.3 * np.sin(turns)) ** 2
+    expected = [np.pi / 4, np.pi / 4 * (1 - (0.49 / 0.95) ** 2), 0.5, square.mean(), cross.mean()]
+    assert np.allclose([values.mean() for values in by_kind], expected, atol=0.03), by_kind
+
+
 def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatch):
     argv = ["--embedded_images", "70", "55", "--output_dir", str(tmp_path)]
     train, val = finetune.load_labelled(finetune.get_args([*argv, "--scratch"]))
@@ -65,7 +93,7 @@ def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatc
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-MODES = "jpg RGB,JPEG L,jpeg CMYK,png P,png RGBA,png LA,png 1,png I;16,webp RGB,bmp RGB,tif L,tiff F,gif P,avif L"
+MODES = "jpg RGB,JPEG L,jpeg CMYK,png P,png RGBA,png LA,png 1,png I;16,webp RGB,bmp RGB,tif L,gif P,avif L"
 MODES = [(*pair.split(), {}) for pair in MODES.split(",")]
 MODES += [("png", "P", {"transparency": b"\0" * 256}), ("png", "RGB", {"transparency": (0, 0, 0)})]
 
@@ -84,16 +112,41 @@ def test_every_format_and_mode_becomes_rgb(tmp_path, suffix, mode, options):
     assert 40 < image.float().mean() < 215 and image.float().std() > 5
 
 
-def test_images_keep_gradation_and_orientation_as_stored_and_their_first_frame(tmp_path):
+def test_images_keep_gradation_and_their_first_frame(tmp_path):
     Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).save(tmp_path / "16bit.png")
     assert np.asarray(data.open_rgb(str(tmp_path / "16bit.png")))[..., 0].flatten().tolist() == list(range(256))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by a quarter
-    save_noise(tmp_path / "turned.jpg", exif=exif)
-    assert data.open_rgb(str(tmp_path / "turned.jpg")).size == (40, 30)
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert data.open_rgb(str(tmp_path / "moving.gif")).getpixel((0, 0)) == (255, 0, 0)
+
+
+STORED = {  # EXIF's orientation -> how upright pixels (H, W, 3) are stored
+    1: lambda pixels: pixels, 2: np.fliplr, 3: lambda pixels: np.rot90(pixels, 2), 4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1), 6: np.rot90, 7: lambda pixels: np.rot90(pixels.swapaxes(0, 1), 2),
+    8: lambda pixels: np.rot90(pixels, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_images_and_their_crops_are_upright(tmp_path, orientation, suffix):
+    waves = np.sin(np.add.outer(np.arange(256) / 20, np.arange(384) / 45))
+    pixels = (127 + 60 * np.stack([waves, waves[::-1], waves[:, ::-1] ** 2], axis=-1)).astype(np.uint8)
+    exif, path = Image.Exif(), str(tmp_path / f"photo.{suffix}")
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(STORED[orientation](pixels))).save(path, exif=exif, quality=95)
+    assert np.abs(np.asarray(open_image(path)).astype(float) - pixels).mean() < 3
+    for seed in range(3):
+        crops = []
+        for read in (lambda crop: data.open_rgb(path, crop), lambda crop: crop(Image.fromarray(pixels))):
+            torch.manual_seed(seed)
+            crops.append(np.asarray(read(pretrain_transform(32).transforms[0])).astype(float))
+        assert np.abs(crops[0] - crops[1]).mean() < 4
+
+
+def test_damaged_metadata_leave_an_image_readable(tmp_path):
+    save_noise(tmp_path / "a.jpg", exif=b"Exif\0\0no metadata at all")
+    assert data.open_rgb(str(tmp_path / "a.jpg"), pretrain_transform(16).transforms[0]).size == (16, 16)
 
 
 @pytest.mark.parametrize(("name", "side"), [("a.jpg", 512), ("a.jpg", 16), ("a.png", 512), ("grey.jpg", 512)])
@@ -103,7 +156,7 @@ def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, 
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("L" if "grey" in name else "RGB")
     image.save(tmp_path / name, quality=95)
     images, widths, to_rgb = folder(tmp_path, pretrain_transform(32)), [], data.to_rgb
-    monkeypatch.setattr(data, "to_rgb", lambda image: widths.append(image.width) or to_rgb(image))
+    monkeypatch.setattr(data, "to_rgb", lambda image, *more: widths.append(image.width) or to_rgb(image, *more))
     for epoch in range(20):
         crop = images[epoch, 0][0].float()
         torch.manual_seed(mix_seed("crop", 0, epoch, 0))
@@ -172,15 +225,15 @@ def test_nested_flat_and_class_folders(tmp_path):
     assert len(flat) == 3 and flat.labels is None
     with pytest.raises(UserError, match=r"b.jpg lies in no class folder.*train/<class>/"):
         data.check_labels(flat)
-    for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/..data/z.jpg", "val/cat/w.jpg"):
+    for name in ("train/dog/x.jpg", "train/cat/deep/y.jpg", "train/_a/z.jpg", "val/cat/w.jpg"):
         save_noise(tmp_path / "classes" / name)
     train, val = (folder(tmp_path / "classes", split=split) for split in ("train", "val"))
-    assert train.classes == ["..data", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
+    assert train.classes == ["_a", "cat", "dog"] and train.labels == [0, 1, 2] and len(val) == 1
     assert [train[0, i][1] for i in range(3)] == [0, 1, 2]
     data.check_classes(["b", "a"], ["a", "b"])
     for images, message in (
-        (train, "lack the class ..data, dog .2 in all"),
-        (val, "have an unknown class ..data, dog"),
+        (train, "lack the class _a, dog .2 in all"),
+        (val, "have an unknown class _a, dog"),
     ):
         with pytest.raises(UserError, match=message):
             data.check_classes(images.classes, (val if images is train else train).classes)
@@ -245,6 +298,83 @@ def test_validation_beside_train_is_taken_for_val_and_said(tmp_path, capsys, nam
     for path, problem in (("nowhere", "does not exist"), ("split/train/a/a.png", "is not a directory")):
         with pytest.raises(UserError, match=problem):
             folder(tmp_path / path)
+
+
+def test_hidden_files_and_outputs_of_scripts_are_no_images(tmp_path, capsys):
+    names = "a/1.png b/2.png a/.3.png .thumbnails/4.png @eaDir/5.png a/@eaDir/6.png __MACOSX/7.png b/.git/8.png"
+    for name in (*names.split(), "runs/x/loss.png", "runs/x/predictions/9.png", "out/predictions/0-overlay.png"):
+        save_noise(tmp_path / name)
+    (tmp_path / "runs/x/log.jsonl").touch()
+    images = folder(tmp_path)
+    assert images.classes == ["a", "b"] and [Path(path).name for path in images.items] == ["1.png", "2.png"]
+    left_out = f"the outputs in {tmp_path}/out/predictions, the outputs in {tmp_path}/runs/x\n"
+    assert capsys.readouterr().out == f"{tmp_path}: 2 images; not read: {left_out}"
+    assert len(data.list_images(tmp_path / "runs/x/predictions")) == 1  # asked for by name
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_the_same_command_continues_in_the_folder_of_its_images(tmp_path, monkeypatch, script):
+    image_folder(tmp_path, train=6, val=6)
+    for part in (tmp_path / "train").iterdir():
+        part.rename(tmp_path / part.name)
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    monkeypatch.chdir(tmp_path)
+    flags = dict(holdout=0.5) if script is finetune else {}
+    for epochs in (1, 2):
+        assert run(script, ".", Path("runs", script.__name__), epochs=epochs, **flags)["epoch"] == epochs
+
+
+def test_a_home_directory_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = pretrain.get_args(["--data_path=~/photos", "--output_dir", "~/runs", "--log_dir=logs"])
+    assert (args.data_path, args.output_dir, args.log_dir) == (f"{tmp_path}/photos", f"{tmp_path}/runs", "logs")
+
+
+def save_values(path: Path, values, kind) -> str:
+    Image.fromarray(np.array([values] * 9, dtype=kind)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "image_max", "expected"),
+    [
+        (np.uint16, [250, 256, 65535], None, [0, 0, 255]),  # whatever the brightest pixel
+        (np.uint16, [250, 250, 250], None, [0, 0, 0]),
+        (np.uint16, [0, 2048, 4095], 4095, [0, 127, 255]),
+        (np.int32, [-5, 1000, 70000], 2000, [0, 127, 255]),
+        (np.float32, [0, 0.5, 1.01], None, [0, 127, 255]),
+        (np.float32, [0, 0.25, 0.5], None, [0, 63, 127]),
+        (np.float32, [float("nan"), 1200, 4810], 4810, [0, 63, 255]),
+    ],
+)
+def test_deep_images_are_scaled_by_one_number(tmp_path, capsys, kind, values, image_max, expected):
+    path = save_values(tmp_path / "a.tif", values, kind)
+    images = load_images("folder", str(tmp_path), "train", data.center_transform(3), image_max=image_max)
+    assert images.read(0).getpixel((0, 0)) == (expected[0],) * 3
+    assert np.asarray(data.open_rgb(path, image_max=image_max))[0, :, 0].tolist() == expected
+    white = image_max or (1 if kind == np.float32 else 65535)
+    assert f"{white} is white (--image_max)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [(np.float32, [0, 255]), (np.float32, [0, np.nan]), (np.int32, [0, 200000])]
+)
+def test_values_far_beyond_white_name_the_cure(tmp_path, kind, values):
+    save_values(tmp_path / "a.tif", values, kind)
+    with pytest.raises(UserError, match="values from .* give all images' largest value as --image_max"):
+        folder(tmp_path)
+
+
+def test_white_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
+    for split, name in product(("train", "val"), "ab"):
+        (tmp_path / "deep" / split / name).mkdir(parents=True)
+        for k in range(3):
+            save_values(tmp_path / "deep" / split / name / f"{k}.png", [k, 900 * (name == "a"), 4095], np.uint16)
+    run(finetune, tmp_path / "deep", tmp_path / "run", image_max=4095)
+    for line in (["--eval"], ["--predict", str(tmp_path / "deep")]):
+        assert finetune.get_args([*line, "--resume", str(tmp_path / "run")]).image_max == 4095
+    assert finetune.get_args(["--finetune", str(tmp_path / "run"), "--data_path", "x"]).image_max == 4095
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
@@ -317,6 +447,21 @@ def test_the_order_is_the_same_however_it_is_divided():
     assert order(8, 1, length=25) != whole != order(8, 1, epoch=4)
 
 
+def test_a_loading_process_that_ends_names_the_cure():
+    class Ending(Samples):
+        def __getitem__(self, position):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where shared memory is full
+
+    with pytest.raises(UserError, match=r"--num_workers 0, or more shared memory: docker run --shm-size 2g"):
+        list(make_loader(Ending([1, 2]), [[(0, 0)], [(0, 1)]], 1))
+
+
+def test_a_long_evaluation_prints_lines_where_there_is_no_terminal(capsys):
+    assert [*progress([1, 2, 3], every=0)] == [1, 2, 3] and [*progress([1])] == [1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "evaluated 2 of 3 batches, 00:00 left" in lines[1]
+
+
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +498,55 @@ def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
     for fraction, count in ((0.01, 0), (1.0, 60)):
         with pytest.raises(UserError, match=f"--holdout {fraction} of 60 images is {count}"):
             data.split_holdout(labelled(), fraction)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys, small_models, named):
+    """A network whose output is the brightness: class k of four for images of brightness 64 k, of which two are there."""
+    names, levels = ["ant", "bee", "cat", "dog"], {"bee": 64, "dog": 192}
+    net = MODELS["convnextv2_yocto"](num_classes=6, stem_stride=1)
+    for name, level in levels.items():
+        for k in range(1 + (name == "dog")):
+            (tmp_path / "val" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / "val" / name / f"{k}.png")
+    config = vars(finetune.get_args(["--input_size", "16", "--stem_stride", "1", "--scratch"]))
+    torch.save(
+        {"model": net.state_dict(), "config": config} | ({"classes": names} if named else {}), tmp_path / "a.pth"
+    )
+    (tmp_path / "names.txt").write_text("\ufeff# in order\n" + "\n".join(names))
+    line = words(
+        resume=tmp_path / "a.pth", data_path=tmp_path, output_dir=tmp_path / "out", device="cpu", num_workers=0
+    )
+    line += [] if named else words(class_names=tmp_path / "names.txt")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def classify(net, images, *_):
+            mean = [np.asarray(Image.open(path)).mean() for path in images.items]
+            logits = torch.nn.functional.one_hot(torch.tensor([round(value / 64) for value in mean]), 6).float()
+            yield logits, torch.tensor(images.labels)
+
+        patch.setattr(finetune, "classify", classify)
+        finetune.main(finetune.get_args(["--eval", *line]))
+    assert (
+        "the images have 2 of the 4 classes" in (out := capsys.readouterr().out)
+        and "top-1 100.00%, balanced 100.00%" in out
+    )
+    rows = (tmp_path / "out/classes.csv").read_text().splitlines()[1:]
+    assert rows == ["bee,1,1,100", "dog,2,2,100"]
+    finetune.main(finetune.get_args(["--predict", str(tmp_path / "val"), *line]))
+    assert "class 5" in (header := (tmp_path / "out/predictions.csv").read_text()) or "class 4" in header
+
+
+def test_balanced_accuracy_and_weights_of_uneven_classes():
+    truth = torch.tensor([0] * 12 + [2] * 2)  # class 1 has no image
+    logits = torch.nn.functional.one_hot(torch.tensor([0] * 13 + [2]), 3).float()
+    scores, _ = classification_scores([(logits, truth)], CPU, divided=False)
+    assert (scores["top1"], scores["balanced"]) == (pytest.approx(100 * 13 / 14), pytest.approx(75))
+
+
+def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):
+    write_by_class(tmp_path, torch.tensor([[0, 0], [0, 1], [1, 1]]), ["caf\udce9", "tea"])
+    assert min(Image.open(tmp_path / "confusion.png").size) > 300
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import weights
 from data import STATISTICS
 from detect import AnchorGenerator, FineAnchors, MaskRCNN, soft_nms
 from model import MODELS, ConvNeXt
-from plumbing import coco
+from plumbing import coco, tasks
 from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
 from plumbing.loading import mix_seed
 from plumbing.shapes import SHAPES, draw_scenes
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(
     input_size=48, stem_stride=2, fpn_dim=8, box_dim=16, mask_dim=8, regions=8, proposals=(20, 10), anchor_scale=4,
     batch_size=2, epochs=2, num_workers=0, log_every=1, device="cpu", lr=1e-3, jitter=(0.7, 1.4),
+    group_norm=False, schedule="steps", clip_grad=1e9,
 )  # fmt: skip
 
 
@@ -135,48 +136,181 @@ def test_scores_equal_those_of_another_implementation(tmp_path):
         assert list(scores[kind].values()) == expected and 0.1 < scores[kind]["AP50"] < 0.99
 
 
-WRONG = [
-    (lambda d, row: d.pop("categories"), 'has no list "categories"'),
-    (lambda d, row: row.pop("bbox"), 'an entry of "annotations" lacks bbox'),
-    (lambda d, row: row.update(category_id=77), "category_id 77 is no id of the file's"),
-    (lambda d, row: row.update(image_id=77), "image_id 77 is no id of the file's"),
-    (lambda d, row: row.update(bbox=[1, 2, 3]), "a bbox is not four numbers"),
-    (lambda d, row: row.update(bbox=[1, 2, 3, math.nan]), "a bbox is not four numbers"),
-    (lambda d, row: d["images"].append(d["images"][0]), 'the id 0 stands more than once in "images"'),
-    (lambda d, row: d.update(annotations=[]), "has no box of any object"),
-    (lambda d, row: [row.update(iscrowd=1) for row in d["annotations"]], "has no box of any object"),
-    (lambda d, row: [image.update(file_name="x") for image in d["images"]], "train2017 has no image of"),
-]  # fmt: skip
-UNFIT = [
-    (lambda d, row: row.update(segmentation={"size": [4, 4], "counts": [16]}), "4 x 4 pixels, its image 48 x 48"),
-    (lambda d, row: row.update(segmentation=[[1]]), "no polygon and no run-length code"),
-    (lambda d, row: d["images"][0].update(width=50), "it is 48 x 48 pixels, and 50 x 48 in its annotations"),
-]  # fmt: skip
+def box(x, y, w, h):
+    return {"bbox": [x, y, w, h], "segmentation": []}
 
 
-@pytest.mark.parametrize(("change", "reason"), WRONG + UNFIT)
-def test_wrong_annotations_are_named_and_images_that_do_not_fit_them_are_unreadable(tmp_path, capsys, change, reason):
-    write_coco(tmp_path, "train", 3, 0, change=lambda data_set: change(data_set, data_set["annotations"][0]))
-    if (change, reason) in UNFIT:
-        scenes = load(tmp_path)
-        assert [len(scenes[0, index]) for index in range(3)] and scenes.unreadable.tolist() == [True, False, False]
-        assert f"cannot read {scenes.items[0]} (" in (line := capsys.readouterr().err) and reason in line
-    else:
-        with pytest.raises(UserError, match=reason):
+FIRST = "left out are 1 whose"
+WRONG = [  # what is wrong with the whole file
+    (lambda d, rows: d.pop("categories"), 'has no list "categories"'),
+    (lambda d, rows: d["categories"][1].pop("name"), "categories\\[1\\] has no name that is text or a number"),
+    (lambda d, rows: d["images"][0].update(file_name=None), "images\\[0\\] has no file_name that is text or a number"),
+    (lambda d, rows: d["images"][2].update(id=[1]), "images\\[2\\] has no id that is text or a number"),
+    (lambda d, rows: d["images"].append(d["images"][0]), 'the id 0 stands more than once in "images"'),
+    (lambda d, rows: d["categories"].append({"id": "3", "name": "x"}), 'the id 3 stands more than once in "categories"'),
+    (lambda d, rows: rows.clear(), "no box of any object"),
+    (lambda d, rows: [row.update(iscrowd=1) for row in rows], "no box of any object, 8 crowds aside"),
+    (lambda d, rows: [image.update(file_name="x") for image in d["images"]], "train2017 has no image of"),
+    (lambda d, rows: [row.update(bbox=[x / 48 for x in row["bbox"]]) for row in rows], "8 whose bbox is in fractions"),
+    (lambda d, rows: [row.update(box(x, y, x + w, y + h)) for row in rows for x, y, w, h in [row["bbox"]]], "corners"),
+    (lambda d, rows: [row.update(box(60, 10, 30, 30)) for row in rows], "8 whose bbox has no area, or none inside"),
+    (lambda d, rows: [row.update(box(40, 40, 30, 30)) for row in rows], "8 whose bbox is mostly outside"),
+    (lambda d, rows: [row.update(segmentation=[[1, 2, 3, 4]]) for row in rows], "segmentation .* try --no-masks"),
+    (lambda d, rows: d["images"][0].update(width=50), "1 of 3 images differ in size; .*000.png is 48 x 48 .* 50 x 48"),
+]  # fmt: skip
+LEFT_OUT = [  # what is wrong with one annotation
+    (lambda row: row.pop("bbox"), "1 lack a bbox"),
+    (lambda row: row.update(category_id=77), "category_id that the file lacks"),
+    (lambda row: row.update(image_id=[0]), "image_id or category_id that the file lacks"),
+    (lambda row: row.update(bbox=[1, 2, 3]), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row.update(bbox=[1, 2, 3, math.nan]), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row.update(bbox="1234"), f"{FIRST} bbox is not four numbers"),
+    (lambda row: row["bbox"].__setitem__(2, 0), f"{FIRST} bbox has no area"),
+    (lambda row: row["bbox"].__setitem__(0, 60), f"{FIRST} bbox has no area, or none inside its image"),
+    (lambda row: row["bbox"].__setitem__(2, 500), f"{FIRST} bbox is mostly outside"),
+]  # fmt: skip
+NO_MASKS = [
+    {"size": [4, 4], "counts": [16]}, {"size": [48, 48], "counts": [100, 200]}, {"size": [48, 48], "counts": [48**2, 9]},
+    {"size": [48, 48], "counts": [48**2 + 9, -9]}, {"size": [48, 48], "counts": [10**9]}, {"size": [48, 48], "counts": "PPP"},
+    {"size": [48, 48], "counts": "T3X6"}, {"size": [48, 48], "counts": ""}, {"counts": "T3X6"}, {"size": [48, 48], "counts": "é"},
+    [[1]], [[1, 2, 30, 40]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6], "mask",
+]  # fmt: skip
+LEFT_OUT += [
+    (lambda row, code=code: row.update(segmentation=code), f"{FIRST} segmentation is no polygon") for code in NO_MASKS
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), WRONG)
+def test_a_file_that_cannot_be_meant_is_refused_in_evaluation_too(tmp_path, change, reason):
+    split = "train" if "train2017" in reason else "val"
+    write_coco(tmp_path, split, 3, 0, change=lambda data_set: change(data_set, data_set["annotations"]))
+    with pytest.raises(UserError, match=reason) as caught:
+        load(tmp_path, split)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "reason"), LEFT_OUT)
+def test_an_annotation_that_cannot_be_used_is_left_out_and_counted(tmp_path, capsys, change, reason):
+    data_set = write_coco(tmp_path, "train", 3, 0, change=lambda data_set: change(data_set["annotations"][0]))
+    scenes, lines = load(tmp_path), capsys.readouterr().out
+    assert reason in lines and "of 8 annotations" in lines and "first: annotations[0]" in lines
+    assert "train: 3 images, 7 objects of 10 classes: 2 crescent, 2 star, 1 ring" in lines and scenes.masks
+    boxes = torch.cat([scenes.read(index)[1]["boxes"] for index in range(3)])
+    assert boxes[:, :2].tolist() == [row["bbox"][:2] for row in data_set["annotations"][1:]]
+
+
+def each(kind, **values):  # of the images, categories or annotations; a function takes the row
+    def change(data_set):
+        for row in data_set[kind]:
+            row.update({key: value(row) if callable(value) else value for key, value in values.items()})
+
+    return change
+
+
+def text_id(data_set):
+    each("categories", id=lambda row: {3: "three"}.get(row["id"], row["id"]))(data_set)
+    each("annotations", category_id=lambda row: {3: "three"}.get(row["category_id"], row["category_id"]))(data_set)
+
+
+TYPES = {f"iscrowd {value!r}": each("annotations", iscrowd=value) for value in (None, "", "0", False, 0.0)}
+TYPES |= {f"area {value!r}": each("annotations", area=value) for value in (None, -1, "", "x", math.nan)}
+TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, -1, "48", 48.0, "", "48 px")}
+TYPES |= {"id of text": text_id, "ids of two types": each("annotations", image_id=lambda row: f"{row['image_id']}.0")}
+TYPES |= {"text": each("annotations", bbox=lambda row: [*map(str, row["bbox"])], area=lambda row: str(row["area"]))}
+TYPES |= {"numbers as names": each("categories", name=lambda row: row["id"]), "a byte-order mark": list}
+TYPES |= {"back slashes": each("images", file_name=lambda row: ".\\" + row["file_name"])}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_that_tools_write_become_cocos(tmp_path, name):
+    write_coco(tmp_path / "plain", "val", 3, 0)
+    write_coco(tmp_path / "other", "val", 3, 0, change=TYPES[name])
+    if name == "a byte-order mark":
+        path = tmp_path / "other/annotations/instances_val2017.json"
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+    plain, other = load(tmp_path / "plain", "val"), load(tmp_path / "other", "val")
+    order = [plain.classes.index(name) for name in other.classes] if name == "id of text" else range(10)
+    for one, two in zip(plain.objects, other.objects):
+        a, b = coco.to_target(one, plain.labels, 48, 48, True), coco.to_target(two, other.labels, 48, 48, True)
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"])
+        assert [label - 1 for label in a["labels"]] == [order[label - 1] for label in b["labels"]]
+        assert [row["area"] for row in one] == [row["area"] for row in two]
+    perfect = {}
+    for index, rows in enumerate(other.objects):
+        target = coco.to_target(rows, other.labels, 48, 48, True) | {"scores": torch.ones(len(rows))}
+        ids = other.data_set["images"][index]["id"]
+        perfect[index] = coco.as_results(target | {"masks": target["masks"][:, None]}, ids, other.category_ids)
+    assert coco.evaluate(other.data_set, perfect, ("box", "mask"))["mask"]["AP"] == pytest.approx(1)
+
+
+TURNS = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 5: lambda x: np.swapaxes(x, 0, 1), 6: np.rot90}
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_upright_as_their_annotations(tmp_path, orientation, masks):
+    """A white rectangle, stored turned or mirrored, with EXIF's note of it."""
+    image, exif = np.zeros((40, 60, 3), dtype=np.uint8), Image.Exif()
+    image[5:15, 30:50], exif[0x0112] = 255, orientation
+
+    def change(data_set):
+        row = box(30, 5, 20, 10) | {"category_id": 1, "image_id": 0}
+        data_set["annotations"] = [row | {"segmentation": [[30, 5, 50, 5, 50, 15, 30, 15]] * masks}]
+        data_set["images"][0] |= {"width": 60, "height": 40}
+
+    write_coco(tmp_path, "train", 1, 0, change=change)
+    Image.fromarray(np.ascontiguousarray(TURNS[orientation](image))).save(tmp_path / "train2017/000.png", exif=exif)
+    seen, target = load(tmp_path, augmentation="none", test_size=(40, 60))[0, 0]
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert seen.shape == (3, 40, 60) and (x2 - x1, y2 - y1) == (20, 10) and (seen[:, y1:y2, x1:x2] == 255).all()
+    assert seen.float().sum() == 255 * 3 * 200
+    if orientation > 4:  # annotated as it is stored
+        path = tmp_path / "annotations/instances_train2017.json"
+        path.write_text(path.read_text().replace('"width": 60, "height": 40', '"width": 40, "height": 60'))
+        with pytest.raises(
+            UserError, match="000.png is 60 x 40 pixels, and 40 x 60 there: annotate it upright, or remove"
+        ):
             load(tmp_path)
 
 
-def test_annotations_are_completed_and_sorted(tmp_path, capsys):
-    """Areas of masks, masks of crowds, labels by ids; boxes without area are left out, and crowds are no targets."""
+LAYOUTS = {  # annotations, folder and name of images
+    "Roboflow": ("{}/_annotations.coco.json", "{}", "{}"), "images/train": ("annotations/instances_{}.json", "images/{}", "{}"),
+    "images/train2017": ("annotations/instances_{}2017.json", "images/{}2017", "{}"), "CVAT": ("annotations/instances_default.json", "images", "{}"),
+    "CVAT with folders": ("annotations/instances_default.json", "images/default", "sub/{}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_annotation_tools_are_found(tmp_path, layout, capsys):
+    annotations, images, name = LAYOUTS[layout]
+    single, counts = "default" in annotations, dict(train=10) if "default" in annotations else dict(train=4, valid=3)
+    change = each("images", file_name=lambda row: name.format(row["file_name"]))
+    for split, count in counts.items():
+        write_coco(tmp_path / "raw", split, count, 0, change=change)
+        target = tmp_path / "data" / images.format(split) / Path(name).parent
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/{split}2017").rename(target)
+        (tmp_path / "data" / annotations.format(split)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/annotations/instances_{split}2017.json").rename(tmp_path / "data" / annotations.format(split))
+    parts = [load(tmp_path / "data", split, holdout=0.3 if single else None) for split in ("train", "val")]
+    assert [len(part) for part in parts] == ([7, 3] if single else [4, 3])
+    assert not single or len({*parts[0].items, *parts[1].items}) == 10
+    for part in parts:
+        assert part.objects[0] and part.read(0)[0].size == (48, 48)
+    with pytest.raises(UserError, match="--holdout 0.2 to split one file; the package supervision"):
+        load(tmp_path / "nothing")
+
+
+def test_annotations_are_completed_and_sorted(tmp_path):
+    """Areas of masks, masks of crowds, labels by ids; crowds are no targets."""
 
     def change(data_set):
         rows = data_set["annotations"]
-        rows[0]["bbox"][2], rows[1]["bbox"][0], rows[2]["iscrowd"] = 0, 60, 1
-        del rows[2]["segmentation"], rows[2]["area"], rows[3]["area"]
+        rows[2]["iscrowd"] = 1
+        del rows[2]["segmentation"], rows[2]["area"], rows[3]["area"], rows[:2]
         data_set["categories"].reverse()
 
-    before, scenes = write_coco(tmp_path, "train", 3, 0, change=change)["annotations"][2:], load(tmp_path)
-    assert "2 boxes without area, or outside of their image, are left out" in capsys.readouterr().out
+    before, scenes = write_coco(tmp_path, "train", 3, 0, change=change)["annotations"], load(tmp_path)
     crowd, first, *_ = rows = scenes.data_set["annotations"]
     assert crowd["area"] == math.prod(crowd["bbox"][2:]) and crowd["segmentation"] and scenes.masks
     assert first["area"] == coco.decode_mask(first["segmentation"], 48, 48).sum() < math.prod(first["bbox"][2:])
@@ -189,18 +323,25 @@ def test_annotations_are_completed_and_sorted(tmp_path, capsys):
 
 
 def test_drawn_objects_have_tight_boxes_and_the_better_ones_colour_where_they_overlap():
-    _, kinds, masks = draw_scenes(50, 0, 64)
+    _, kinds, masks = draw_scenes(50, 0, 160)
     rows = coco.embedded_annotations(kinds, masks, SHAPES, 20)["annotations"]
     assert len(rows) == (masks.sum(axis=(2, 3)) >= 20).sum()
     for row in rows:
-        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 64, 64), row["bbox"]
+        mask, (x, y, w, h) = coco.decode_mask(row["segmentation"], 160, 160), row["bbox"]
         assert mask.sum() == mask[y : y + h, x : x + w].sum() == row["area"] >= 20
         assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
-    rows = [rows[0] | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
-    white, y, x = Image.new("RGB", (64, 64), "white"), *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 64, 64)).T
+    largest = max(rows, key=lambda row: row["area"])  # most of which no name covers
+    rows = [largest | {"category_id": 1 + k, "score": 0.5 + k / 10} for k in range(2)]
+    white, y, x = (
+        Image.new("RGB", (160, 160), "white"),
+        *np.argwhere(coco.decode_mask(rows[0]["segmentation"], 160, 160)).T,
+    )
     both, better, other = (coco.draw_objects(white, part, {1: "a", 2: "b"}) for part in (rows, rows[1:], rows[:1]))
     same = (both == better).all(dim=0)[y, x]
     assert same.float().mean() > 0.5 > (both == other).all(dim=0)[y, x].float().mean()
+    plain, (x, y, w, h) = coco.draw_objects(white, rows[:1], {1: "a"}), rows[0]["bbox"]  # of one class: no text
+    assert not torch.equal(plain, other) and torch.equal(plain[:, y : y + h, x : x + w], other[:, y : y + h, x : x + w])
+    assert coco.draw_objects(Image.new("RGB", (4000, 3000)), [], {}).shape == (3, 1200, 1600)
     square = coco.draw_objects(Image.new("RGB", (40, 20)), [], {}, square=80)
     assert square.shape == (3, 80, 80) and (square[:, 40:] == 255).all() and (square[:, :40] == 0).all()
 
@@ -278,6 +419,59 @@ def test_soft_nms_is_the_papers_loop_over_all_boxes():
     logits = torch.stack([torch.zeros(151), torch.linspace(3, -3, 151)], dim=1)
     (kept,), *_ = heads.postprocess_detections(logits, torch.zeros(151, 8), [boxes], [(100, 100)])
     assert len(kept) <= 100 and [60.0, 60, 90, 90] in kept.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(60, 90), (4, 400), (400, 4)])
+def test_masks_are_pasted_one_by_one_and_strips_are_searched(size):
+    detector, image = (
+        randomised(MaskRCNN(encoder(), 3, 8, 8, 8, min_size=48, max_size=64, box_score_thresh=0)).eval(),
+        torch.rand(3, *size),
+    )
+    rows = coco.as_results(detect.search(detector, image), 0, [1, 2, 3], size)
+    if min(size) > 4:
+        assert rows == coco.as_results(detector([image])[0], 0, [1, 2, 3]) and len(rows) == 100
+    for row in rows:
+        (x, y, w, h), mask = row["bbox"], coco.decode_mask(row["segmentation"], *size)
+        assert 0 <= x <= x + w <= size[1] + 0.01 and 0 <= y <= y + h <= size[0] + 0.01 and mask.shape == size
+
+
+def test_strips_are_trained_on(tmp_path):
+    def change(data_set):
+        data_set["annotations"] = [
+            box(100, 1, 60, 10)
+            | {"category_id": 1, "image_id": 0, "segmentation": [[100, 1, 160, 1, 160, 11, 100, 11]]}
+        ]
+        data_set["images"][0] |= {"width": 1200, "height": 12}
+
+    write_coco(tmp_path, "train", 1, 0, change=change)
+    Image.new("RGB", (1200, 12)).save(tmp_path / "train2017/000.png")
+    for jitter, least in (((0.1, 2), 0), ((5, 8), 2)):
+        scenes = load(tmp_path, input_size=64, jitter=jitter)
+        samples = [scenes[epoch, 0] for epoch in range(20)]
+        assert {image.shape for image, _ in samples} == {(3, 64, 64)} and not scenes.unreadable.any()
+        assert sum(len(target["boxes"]) for _, target in samples) >= least
+
+
+def bytes_kept(step) -> int:  # for the backward pass
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: storages.setdefault(x.untyped_storage()._cdata, x), lambda x: x
+    ):
+        step()
+    return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+
+def test_memory_is_estimated_before_the_first_update(folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="needs .* GiB of memory, and there are .*; lower --batch_size"):
+        run(folder, tmp_path, regions=10**7)
+    args, estimates = get_args(folder, masks=True, input_size=96), []
+    monkeypatch.setattr(tasks, "check_memory", lambda net, step, *_: estimates.append(bytes_kept(step)))
+    detect.check_memory(args, 10, 2, CPU)
+    images, targets = zip(*(load(folder, input_size=96, jitter=(1, 1.01))[0, index] for index in range(2)))
+    detector = detect.make_detector(args, 10)
+    measured = bytes_kept(lambda: detector([image / 255 for image in images], list(targets)))
+    assert 0.5 * measured < estimates[0] < 2 * measured
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -413,6 +607,24 @@ def test_the_best_of_weights_and_average_is_kept(folder, tmp_path, monkeypatch):
     assert distance(best["model"], first["model"]) > 0
     record = read_log(tmp_path)[-1]
     assert (record["val_box_AP"], record["val_ema_box_AP50"], record["best_box_AP"]) == (0.5, 0.1, 0.6)
+
+
+def test_an_ap_that_does_not_exist_is_no_best(folder, tmp_path, monkeypatch):
+    values = iter([None, 0.25])
+    monkeypatch.setattr(coco, "evaluate", lambda *_: {"images": 3, "box": dict.fromkeys(coco.NUMBERS, next(values))})
+    run(folder, tmp_path, masks=False)
+    assert load_file(tmp_path / "checkpoint-best.pth")["epoch"] == 2
+    assert [row["val_box_AP"] for row in read_log(tmp_path) if "val_box_AP" in row] == [None, 0.25]
+    with pytest.raises(UserError, match="these 3 images show no object; use more"):
+        write_coco(tmp_path / "none", "val", 5, 3, change=lambda d: d.update(annotations=d["annotations"][-1:]))
+        load(tmp_path / "none", "val", val_limit=3)
+
+
+def test_few_images_are_seen_in_more_epochs(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(detect, "Run", lambda args, *_, **__: (_ for _ in ()).throw(Killed(args.epochs)))
+    for batch_size, epochs in ((2, 334), (1, 167)):
+        with pytest.raises(Killed, match=str(epochs)):
+            run(folder, tmp_path, epochs=None, batch_size=batch_size)
 
 
 def learning_rates(**flags) -> list[float]:
@@ -578,13 +790,13 @@ def test_values_come_from_command_line_recipe_checkpoint_and_data_set_in_this_or
     run(folder, tmp_path / "run", epochs=1, nms="soft", group_norm=True)
     best = ["--resume", str(tmp_path / "run")]
     args = detect.get_args(["--eval", *best])
-    expected = dict(nms="soft", group_norm=True, fpn_dim=8, score_threshold=0.05, test_size=[38, 62], lr=1e-4)
-    expected |= dict(data_path=str(folder), data_set="folder", output_dir=str(tmp_path / "run"), batch_size=64)
+    expected = dict(nms="soft", group_norm=True, fpn_dim=8, score_threshold=0.05, test_size=[38, 62], lr=1e-3)
+    expected |= dict(data_path=str(folder), data_set="folder", output_dir=str(tmp_path / "run"), batch_size=2)
     assert expected.items() <= vars(args).items() and list(args.proposals) == [20, 10]
     assert detect.get_args(["--predict", "x.png", *best]).score_threshold == 0.5
     args = detect.get_args(["--eval", *best, "--data_set", "embedded", "--nms", "hard"])
     assert (args.data_path, args.data_set, args.nms, args.statistics) == (None, "embedded", "hard", "folder")
-    assert detect.get_args(["--data_set", "embedded"]).lr == 2e-3 and detect.get_args(["--blr", "1"]).lr is None
+    assert detect.get_args(["--data_set", "embedded"]).lr == 1.5e-3 and detect.get_args(["--blr", "1"]).lr is None
 
     args = detect.get_args(["--recipe", "coco", "--model", "convnextv2_base", "--data_path", "coco", "--epochs", "12"])
     expected = dict(blr=8e-4, lr=None, epochs=12, steps=[27, 33], layer_decay=0.95, drop_path=0.4, warmup_updates=1000)
@@ -599,8 +811,6 @@ MISTAKES = {
     "--eval --resume CLASSIFIER": "holds no detector",
     "--data_set folder": "--data_set folder needs --data_path DIR",
     "--recipe coco": "has no settings for size atto",
-    "--test_size 100 50": "--test_size 100 50: the larger value comes second",
-    "--jitter 2 1": "--jitter 2 1: the larger value comes second",
     "--data_path nowhere": "cannot read the annotations nowhere/annotations/instances_train2017.json",
 }
 

@@ -1,13 +1,13 @@
 """Claims about fast.py: the outputs, gradients, weights and manners of the plain modules, from less memory."""
 
 import copy
-import pickle
+import importlib
 
 import pytest
 import torch
 from helpers import randomised, words
 from test_model import gradients, kept_bytes, relative_error
-from test_sparse import make_images, make_mask, make_net, random_loss
+from test_sparse import BF16, F16, F32, F64, cuda, make_images, make_mask, make_net, random_loss
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize, prune
@@ -17,8 +17,6 @@ from fcmae import FCMAE, random_mask
 from model import Block, ConvNeXt
 from sparse import masked_stages, sparse_stages, upsample_mask
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 run_dense = ConvNeXt.forward_stages
 SITES = [6, 12]  # of a block with 4 channels: GRN on the activations, and folded into the weight
 
@@ -78,7 +76,7 @@ def test_lower_precision_is_as_near_to_float64_as_the_plain_modules(dtype, autoc
 
 @cuda
 @pytest.mark.parametrize("run", [run_dense, run_sparse])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (F32, 1e-3), (BF16, 0.1), (F16, 0.03)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(F64, 1e-10), (F32, 1e-3), (BF16, 0.1), (F16, 0.03)])
 def test_cuda_outputs_and_gradients_equal_the_plain_modules_on_the_cpu(dtype, tolerance, run):
     plain, fast = make_pair(make_net())
     imgs = make_images(plain)
@@ -88,7 +86,7 @@ def test_cuda_outputs_and_gradients_equal_the_plain_modules_on_the_cpu(dtype, to
     assert relative_error(*vectors) < tolerance
 
 
-def make_mlps(dtype=torch.float64, approximate="none", bias=True) -> tuple[Block, Block]:
+def make_mlps(dtype=F64, approximate="none", bias=True) -> tuple[Block, Block]:
     """Blocks whose `mlp` is GELU, GRN and the second linear layer alone: (N, H, W, 16) -> (N, H, W, 4)."""
     torch.manual_seed(0)
     block = Block(4).to(dtype)
@@ -108,7 +106,7 @@ def mlp_and_gradients(block, h, scale=1):
 @pytest.mark.parametrize("options", [{}, dict(approximate="tanh"), dict(bias=False)], ids=str)
 @pytest.mark.parametrize("values", ["random", "dead channels", "zero"])
 def test_the_fused_layers_equal_the_modules(values, options, sites):
-    h = torch.randn(2, 3, sites // 3, 16, dtype=torch.float64)
+    h = torch.randn(2, 3, sites // 3, 16, dtype=F64)
     if values == "zero":
         h.zero_()
     elif values == "dead channels":
@@ -142,18 +140,20 @@ def test_backward_keeps_the_types_of_forward(dtype, part, shape):
         assert y.dtype == dtype
         with torch.autocast("cpu", ambient, enabled=ambient is not None):
             results.append(torch.autograd.grad(random_loss([y]), [leaf, *parameters]))
-        assert [grad.dtype for grad in results[-1]] == [dtype] + [torch.float32] * 2
+        assert [grad.dtype for grad in results[-1]] == [dtype] + [F32] * 2
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
 @pytest.mark.parametrize("part", ["dwconv", "norm", "pwconv1", "act", "grn", "pwconv2"])
 @pytest.mark.parametrize("run", [run_dense, run_sparse])
-def test_every_hook_is_called_in_training(run, part, kind):
+def test_every_hook_is_called_in_training(run, part):
     (_, fast), calls = make_pair(make_net()), []
-    getattr(getattr(fast.stages[0][0], part), f"register_{kind}_hook")(lambda *_: calls.append(part))
-    random_loss(run(fast, make_images(fast))).backward()
-    assert calls == [part]
+    for kind in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        register = getattr(getattr(fast.stages[0][0], part), f"register_{kind}_hook")
+        hook = register(lambda *_, kind=kind: calls.append(kind))
+        random_loss(run(fast, make_images(fast))).backward()
+        hook.remove()
+        assert calls.pop() == kind and not calls
 
 
 class Halved(nn.Module):
@@ -214,16 +214,10 @@ def test_fast_convolutions_and_mlps_are_used_in_training():
     assert type(block.dwconv(x).grad_fn) is not type(block.eval().dwconv(x).grad_fn)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_names_weights_copies_and_pickles_stay_as_they_were(version):
-    plain, fast = make_pair(make_net(version))
-    imgs = make_images(plain)
+def test_names_of_weights_stay_as_they_were_and_speeding_up_twice_is_once():
+    plain, fast = make_pair(make_net())
     assert list(fast.state_dict()) == list(plain.state_dict()) and str(type(fast)) == str(type(plain))
-    assert speed_up(fast) is fast
-    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert {type(block) for stage in copied.stages for block in stage} == {FastBlock}
-        check_equal(run_dense, plain, copied, imgs)
-        check_equal(run_sparse, plain, copied, imgs)
+    assert speed_up(fast) is fast and {type(block) for stage in fast.stages for block in stage} == {FastBlock}
 
 
 @pytest.mark.parametrize("run", [run_dense, run_sparse])
@@ -254,9 +248,7 @@ def test_compiled_training_equals_eager_in_few_graphs(which):
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "detect", "segment"])
 def test_every_script_trains_fast_modules(name, tmp_path, monkeypatch):
-    script = pytest.importorskip(name, exc_type=ImportError)
-    if not hasattr(script, "dist"):
-        pytest.skip("not ported yet")
+    script = importlib.import_module(name)
 
     def to_device(network, device):
         raise StopIteration(network)

@@ -1,8 +1,6 @@
 """Claims about finetune.py, plumbing/scores.py, plumbing/optim.py and plumbing/recipes.py."""
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import stress
 import torch
-from helpers import CPU, TINY, assert_equal, image_folder, randomised, run, small, words
+from helpers import CPU, TINY, assert_equal, image_folder, log_of, randomised, read_log, read_table, run, small, words
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,10 +25,10 @@ import weights
 from data import Images, evaluation_transform
 from model import MODELS, ConvNeXt
 from plumbing import dist, plots
-from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
+from plumbing.files import UserError, load_file, save_tensors
 from plumbing.scores import write_by_class
 from plumbing.shapes import draw_images
-from plumbing.tasks import averaged, layer_groups, layer_id, make_optimizer
+from plumbing.tasks import layer_groups, layer_id, make_optimizer
 
 CLASSES = ["dots", "rings", "stripes"]
 MEAN, STD = (np.array(values, np.float32) for values in data.STATISTICS["folder"])
@@ -60,16 +58,6 @@ def get_args(**flags) -> argparse.Namespace:
 def use(task: str, checkpoint: Path, *paths, **flags) -> None:
     """Evaluate or predict with a checkpoint."""
     finetune.main(finetune.get_args([task, *map(str, paths), *words(resume=checkpoint, device="cpu", **flags)]))
-
-
-def read_log(directory: Path, key: str = "lr") -> list[dict]:
-    """The log's records that have a key: "lr" of updates, "val_top1" of evaluations."""
-    records = map(json.loads, (directory / "log.jsonl").read_text().splitlines())
-    return [record for record in records if key in record]
-
-
-def read_table(path: Path) -> list[dict]:
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -102,9 +90,6 @@ def test_a_recipe_is_complete_and_flags_win(capsys):
     expected |= dict(cutmix=1, layer_decay_type="group", model_ema=True, reprob=0.25, aa="rand-m9-mstd0.5-inc1")
     expected |= dict(min_lr=1e-6, model_ema_decay=0.9999, opt_betas=(0.9, 0.999))
     assert {name: args[name] for name in expected} == expected
-    with pytest.raises(SystemExit):
-        get_args(recipe="in22k", model="convnextv2_atto", data_path="x")
-    assert "has no settings for size atto; it has nano, tiny" in capsys.readouterr().err
 
 
 def test_a_linear_probe_is_moco_v3s_and_flags_win():
@@ -154,20 +139,6 @@ def test_sgd_has_nesterovs_momentum():
         assert (defaults["momentum"], defaults["nesterov"]) == (momentum, momentum > 0)
 
 
-def test_the_moving_average_equals_a_loop():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-    ema, generator, expected = averaged(net, decay=0.3), torch.Generator().manual_seed(0), {}
-    for t in range(6):
-        for value in net.state_dict().values():
-            value.copy_(torch.randint(100, value.shape, generator=generator))
-        decay = min(0.3, (1 + t) / (10 + t)) if t else 0
-        for name, value in net.state_dict().items():
-            mean = decay * expected.get(name, 0) + (1 - decay) * value
-            expected[name] = mean if value.is_floating_point() else value.clone()  # num_batches_tracked only counts
-        ema.update_parameters(net)
-    assert_equal(dict(ema.module.state_dict()), expected, rtol=1e-5, atol=1e-5)
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,10 +169,8 @@ def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(images, tm
     stress.wait(stress.fork(lambda: finetune.main(args), tmp_path, 2))
     one, two = train(images, tmp_path / "one"), load_file(tmp_path / "two/checkpoint-2.pth")
     assert_equal(two["model"], one["model"], rtol=1e-4, atol=2e-5)
-    for key in ("lr", "val_top1"):
-        for a, b in zip(*(read_log(tmp_path / name, key) for name in ("one", "two")), strict=True):
-            timeless = [name for name in a if name not in stress.TIMES]
-            assert [b[name] for name in timeless] == pytest.approx([a[name] for name in timeless], rel=1e-4)
+    for a, b in zip(*(stress.untimed(read_log(tmp_path / name)) for name in ("one", "two")), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
 
 
 def test_fine_tuning_starts_from_what_was_pre_trained_on_the_same_data(images, encoder, tmp_path, monkeypatch):
@@ -217,39 +186,10 @@ def test_fine_tuning_starts_from_what_was_pre_trained_on_the_same_data(images, e
     assert get_args(data_path=images, scratch=True).finetune is get_args().finetune is None
 
 
-def test_the_authors_documented_flags_run_in_half_precision_as_in_float32(images, encoder, tmp_path):
-    line = f"""--model convnextv2_atto --batch_size 4 --update_freq 2 --blr 6.25e-4 --epochs 1 --warmup_epochs 0
-        --layer_decay_type single --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8
-        --cutmix 1.0 --smoothing 0.1 --model_ema True --model_ema_eval True --finetune {encoder} --data_path {images}
-        --data_set image_folder --nb_classes 3 --dist_eval true --num_workers 0 --input_size 16"""
-    for use_amp in ("True", "false"):
-        more = ["--use_amp", use_amp, "--output_dir", str(tmp_path / use_amp), "--log_every", "1"]
-        finetune.main(finetune.get_args([*line.split(), *more]))
-        assert "val_ema_top1" in read_log(tmp_path / use_amp, "val_top1")[-1]
-    half, full = ([record["loss"] for record in read_log(tmp_path / name)] for name in ("True", "false"))
-    assert half == pytest.approx(full, rel=0.03) and half != full
-
-
-def test_mistakes_are_one_line(images, tmp_path, monkeypatch):
-    monkeypatch.chdir(images)
-    for message, flags in {
-        "--nb_classes 2 is fewer than the data's 3 classes": dict(nb_classes=2),
-        "lies in no class folder": dict(eval_data_path="train/dots"),
-        "has no train/<class>/ folders; .*--holdout 0.2": dict(data_path="train"),
-        "--data_set folder needs --data_path": dict(data_path=None, data_set="folder"),
-        "image size 16": dict(stem_stride=4),
-    }.items():
-        with pytest.raises(UserError, match=message):
-            train(**dict(data_path=images, output_dir=tmp_path) | flags)
-    with pytest.raises(SystemExit, match="2"):
-        get_args(eval_data_path="val")  # alone has no images to train on
-
-
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 # The position of each image's label in the network's order: 0 counts for top-1, up to 4 for top-5.
 POSITIONS = [0, 1, 0, 4, 1, 5, 2, 1, 0, 6, 1, 3, 1]
-SETTINGS = argparse.Namespace(batch_size=4, amp=None, num_workers=0, dist_eval=True)
 
 
 @torch.no_grad()
@@ -260,67 +200,54 @@ def logits_of(net: ConvNeXt, array: np.ndarray, size: int = 16) -> torch.Tensor:
 
 
 @pytest.fixture
-def scored() -> tuple[ConvNeXt, np.ndarray, list[int]]:
-    """A network, 13 images, and labels in the positions above."""
+def scored(tmp_path) -> tuple[ConvNeXt, Images, dict, list]:
+    """A network; 13 images and one that cannot be read; scores and outcomes by a naive count over single images."""
     torch.manual_seed(0)
-    net, arrays = randomised(ConvNeXt(**TINY, num_classes=7, stem_stride=1)), draw_images(13, seed=0, size=20)[0]
-    labels = [logits_of(net, array).argsort(descending=True)[k].item() for array, k in zip(arrays, POSITIONS)]
-    return net, arrays, labels
-
-
-def as_images(items, labels) -> Images:
-    return Images(items, labels, list("abcdefg"), evaluation_transform(16, 1.0), data.STATISTICS["folder"])
-
-
-def assert_naive_scores(result: tuple[dict, torch.Tensor], net: ConvNeXt, arrays, labels: list[int]) -> None:
-    """The scores are those of a naive count, up to floating-point error; the outcomes may come in any order."""
-    top1 = top5 = loss = 0
-    outcomes = []
-    for array, label in zip(arrays, labels):
+    net, paths, losses, outcomes = randomised(ConvNeXt(**TINY, num_classes=7, stem_stride=1)), [], [], []
+    for k, (array, position) in enumerate(zip(draw_images(13, seed=0, size=20)[0], POSITIONS)):
+        paths.append(f"{tmp_path}/{k}.png")
+        Image.fromarray(array).save(paths[-1])
         logits = logits_of(net, array).tolist()
-        better = sum(value > logits[label] for value in logits)
-        top1, top5 = top1 + (better < 1), top5 + (better < 5)
-        loss += math.log(sum(math.exp(value) for value in logits)) - logits[label]
-        outcomes.append([label, logits.index(max(logits))])
-    n = len(labels)
-    assert result[0] == pytest.approx({"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n}, rel=1e-4)
-    assert sorted(torch.as_tensor(result[1]).tolist()) == sorted(outcomes)
+        order = sorted(range(7), key=lambda label, logits=logits: -logits[label])
+        losses.append(math.log(sum(map(math.exp, logits))) - logits[order[position]])
+        outcomes.append([order[position], order[0]])
+    labels = [label for label, _ in outcomes]
+    (tmp_path / "bad.png").write_text("not an image")
+    items = [*paths[:5], f"{tmp_path}/bad.png", *paths[5:]], [*labels[:5], 0, *labels[5:]]
+    images = Images(*items, list("abcdefg"), evaluation_transform(16, 1.0), data.STATISTICS["folder"])
+    tops = {f"top{k}": 100 * sum(position < k for position in POSITIONS) / 13 for k in (1, 5)}
+    recalls = [[prediction == k for truth, prediction in outcomes if truth == k] for k in set(labels)]
+    tops["balanced"] = 100 * sum(sum(hits) / len(hits) for hits in recalls) / len(recalls)
+    return net, images, tops | {"loss": sum(losses) / 13}, sorted(outcomes)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 14, 100])
-def test_scores_equal_a_naive_count_over_single_images_that_can_be_read(scored, tmp_path, capsys, batch_size):
-    net, arrays, labels = scored
-    paths = [str(tmp_path / f"{i:02}.png") for i in range(14)]
-    Path(paths[5]).write_text("not an image")
-    for path, array in zip(paths[:5] + paths[6:], arrays):
-        Image.fromarray(array).save(path)
-    images, settings = as_images(paths, [*labels[:5], 0, *labels[5:]]), argparse.Namespace(**vars(SETTINGS))
-    settings.batch_size = batch_size
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_scores_equal_a_naive_count_over_single_images_that_can_be_read(scored, capsys, batch_size):
+    net, images, expected, pairs = scored
+    settings = argparse.Namespace(batch_size=batch_size, amp=None, num_workers=0, dist_eval=True)
     scores, outcomes = finetune.evaluate(net.train(), images, settings, CPU)
     assert net.training  # as before; that a probe's network stays in evaluation is above
-    assert_naive_scores((scores, outcomes), *scored)
-    assert [round(scores[key] * 13 / 100) for key in ("top1", "top5")] == [3, 11]  # top-2 would be 8
+    assert scores == pytest.approx(expected, rel=1e-4) and sorted(outcomes.tolist()) == pairs
     output = capsys.readouterr()
     assert output.err.count("cannot read") == 1 and "1 of 14 images cannot be read and are left out" in output.out
 
 
 @pytest.mark.parametrize("divide", [True, False])
 def test_two_processes_count_every_image_once_or_each_of_them_all(scored, tmp_path, divide):
-    net, arrays, labels = scored
-    settings = argparse.Namespace(**vars(SETTINGS) | {"dist_eval": divide})
-    counts = []
+    net, images, expected, pairs = scored
+    settings, counts = argparse.Namespace(batch_size=4, amp=None, num_workers=0, dist_eval=divide), []
 
     def work():
         torch.set_num_threads(1)
         net.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
-        scores, outcomes = finetune.evaluate(net, as_images(arrays, labels), settings, dist.setup("cpu"))
-        Path(f"{os.environ['RANK']}.json").write_text(json.dumps([scores, outcomes.tolist(), sum(counts)]))
+        scores, outcomes = finetune.evaluate(net, images, settings, dist.setup("cpu"))
+        Path(f"{os.environ['RANK']}.json").write_text(json.dumps([scores, sorted(outcomes.tolist()), sum(counts)]))
 
     stress.wait(stress.fork(work, tmp_path, 2))
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for scores, outcomes, _ in results:
-        assert_naive_scores((scores, outcomes), *scored)
-    assert [count for *_, count in results] == ([7, 6] if divide else [13, 13])
+    for rank in range(2):
+        scores, outcomes, count = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert scores == pytest.approx(expected, rel=1e-4) and outcomes == pairs
+        assert count == (7 if divide else 14)
 
 
 def test_the_tables_by_class_equal_a_count_in_a_loop(tmp_path, monkeypatch):
@@ -346,8 +273,7 @@ def test_the_tables_by_class_equal_a_count_in_a_loop(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("classes", [3, 300])
 def test_the_plot_shows_fractions_of_each_class_and_names_only_a_few(drawn, tmp_path, monkeypatch, classes, recwarn):
-    figures = []
-    save = plots.save_figure
+    figures, save = [], plots.save_figure
     monkeypatch.setattr(plumbing.scores, "save_figure", lambda *args: figures.append(args[0]) or save(*args))
     outcomes = torch.randint(classes, (5 * classes, 2), generator=torch.Generator().manual_seed(0))
     names = [f"日本 {k}" for k in range(classes)]  # which the font lacks
@@ -358,7 +284,7 @@ def test_the_plot_shows_fractions_of_each_class_and_names_only_a_few(drawn, tmp_
         row = outcomes[outcomes[:, 0] == k, 1]
         expected = 100 * row.bincount(minlength=classes) / max(1, len(row))
         assert percent[k].tolist() == pytest.approx(expected.tolist())
-    assert (names[2] in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
+    assert ("日本 2 (7)" in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
     assert 400 < min(Image.open(tmp_path / "confusion.png").size) < 1500 and not recwarn.list
 
 
@@ -383,12 +309,12 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
     assert {path.name for path in tmp_path.iterdir()} == names | {"classes.csv", "confusion.csv", "confusion.png"}
     assert min(Image.open(tmp_path / "accuracy.png").size) > 300
     assert state["classes"] == CLASSES and state["config"]["nb_classes"] == 3
-    last = read_log(tmp_path, "val_top1")[-1]
+    last = read_log(tmp_path)[-1]
     with NoFloat64():
         use("--eval", tmp_path / "checkpoint-2.pth", data_path=images)
     out = capsys.readouterr().out
     for name, key in (("model", "val"), ("model_ema", "val_ema")):
-        scores = f"top-1 {last[f'{key}_top1']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
+        scores = f"top-1 {last[f'{key}_top1']:.2f}%, balanced {last[f'{key}_balanced']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
         assert f"\n{name}: {scores} on 7 images of {images}, at 16 px (whole, warped" in out
     assert f"in {tmp_path}: classes.csv, confusion.csv and" in out
     use("--eval", tmp_path, output_dir=tmp_path / "new")  # the best checkpoint
@@ -401,35 +327,21 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
 
 def pretended(*tops: int):
     """An `evaluate` that returns these top-1 accuracies in turn, each with as many outcomes."""
-    results = [(dict(loss=1.0, top1=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops]
+    results = [
+        (dict(loss=1.0, top1=top, balanced=top, top5=100.0), torch.zeros(top, 2, dtype=torch.int64)) for top in tops
+    ]
     return lambda *_, **__: results.pop(0)
 
 
-# Top-1 of the weights and of their average after each epoch; which of them are the best.
-BEST = [
-    ([(60, 50), (40, 55)], (1, "model")), ([(50, 60), (61, 40)], (2, "model")), ([(60, 60), (60, 60)], (1, "model")),
-    ([(60, 50), (50, 61)], (2, "model_ema")), ([(50, 60), (40, 55), (58, 57)], (1, "model_ema")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("scores", "best"), BEST)
-def test_the_best_checkpoint_is_kept(images, tmp_path, monkeypatch, scores, best, small_models):
-    monkeypatch.setattr(finetune, "evaluate", pretended(*(top for pair in scores for top in pair)))
-    counts, write = [], write_by_class
-    monkeypatch.setattr(finetune, "write_by_class", lambda *a, **k: counts.append(len(a[1])) or write(*a, **k))
-    train(images, tmp_path, model_ema=True, epochs=len(scores))
-    epoch, name = best
-    assert counts == [max(scores[0]), max(scores[1])][:epoch]  # written for each better evaluation alone
-    assert read_table(tmp_path / "classes.csv")[0]["images"] == str(max(map(max, scores)))
-    states = [load_file(path) for path in find_checkpoints(tmp_path)]
-    kept, expected = load_file(tmp_path / "checkpoint-best.pth"), states[epoch - 1][name]
-    assert_equal(kept["model"], expected)
-    others = [state[key] for state in states for key in ("model", "model_ema") if state[key] is not expected]
-    assert all(stress.difference(kept["model"], other) for other in others)
-    assert (kept["epoch"], kept["top1"], kept["classes"]) == (epoch, max(map(max, scores)), CLASSES)
-    records = read_log(tmp_path, "val_ema_top1")
-    assert [(record["val_top1"], record["val_ema_top1"]) for record in records] == scores
-    assert records[-1]["best_top1"] == kept["top1"]
+def test_the_best_checkpoint_is_that_of_the_highest_top1(images, tmp_path, monkeypatch, small_models):
+    """And classes.csv is of the same outcomes; test_run.py tells which of weights and average are the best in general."""
+    monkeypatch.setattr(finetune, "evaluate", pretended(60, 50, 50, 61, 58, 61))  # weights and average, three times
+    train(images, tmp_path, model_ema=True, epochs=3)
+    best = load_file(tmp_path / "checkpoint-best.pth")
+    assert_equal(best["model"], load_file(tmp_path / "checkpoint-2.pth")["model_ema"])
+    assert (best["epoch"], best["top1"], best["classes"]) == (2, 61, CLASSES)
+    assert read_table(tmp_path / "classes.csv")[0]["images"] == "61"
+    assert [log_of(tmp_path, key) for key in ("val_top1", "val_ema_top1")] == [[60, 50, 58], [50, 61, 61]]
 
 
 def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path, capsys, small_models):
@@ -438,7 +350,7 @@ def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path,
     assert state["classes"] == CLASSES and state["config"]["images"] == 6
     note = f"{folder} has no train/<class>/ folders: all of it is used, and the 3 folders in it are the classes"
     assert note in capsys.readouterr().out
-    loss = f"loss {read_log(tmp_path / 'run', 'val_top1')[-1]['val_loss']:.4f}"
+    loss = f"loss {log_of(tmp_path / 'run', 'val_loss')[-1]:.4f}"
     for flags in ({}, dict(data_path=folder)):
         use("--eval", checkpoint, **flags)
         assert f"{loss} on 6 images of {folder} (50% of each class, held out)" in capsys.readouterr().out
@@ -448,6 +360,8 @@ def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path,
     capsys.readouterr()
     use("--eval", tmp_path / "tuned")
     assert f"on 7 images of {images}, at" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        get_args(eval_data_path=images / "val")  # alone has no images to train on
 
 
 def test_runs_folders_and_weights_that_do_not_say_their_data(images, encoder, tmp_path, small_models):
@@ -457,8 +371,6 @@ def test_runs_folders_and_weights_that_do_not_say_their_data(images, encoder, tm
     assert get_args(finetune=tmp_path).finetune == get_args(eval=True, resume=tmp_path).resume == str(best)
     best.unlink()
     assert get_args(predict=["x.jpg"], resume=tmp_path).resume == f"{tmp_path}/checkpoint-1.pth"
-    with pytest.raises(UserError, match=r"has no checkpoint-best.pth or newest checkpoint"):
-        get_args(eval=True, resume=encoder.parent)
     path = tmp_path / "foreign.pth"
     torch.save(ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), num_classes=10).state_dict(), path)
     with pytest.raises(UserError, match="--data_set folder needs --data_path DIR"):
@@ -535,9 +447,6 @@ def test_topk_classes_are_told_of_each_image(photographs, checkpoint, tmp_path, 
     (row,) = predict(checkpoint, tmp_path, photographs / "val/dots/0.png", topk=2)
     assert list(row) == ["file", "class", "probability", "class_2", "probability_2"]
     assert capsys.readouterr().out.splitlines()[-2].count("%") == 2
-    (tmp_path / "bad.png").write_text("not an image")
-    with pytest.raises(UserError, match="none of 1 images tried can be read"):
-        predict(checkpoint, tmp_path, tmp_path / "bad.png")
 
 
 def test_two_processes_predict_every_image_once_in_the_order_given(photographs, checkpoint, tmp_path):
@@ -563,9 +472,8 @@ def test_predictions_are_those_of_the_lines_of_the_page(photographs, tmp_path, o
         save_checkpoint(file, photographs, {"model": state_dict}, input_size=112, crop_pct=0.8)
     use("--predict", file, photographs, num_workers=0)
     rows = read_table(tmp_path / "predictions.csv")  # beside the checkpoint, unless told otherwise
-    page = re.search(
-        r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/weights.md").read_text(), re.S
-    ).group(1)
+    page = (Path(__file__).parent.parent / "docs/weights.md").read_text()
+    page = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     for row in rows:
         code = page.replace("runs/finetune/checkpoint-best.pth", str(file)).replace("cat.jpg", row["file"])
         assert code.count(str(file)) == code.count(row["file"]) == 1

@@ -1,7 +1,8 @@
 """Claims about the loops of the training scripts: each computes what a plain loop of a few lines computes, update by update.
 
 The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that `mix_seed` documents.
-All else is their own: no `Run` and no loader, ordinary optimisers, rates and groups by hand, the masked dense encoder as an oracle.
+All else is their own: no `Run` and no loader, ordinary optimisers, learning rates and groups by hand, the masked dense encoder as an
+oracle. Learning rates of layers are in the plain loops of detection and segmentation.
 """
 
 import math
@@ -21,7 +22,8 @@ from plumbing.loading import mix_seed
 
 SEED, EPOCHS, WARMUP, PEAK, MIN_LR = 5, 2, 0.75, 4e-3, 1e-4
 # Seven images in passes of two, of which two are an update: an epoch has an update of 4 images and one of 2.
-FLAGS = dict(seed=SEED, epochs=EPOCHS, warmup_epochs=WARMUP, lr=None, blr=PEAK * 256 / 4, min_lr=MIN_LR, batch_size=2, update_freq=2, input_size=16)  # fmt: skip
+FLAGS = dict(seed=SEED, epochs=EPOCHS, warmup_epochs=WARMUP, lr=None, blr=PEAK * 256 / 4, min_lr=MIN_LR)
+FLAGS |= dict(batch_size=2, update_freq=2, input_size=16)
 UPDATES = [(epoch, places) for epoch in range(EPOCHS) for places in ([0, 1, 2, 3], [4, 5])]
 
 
@@ -70,28 +72,20 @@ def assert_same_log(directory: Path, expected: list[dict]) -> None:
         assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-4)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------------------
-
-
 def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, list[dict]]:
     """The weights before and after, and the log."""
     torch.manual_seed(SEED)
-    mae = FCMAE(
-        MODELS["convnextv2_atto"](num_classes=0, stem_stride=1),
-        decoder_embed_dim=16,
-        norm_pix_loss=norm_pix_loss,
-        backend="masked",
-    )
+    encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
+    mae = FCMAE(encoder, decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked")
     start, log = start_of(mae), []
-    kernels = [p for name, p in mae.named_parameters() if p.ndim > 1 and "grn" not in name and name != "mask_token"]
-    others = [p for name, p in mae.named_parameters() if p.ndim == 1 or "grn" in name or name == "mask_token"]
-    groups = [dict(params=kernels, weight_decay=0.3), dict(params=others, weight_decay=0.0)]
+    groups = []
+    for name, p in mae.named_parameters():
+        decays = p.ndim > 1 and "grn" not in name and name != "mask_token"
+        groups.append(dict(params=[p], weight_decay=0.3 if decays else 0.0))
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     crop = v2.RandomResizedCrop(16, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     for update, (epoch, places) in enumerate(UPDATES):
-        imgs, _ = load(
-            folder, epoch, places, crop
-        )  # an update is one batch here, as every image has as many hidden patches
+        imgs, _ = load(folder, epoch, places, crop)  # one batch, as every image has equally many hidden patches
         mask = random_mask(len(imgs), 2, 2, 0.6, torch.Generator().manual_seed(mix_seed("mask", SEED, update)))
         loss, _, _ = mae(imgs, mask)
         optimizer.zero_grad()
@@ -113,29 +107,9 @@ def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
 
 
-# --- fine-tuning ------------------------------------------------------------------------------------------------------
-
-TUNING = dict(
-    weight_decay=0.3,
-    layer_decay=0.8,
-    opt_betas=(0.8, 0.9),
-    opt_eps=1e-6,
-    clip_grad=20,
-    model_ema=True,
-    model_ema_decay=0.15,
-)
+TUNING = dict(weight_decay=0.3, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20)
+TUNING |= dict(model_ema=True, model_ema_decay=0.15)
 REGULARISATION = dict(drop_path=0.4, smoothing=0.2, mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
-# The layers from the input on; a downsampling layer belongs to the block behind it. The final norm and the head are the last.
-LAYERS = ["stem", "0.0", "0.1", "1.0", "1.1", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "3.0", "3.1", "head"]
-
-
-def layer_of(name: str) -> int:
-    part, *place = name.split(".")
-    if part == "stages":
-        return LAYERS.index(f"{place[0]}.{place[1]}")
-    if part == "downsample_layers":
-        return LAYERS.index(f"{place[0]}.0")
-    return LAYERS.index("head")
 
 
 def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
@@ -145,8 +119,7 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
     start, log, average = start_of(net), [], {}
     groups = []
     for name, p in net.named_parameters():
-        scale = 0.8 ** (13 - layer_of(name))
-        groups.append(dict(params=[p], scale=scale, weight_decay=0.3 if p.ndim > 1 and "grn" not in name else 0.0))
+        groups.append(dict(params=[p], weight_decay=0.3 if p.ndim > 1 and "grn" not in name else 0.0))
     optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
     mixing = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)], p=[0.6, 0.4])
     crop = v2.Resize((16, 16), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomCrop(16, padding=4)
@@ -166,7 +139,7 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 20)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update) * group["scale"]
+            group["lr"] = learning_rate(update)
         optimizer.step()
         decay = min(0.15, (1 + update) / (10 + update)) if update else 0.0
         average = {name: decay * average.get(name, 0) + (1 - decay) * value for name, value in net.state_dict().items()}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,15 +23,15 @@ import weights
 from data import GREY, STATISTICS
 from fast import FastBlock
 from model import MODELS, ConvNeXt
-from plumbing import maps
+from plumbing import maps, tasks
 from plumbing.files import UserError, find_checkpoints, load_file, save_tensors
 from plumbing.loading import mix_seed
 from plumbing.shapes import SHAPES, draw_scenes
-from segment import Augmentation, LabelledImages, UPerNet, segmentation_losses
+from segment import Augmentation, UPerNet, segmentation_losses
 
 pytestmark = pytest.mark.usefixtures("small_models")
 SMALL = dict(input_size=32, test_size=40, stem_stride=2, channels=8, aux_channels=8, batch_size=2, epochs=2, lr=1e-3)
-SMALL |= dict(num_workers=0, log_every=1, device="cpu")
+SMALL |= dict(eval_freq=1, num_workers=0, log_every=1, device="cpu")
 NAMES = ["ground", *SHAPES]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS["folder"])
 
@@ -158,19 +159,21 @@ def test_label_maps_of_every_kind_are_read_alike(tmp_path, mode):
     file = tmp_path / ("labels.tif" if mode == "I" else "labels.png")
     image.save(file)
     assert Image.open(file).mode == mode
-    assert (maps.read_labels(file, 4) == LABELS).all()
-    reduced = maps.read_labels(file, 3, reduce_zero_label=True)
-    assert reduced.tolist() == [[255, 0, 1], [2, 255, 0]]
-    for reduce, labels in ((False, LABELS.astype(np.uint8)), (True, reduced)):
-        maps.write_labels(tmp_path / "written.png", labels, [(9, 8, 7)] * 4, reduce)
-        assert (maps.read_labels(tmp_path / "written.png", 4, reduce) == labels).all()
+    assert (maps.read_labels(file, range(4)) == LABELS).all()
+    assert maps.read_labels(file, range(1, 4)).tolist() == [[255, 0, 1], [2, 255, 0]]
+    assert maps.read_labels(file, [0, 255]).tolist() == [[0, 255, 255], [255, 1, 255]]
+    for numbers in (range(4), range(1, 5), [0, 255]):
+        labels = np.arange(len(numbers), dtype=np.uint8)[None]
+        maps.write_labels(tmp_path / "written.png", labels, maps.Classes([], [(9, 8, 7)] * len(numbers), numbers))
+        assert (maps.read_labels(tmp_path / "written.png", numbers) == labels).all()
+        assert Image.open(tmp_path / "written.png").convert("RGB").getcolors() == [(len(numbers), (9, 8, 7))]
 
 
 def test_classes_are_read_from_every_kind_of_list(tmp_path):
     file = tmp_path / "classes.txt"
     file.write_text("sky 70 130 180\ntraffic light, 250, 170, 30\n")
     assert maps.read_classes(file) == (["sky", "traffic light"], [(70, 130, 180), (250, 170, 30)])
-    file.write_text("sky\n\ntraffic light\n")
+    file.write_text("\ufeffsky\n\n# a comment\ntraffic light\n")
     assert maps.read_classes(file) == (["sky", "traffic light"], maps.class_colours(2))
     file.write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t11\t11\t1\twall\n2\t0.1\t6\t6\t1\tbuilding, edifice\n"
@@ -183,17 +186,32 @@ def test_classes_are_read_from_every_kind_of_list(tmp_path):
             maps.read_classes(file)
 
 
+def find_classes(args) -> maps.Classes:
+    return segment.find_classes(args, segment.load_images(args, "train").pixels)
+
+
 def test_without_names_there_are_as_many_classes_as_in_the_training_maps(folder):
     (folder / "classes.txt").unlink()
     paths = sorted((folder / "annotations/training").iterdir())
     largest = max(np.asarray(Image.open(path)).max() for path in paths[1:])
     paths[0].write_text("no map")
-    names, colours = segment.find_classes(arguments(folder))
-    assert len(names) == len(set(colours)) == largest + 1 and names[1] == "class 1"
-    assert len(segment.find_classes(arguments(folder, reduce_zero_label=True))[0]) == largest
-    assert len(segment.find_classes(arguments(folder, nb_classes=40))[0]) == 40
+    names, colours, numbers = find_classes(arguments(folder))
+    assert len(names) == len(set(colours)) == len(numbers) == largest + 1 and names[1] == "class 1"
+    assert find_classes(arguments(folder, reduce_zero_label=True)).numbers == range(1, largest + 1)
+    assert len(find_classes(arguments(folder, nb_classes=40)).names) == 40
     colours = torch.tensor(maps.class_colours(20)).float()  # can be told apart
     assert torch.cdist(colours, colours).add(torch.eye(20) * 1e3).min() > 20 and len(set(maps.class_colours(150))) > 120
+
+
+def test_a_legend_names_the_ten_largest_classes(tmp_path, monkeypatch):
+    legends = []
+    monkeypatch.setattr(maps, "plot_panels", lambda *_, legend, **__: legends.append([*legend]))
+    labels = torch.arange(30).repeat_interleave(torch.arange(30) + 1).to(torch.uint8)[None]  # of label k, k + 1
+    labels[0, 0] = 255
+    classes = maps.Classes([f"c{k}" for k in range(30)], maps.class_colours(30), range(30))
+    monkeypatch.setattr(maps, "scaled", lambda example, side: example)
+    maps.draw_overlay(tmp_path / "a.png", torch.zeros(3, *labels.shape, dtype=torch.uint8), labels, classes)
+    assert legends == [[f"c{k}" for k in range(20, 30)] + ["ignored"]]
 
 
 def test_errors_are_red_and_what_does_not_count_black():
@@ -206,12 +224,152 @@ def test_errors_are_red_and_what_does_not_count_black():
 FILE = "training/001.png"
 UNREADABLE = {
     "001.png is an image in colours": lambda root: save_noise(root / "annotations" / FILE, (48, 48)),
-    "48 x 48 pixels, but 40 x 48 in": lambda root: Image.new("L", (40, 48)).save(root / "annotations" / FILE),
-    "has the label 11, but": lambda root: Image.new("L", (48, 48), 11).save(root / "annotations" / FILE),
-    "300, but the 11 classes": lambda root: Image.new("I;16", (48, 48), 300).save(root / "annotations" / FILE),
     "annotations/training/001.png'": lambda root: (root / "annotations" / FILE).write_text("no map"),
     "images/training/001.png'": lambda root: (root / "images" / FILE).write_text("no image"),
 }
+
+
+def relabel(root: Path, change) -> None:
+    """Replace every label map by `change(labels)`, an array or image, under the same name."""
+    for path in root.glob("annotations/*/*.png"):
+        result = change(np.asarray(Image.open(path)))
+        (result if isinstance(result, Image.Image) else Image.fromarray(result)).save(path)
+
+
+TWO_VALUED = {
+    "0 and 255": lambda labels: np.where(labels > 0, 255, 0).astype(np.uint8),
+    "0 and 128": lambda labels: np.where(labels > 0, 128, 0).astype(np.uint8),
+    "0 and 65535": lambda labels: np.where(labels > 0, 65535, 0).astype(np.uint16),
+    "0 and 255, RGB": lambda labels: Image.fromarray(np.where(labels > 0, 255, 0).astype(np.uint8)).convert("RGB"),
+    "bits": lambda labels: Image.fromarray(labels > 0),
+}
+
+
+@pytest.mark.parametrize("listed", [None, "object", "nothing\nthing"])
+@pytest.mark.parametrize("kind", TWO_VALUED)
+def test_maps_of_two_values_are_background_and_one_class(folder, kind, listed, capsys):
+    masks = {path.name: np.asarray(Image.open(path)) > 0 for path in folder.glob("annotations/training/*.png")}
+    (folder / "classes.txt").write_text(listed) if listed else (folder / "classes.txt").unlink()
+    relabel(folder, TWO_VALUED[kind])
+    if kind == "bits" and listed == "object":  # 0 and 1 are numbers of two classes
+        with pytest.raises(UserError, match="has the label 1, but the 1 classes have 0 to 0"):
+            segment.main(arguments(folder))
+        return
+    images = segment.load_images(arguments(folder), "train")
+    classes = segment.find_classes(arguments(folder), images.pixels)
+    fractions = segment.use_classes(images, classes, least=2) / sum(images.pixels.values())
+    images.transform = None
+    for index, path in enumerate(images.labels):
+        assert (images[0, index][1].numpy() == masks[Path(path).name]).all()
+    assert fractions[1].item() == pytest.approx(np.mean([*masks.values()]))
+    names = listed.split() if listed else ["class 0", "class 1"] if kind == "bits" else ["background", "object"]
+    assert classes.names == (["background", "object"] if listed == "object" else names)
+    assert ("0 is taken for the background" in capsys.readouterr().out) == (kind != "bits")
+
+
+def turn(root: Path) -> None:
+    """Lay a photograph on its side, as cameras do, and leave its label map upright, but for the size."""
+    exif, path = Image.Exif(), root / "images" / FILE
+    exif[0x0112] = 6
+    Image.open(path).resize((48, 40)).save(path, exif=exif)
+    Image.new("L", (48, 40)).save(root / "annotations" / FILE)
+
+
+def smooth(root: Path) -> None:
+    (root / "classes.txt").unlink()
+    relabel(root, lambda labels: np.linspace(0, 254, labels.size).astype(np.uint8).reshape(labels.shape))
+
+
+MEANINGLESS = {
+    "0 of 11 classes have pixels in 6 label maps of labels 255,": lambda root: relabel(root, lambda x: np.full_like(x, 255)),
+    "1 of 11 classes have pixels in 6 label maps of labels 0,": lambda root: relabel(root, lambda x: x * 0),
+    "1 of 11 classes have pixels in 6 label maps of labels 1, 255,": lambda root: relabel(root, lambda x: np.where(x, 1, 255).astype(x.dtype)),
+    "has the label 11, but the 11 classes have 0 to 10; name all": lambda root: relabel(root, lambda x: x + 1),
+    "label 300, but the 11": lambda root: Image.new("I;16", (48, 48), 300).save(root / "annotations" / FILE),
+    "255 labels without names: were the maps smoothed": smooth,
+    "001.png is 48 x 48 pixels, and its label map .* 40 x 48; one of them was resized": lambda root: Image.new("L", (40, 48)).save(root / "annotations" / FILE),
+    "001.png is 40 x 48 pixels, .* 48 x 40; one of them lies on its side: images are turned": turn,
+    "is a JPEG file, whose compression changes numbers": lambda root: Image.new("L", (48, 48)).save(root / "annotations" / FILE, format="JPEG"),
+    "none of 6 label maps can be read .*in colours": lambda root: relabel(root, lambda x: np.stack([x, x * 2, x], axis=-1)),
+    "1 training images and --batch_size 2; BatchNorm": lambda root: [path.unlink() for path in root.glob("*/training/*.png") if path.name != "001.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", MEANINGLESS)
+def test_labels_that_cannot_be_meant_are_refused_at_the_start(folder, message):
+    MEANINGLESS[message](folder)
+    with pytest.raises(UserError, match=message):
+        segment.main(arguments(folder))
+
+
+def test_names_are_not_shifted_by_a_background_that_does_not_count(folder):
+    for name in ("background", "__Ignore__"):
+        (folder / "classes.txt").write_text("\n".join([name, *SHAPES]))
+        with pytest.raises(UserError, match=f"the first class is {name}; remove it, or --reduce_zero_label"):
+            segment.main(arguments(folder, reduce_zero_label=True))
+
+
+def test_what_was_seen_is_printed(folder, tmp_path, capsys):
+    relabel(folder, lambda labels: np.where(labels == 0, 1, 255 * (labels == 2) + 3 * (labels != 2)).astype(np.uint8))
+    seen = np.concatenate([np.asarray(Image.open(path)).ravel() for path in folder.glob("annotations/training/*")])
+    run(folder, tmp_path / "run", epochs=1)
+    ones, counted = (seen == 1).sum(), (seen != 255).sum()
+    line = f"pixels: {NAMES[1]} {ones / counted:.1%}, {NAMES[3]} {1 - ones / counted:.1%}, ground 0.0%"
+    output = capsys.readouterr().out
+    assert line in output and f"{1 - counted / len(seen):.1%} do not count; no training pixel of ground, " in output
+    assert "(9 in all)" in output
+
+
+def test_an_evaluation_refuses_the_same_labels(folder, tmp_path):
+    run(folder, tmp_path / "run", epochs=1)
+    path = folder / "annotations/validation/000.png"
+    for size, label, message in (((40, 48), 0, "000.png 40 x 48; one of them"), ((48, 48), 77, "the label 77")):
+        Image.new("L", size, label).save(path)
+        with pytest.raises(UserError, match=message):
+            segment.main(use(tmp_path / "run", "--eval", output_dir=tmp_path))
+    relabel(folder, lambda labels: np.full((48, 48), 255, dtype=np.uint8))
+    with pytest.raises(UserError, match="0 of 11 classes have pixels in 3 label maps"):
+        segment.main(use(tmp_path / "run", "--eval", output_dir=tmp_path))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photographs_and_label_maps_are_upright(folder, orientation):
+    image, labels = (Image.open(folder / kind / FILE).copy() for kind in ("images", "annotations"))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    for kind, file in (("images", image), ("annotations", labels)):
+        file.transpose(turned).save(folder / kind / FILE, exif=exif)
+    images = segment.load_images(arguments(folder), "train")
+    images.transform = None
+    sample = images[0, 1]
+    assert torch.equal(sample[0], pixels(image)) and torch.equal(sample[1], pixels(labels)[0])
+
+
+def test_other_names_of_splits_and_one_folder_with_a_holdout(folder, capsys):
+    def names(**flags):
+        splits = (segment.load_images(arguments(folder, **flags), split) for split in ("train", "val"))
+        return [sorted(f"{Path(path).parent.name}/{Path(path).stem}" for path in images.items) for images in splits]
+
+    expected = names()
+    for kind in ("images", "annotations"):
+        (folder / kind / "training").rename(folder / kind / "train")
+        (folder / kind / "validation").rename(folder / kind / "val")
+    assert names() == [
+        [name.replace("ing/", "/") for name in expected[0]],
+        [name.replace("idation", "") for name in expected[1]],
+    ]
+    train, held = names(holdout=0.34)
+    assert len(held) == 2 and sorted(train + held) == names()[0]
+    for kind in ("images", "annotations"):
+        for path in (folder / kind / "train").iterdir():
+            path.rename(folder / kind / path.name)
+        (folder / kind / "train").rmdir()
+    with pytest.raises(UserError, match="images/training does not exist; .* --holdout 0.2"):
+        names()
+    for path in folder.glob("*/val/*"):
+        path.unlink()
+    assert [len(split) for split in names(holdout=0.34)] == [4, 2]
 
 
 def test_images_and_label_maps_without_a_partner_are_one_line(folder):
@@ -234,13 +392,11 @@ def test_what_cannot_be_read_is_named_replaced_and_counted(folder, tmp_path, cap
 
 
 def test_weights_of_classes_are_powers_of_their_fractions():
-    # Of 40 pixels 32 are of class 0, 2 of class 1, none of class 2; 6 do not count.
-    labels = np.zeros((2, 4, 5), dtype=np.uint8)
-    labels[1, 0, :2], labels[1, 1], labels[1, 2, 0] = 1, 255, 255
-    images = LabelledImages(np.zeros((2, 4, 5, 3), dtype=np.uint8), labels, ["a", "b", "c"], None, STATISTICS["folder"])
-    class_weights, fractions = segment.measure_class_weights(images, 0.5), torch.tensor([32 / 34, 2 / 34, 1e-4])
+    # Of 34 pixels that count 32 are of class 0, 2 of class 1, none of class 2.
+    class_weights = tasks.class_weights(torch.tensor([32.0, 2, 0], dtype=torch.float64), 0.5)
+    fractions = torch.tensor([32 / 34, 2 / 34, 1e-4])
     torch.testing.assert_close(class_weights / class_weights[0], (fractions[0] / fractions).sqrt())
-    assert class_weights[torch.from_numpy(labels[labels != 255]).long()].mean().item() == pytest.approx(1, abs=0.01)
+    assert (class_weights * torch.tensor([32, 2, 0])).sum().item() / 34 == pytest.approx(1, abs=0.01)
 
 
 def augmentation(input_size=32, test_size=32, scale=(1, 1), most=1.0, photometric=False) -> Augmentation:
@@ -317,7 +473,8 @@ def plain_scores(truth: np.ndarray, prediction: np.ndarray, names: list[str]) ->
 
 def test_scores_are_those_of_a_plain_loop_and_of_the_networks_labels(folder):
     args, names = arguments(folder, test_size=48), [*NAMES, "nothing"]
-    val, network = segment.load_images(args, "val", names), trained(UPerNet(small_encoder(stem_stride=2), 12, 8, 8))
+    val, network = segment.load_images(args, "val"), trained(UPerNet(small_encoder(stem_stride=2), 12, 8, 8))
+    segment.use_classes(val, maps.Classes(names, [], range(12)), least=1)
     network.classifier.bias.data[11] -= 100
     chief, (scores, examples) = segment.evaluate(network.train(), val, args, CPU)
     assert network.training
@@ -367,9 +524,35 @@ def test_scales_and_mirroring_are_a_plain_loop():
         logits = segment.slide(lookup, view.flip(3) if flip else view, 32, 16)
         logits = logits.flip(3) if flip else logits
         total += F.interpolate(logits, (50, 60), mode="bilinear")[0].softmax(dim=0) / 6
-    found = segment.probabilities(lookup, image, args)
+    found = torch.cat([*segment.probabilities(lookup, image, args)], dim=1)
     torch.testing.assert_close(found, total, atol=1e-2, rtol=0)  # resized images are bytes, which may round otherwise
     assert found.sum(dim=0).sub(1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("low", "high"), [((9, 14), (50, 60)), ((30, 40), (17, 23))])
+def test_rows_are_those_of_the_whole_resized(low, high):
+    logits = torch.randn(3, *low)
+    whole = F.interpolate(logits[None], high, mode="bilinear", align_corners=False)[0]
+    strips = [segment.resize_rows(logits, *high, slice(top, top + 7)) for top in range(0, high[0], 7)]
+    torch.testing.assert_close(torch.cat(strips, dim=1), whole)
+
+
+def test_what_needs_more_memory_than_there_is_is_refused(folder, monkeypatch):
+    def step():
+        return net(torch.empty(64, 1000, device="meta", requires_grad=True)).relu()
+
+    net = torch.nn.Linear(1000, 500, device="meta")
+    needed = 4 * (64 * 1000 + 64 * 500 + 500 * 1000) + 16 * 500 * 1001  # input, output and weights; with moments
+    for size, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(tasks.os, "sysconf", lambda name, size=size: size if name == "SC_PHYS_PAGES" else 1)
+        with nullcontext() if fits else pytest.raises(UserError, match="training needs 0.0 GiB .*; lower it"):
+            tasks.check_memory(net, step, None, CPU, "lower it")
+    monkeypatch.setattr(tasks.os, "sysconf", lambda name: 2**24 if name == "SC_PHYS_PAGES" else 2**10)  # 16 GiB
+    monkeypatch.setattr(segment, "Run", lambda *_, **__: pytest.fail("training began"))
+    with pytest.raises(
+        UserError, match=r"of memory, and there are 16.0; lower --batch_size, --input_size or --channels"
+    ):
+        segment.main(arguments(folder, batch_size=64, input_size=2048, channels=64))
 
 
 @pytest.fixture
@@ -405,11 +588,14 @@ def test_prediction_writes_the_labels_of_the_average(finished, tmp_path, capsys)
     args, folder = use(finished, "--predict", str(tmp_path / "images"), **flags), tmp_path / "out/predictions"
     segment.main(args)
     assert {path.stem for path in folder.iterdir()} == {*files, *(f"{stem}-overlay" for stem in files)}
-    nets, classes, colours = segment.load_segmenters(args, CPU)
-    assert classes == [*SHAPES] and colours[1] == (9, 1, 250)
+    nets, classes = segment.load_segmenters(args, CPU)
+    assert classes.names == [*SHAPES] and classes.colours[1] == (9, 1, 250)
     for stem, file in files.items():
         with torch.no_grad():
-            labels = {key: segment.probabilities(net, pixels(file), args).argmax(dim=0) for key, net in nets.items()}
+            labels = {
+                key: torch.cat([*segment.probabilities(net, pixels(file), args)], dim=1).argmax(dim=0)
+                for key, net in nets.items()
+            }
         written = Image.open(folder / f"{stem}.png")
         assert (np.asarray(written) == labels["model_ema"].numpy() + 1).all()
         assert written.getpalette()[6:9] == [9, 1, 250] and not torch.equal(labels["model"], labels["model_ema"])
@@ -430,12 +616,12 @@ def test_other_classes_than_those_trained_are_refused(finished, tmp_path):
 def test_the_drawn_images_are_those_of_detection_and_their_labels_the_shapes(tmp_path, drawn):
     run(None, tmp_path / "run", epochs=1, embedded_images=(7, 50))
     args = arguments(None, "--eval", resume=tmp_path / "run", embedded_images=(7, 50))
-    images, (scenes, kinds, masks) = segment.load_images(args, "val", NAMES), draw_scenes(50, 1, 32)
-    assert (images.items == scenes).all() and segment.find_classes(args)[0] == NAMES
+    images, (scenes, kinds, masks) = segment.load_images(args, "val"), draw_scenes(50, 1, 32)
+    assert (images.items == scenes).all() and segment.find_classes(args, images.pixels)[0] == NAMES
     for labels, kinds_of_image, visible in zip(images.labels, kinds, masks):
         assert all((labels[mask] == kind + 1).all() for kind, mask in zip(kinds_of_image, visible))
         assert (labels[~visible.any(axis=0)] == 0).all()
-    assert (segment.load_images(args, "train", NAMES).items == draw_scenes(50, 0, 32)[0][:7]).all()
+    assert (segment.load_images(args, "train").items == draw_scenes(50, 0, 32)[0][:7]).all()
     assert all(Image.open(tmp_path / f"run/{name}.png").width > 400 for name in ("segmentation", "scores"))
 
 
@@ -447,9 +633,9 @@ def test_training_is_a_plain_loop(folder, tmp_path):
     log = run(folder, tmp_path / "run", disable_eval=True, model_ema=True, **flags)
 
     args, saved = arguments(folder, **flags), last(tmp_path / "run")
-    images = segment.load_images(args, "train", NAMES)
+    images = segment.load_images(args, "train")
     torch.manual_seed(5)
-    net = segment.make_segmenter(args, 11).train().to(memory_format=torch.channels_last)
+    net = segment.speed_up(segment.make_segmenter(args, 11)).train().to(memory_format=torch.channels_last)
     assert all(type(module) is FastBlock for module in net.encoder.stages.modules() if hasattr(module, "dwconv"))
     groups, layers = [], dict(downsample_layers=(0, 2, 3, 4), stages=(1, 2, 3, 4))
     for name, parameter in net.named_parameters():
@@ -536,15 +722,15 @@ MISTAKES = {
     "--window 64 --stride 65": "--stride 65 is larger than --window 64: it leaves gaps",
     "--window 8": "image size 8 x 8 is below the patch size 16",
     "--classes a.txt --nb_classes 3": "--classes contradicts --nb_classes",
-    "--data_path nowhere --classes nowhere.txt": "cannot read the classes nowhere.txt",
-    "--batch_size 1": "--batch_size 1 in one process: BatchNorm needs more than one image",
+    "--data_path ade --classes nowhere.txt": "cannot read the classes nowhere.txt",
+    "--batch_size 1 --embedded_images 9 2": "9 training images and --batch_size 1; BatchNorm needs at least 2",
     "--eval --resume detector.pth": "detector.pth is no checkpoint of segment.py",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_mistakes_get_one_line(flags, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_mistakes_get_one_line(flags, capsys, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
     state = MODELS["convnextv2_atto"](num_classes=3).state_dict()
     save_tensors(Path("detector.pth"), {"model": state, "classes": ["a"], "category_ids": [1]})
     with pytest.raises(SystemExit) as caught:

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TINY, randomised
-from test_model import gradients, kept_bytes, relative_error
+from test_model import gradients, kept_bytes
 from torch import nn
 
 from fcmae import BACKENDS
 from model import ConvNeXt
 from sparse import Sites, SparseTensor, reference_conv, submanifold_conv, upsample_mask
 
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 H, W = 3, 4  # the grid of patches in most tests
 MASKS = ["equal", "unequal", "one image empty", "none visible", "all visible"]
 
@@ -53,17 +55,6 @@ def random_loss(tensors: list[torch.Tensor]) -> torch.Tensor:
     return sum((t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum() for t in tensors)
 
 
-def test_children_of_row_r_are_rows_4r_to_4r_plus_3():
-    coarse = Sites.from_mask(make_mask("unequal"))
-    fine = coarse.finer()
-    n, y, x = torch.unravel_index(coarse.cell, coarse.grid)
-    positions = torch.stack(torch.unravel_index(fine.cell, fine.grid))
-    for child in range(4):
-        expected = torch.stack([n, 2 * y + child // 2, 2 * x + child % 2])
-        assert torch.equal(positions[:, child::4], expected)
-    assert fine.grid == (3, 2 * H, 2 * W) and fine.counts == [4 * count for count in coarse.counts]
-
-
 @pytest.mark.parametrize("side", [2, 8])
 @pytest.mark.parametrize("conv", [reference_conv, submanifold_conv])
 @pytest.mark.parametrize("kind", MASKS)
@@ -78,11 +69,12 @@ def test_convolution_equals_conv2d_between_two_masks(conv, kind, side):
     torch.testing.assert_close(SparseTensor(y, sites).dense(), expected.masked_fill(hidden, 0))
 
 
+NETWORKS = [(3, {}), (3, dict(version=1)), (1, dict(stem_stride=2)), (2, dict(stem_stride=4, in_chans=2))]
+
+
 @pytest.mark.parametrize("backend", ["sparse", "reference"])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(
-    ("n", "options"), [(3, {}), (3, dict(version=1)), (1, dict(stem_stride=2)), (2, dict(stem_stride=4, in_chans=2))]
-)
+@pytest.mark.parametrize(("n", "options"), NETWORKS)
 def test_stages_and_every_gradient_equal_the_masked_oracles(n, options, kind, backend):
     net = make_net(**options)
     check_against_masked(net, make_images(net, n), make_mask(kind, n), backend)
@@ -177,36 +169,25 @@ def test_another_module_in_grns_place_sees_visible_sites_only_and_needs_equally_
             encode(net, make_images(net), make_mask("unequal"), backend)
 
 
-@pytest.mark.parametrize("kind", ["equal", "unequal"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance", "autocast"),
-    [(torch.float32, 1e-5, False)]
-    + [(torch.bfloat16, 0.1, a) for a in (0, 1)]
-    + [(torch.float16, 0.02, a) for a in (0, 1)],
-)
-def test_lower_precision_stays_near_float64(dtype, tolerance, autocast, kind):
-    net, mask, vectors = make_net(), make_mask(kind), []
-    imgs = make_images(net)
-    for backend, weights in (("masked", torch.float64), ("sparse", torch.float32 if autocast else dtype)):
-        net.to(weights)
-        with torch.autocast("cpu", dtype, enabled=bool(autocast) and backend == "sparse"):
-            last = encode(net, imgs.to(weights), mask, backend)[-1]
-        tensors = [last, *gradients(net, last.square().sum()).values()]
-        vectors.append(torch.cat([tensor.flatten().double() for tensor in tensors]))
-    assert relative_error(vectors[1], vectors[0]) < tolerance
+PRECISIONS = [  # on the CPU, of the weights and under autocast; and on a GPU, where float32 convolutions take TF32
+    ("cpu", F32, None, 1e-5),
+    ("cpu", BF16, None, 0.1),
+    ("cpu", F32, BF16, 0.1),
+    ("cpu", F16, None, 0.02),
+    ("cpu", F32, F16, 0.02),
+    *(pytest.param("cuda", *row, marks=cuda) for row in ((F64, None, 1e-10), (F32, None, 1e-3))),
+    *(pytest.param("cuda", *row, marks=cuda) for row in ((BF16, None, 0.1), (F16, None, 0.02))),
+]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-10), (torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
-)
 @pytest.mark.parametrize("kind", MASKS)
-def test_cuda_gradients_equal_the_masked_oracles_on_the_cpu(kind, dtype, tolerance):
+@pytest.mark.parametrize(("device", "dtype", "autocast", "tolerance"), PRECISIONS)
+def test_other_precisions_and_devices_stay_near_float64_on_the_cpu(device, dtype, autocast, tolerance, kind):
     net, mask = make_net(), make_mask(kind)  # the mask stays on the CPU
     imgs, vectors = make_images(net), []
-    for backend, device, kind_of_float in (("masked", "cpu", torch.float64), ("sparse", "cuda", dtype)):
-        last = encode(net.to(device, kind_of_float), imgs.to(device, kind_of_float), mask, backend)[-1]
+    for backend, *place in (("masked", "cpu", F64), ("sparse", device, dtype)):
+        with torch.autocast(device, autocast, enabled=bool(autocast) and backend == "sparse"):
+            last = encode(net.to(*place), imgs.to(*place), mask, backend)[-1]
         tensors = [last, *gradients(net, last.square().sum()).values()]
         vectors.append(torch.cat([tensor.flatten() for tensor in tensors]).cpu().double())
     assert (vectors[1] - vectors[0]).norm() <= tolerance * vectors[0].norm()
