@@ -1,11 +1,11 @@
 """Is pre-training worth it on your own images? Ordinary runs of the scripts answer, within a budget of time.
 
-    python -m experiments.worth --data_path DIR --minutes 30
+    python -m experiments.worth --data_path DIR --minutes 30 --flags --input_size 64 --stem_stride 2
     python -m experiments.worth --data_path DIR --minutes 30 --init_weight FILE_OR_URL
 
-DIR holds train/<class>/ and val/<class>/. Other flags, such as --input_size 64, go to pretrain.py and finetune.py. A
-third of the time goes to pre-training, from the given weights or random ones. Then every start is fine-tuned for the
-same epochs, with up to three seeds. The same command continues where it was stopped, and adds seeds.
+DIR holds train/<class>/ and val/<class>/. A third of the time goes to pre-training, from the given weights or random
+ones. Then every start is fine-tuned for the same epochs, with up to three seeds. The same command continues where it
+was stopped, and adds seeds. Writes worth.csv and worth.png.
 """
 
 import argparse
@@ -90,11 +90,11 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
     save_figure(figure, path)
 
 
-def main(args: argparse.Namespace, flags: list[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Run what is left of the comparison, and write the table and the picture."""
     given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
     taken = [f"--{name}={value}" for name, value in weights.flags_of(given).items()] if given else []
-    flags = ["--data_path", args.data_path, *taken, *flags, "--save_ckpt_num", "1"]
+    flags = ["--data_path", args.data_path, *taken, *args.flags, "--save_ckpt_num", "1"]
     jobs, begin, total = Jobs(Path(args.output_dir), flags), time.time(), 60 * args.minutes
 
     start = ["--init_weight", given] if given else []
@@ -134,15 +134,17 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     print(f"{verdict(top1, seconds['pretrain'] / 60)}\nin {jobs.directory}: worth.csv and worth.png")
 
 
-def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line; also return the flags for the scripts."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--init_weight", metavar="PATH", help="weights to go on from: a file, a run or an address")
     parser.add_argument("--minutes", type=cli.positive, default=30, help="budget of time")
     parser.add_argument("--output_dir", default="runs/worth", metavar="DIR", help="where everything is written")
-    return parser.parse_known_args(argv)
+    more = "the rest of the line goes to pretrain.py and finetune.py, such as --flags --input_size 64"
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], metavar="...", help=more)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main(*get_args())
+    main(get_args())

@@ -291,10 +291,11 @@ def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
     monkeypatch.setattr(worth, "LEAST", 2)
     start = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
     torch.save(start.state_dict(), tmp_path / "a.pth")
-    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1.25, input_size=16, num_workers=0)
-    flags += words(init_weight=tmp_path / "a.pth") if given else ["--stem_stride", "1"]
+    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1.25)
+    flags += words(init_weight=tmp_path / "a.pth") if given else []
+    flags += ["--flags", *words(input_size=16, num_workers=0, stem_stride=1)]
     for seeds in (1, 3, 3):  # the second call adds what fits into as much time again, the third has nothing to do
-        worth.main(*worth.get_args(flags))
+        worth.main(worth.get_args(flags))
         rows = read_table(tmp_path / "worth" / "worth.csv")
         assert len(commands) == 4 + seeds * (2 + given) and {row["seeds"] for row in rows} == {str(seeds)}
     starts = ["random", *["published"] * given, "pre-trained"]
