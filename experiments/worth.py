@@ -1,11 +1,11 @@
 """Is pre-training worth it on your own images? Ordinary runs of the scripts answer, within a budget of time.
 
-    python -m experiments.worth --data_path DIR --minutes 30
+    python -m experiments.worth --data_path DIR --minutes 30 --flags --input_size 64 --stem_stride 2
     python -m experiments.worth --data_path DIR --minutes 30 --init_weight FILE_OR_URL
 
-DIR holds train/<class>/ and val/<class>/. Other flags, such as --input_size 64, go to pretrain.py and finetune.py. A
-third of the time goes to pre-training, from the given weights or random ones. Then every start is fine-tuned for the
-same epochs, with up to three seeds. The same command continues where it was stopped. Writes worth.csv and worth.png.
+DIR holds train/<class>/ and val/<class>/. A third of the time goes to pre-training, from the given weights or random
+ones. Then every start is fine-tuned for the same epochs, with up to three seeds. The same command continues where it
+was stopped, and adds seeds. Writes worth.csv and worth.png.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from plumbing import cli
 from plumbing.files import UserError, file_of_run, make_directory, save_csv, save_json
 from plumbing.plots import COLOURS, new_figure, save_figure
 
-EPOCHS = 50  # of fine-tuning, at most
+LEAST, MOST = 10, 50  # epochs of fine-tuning
 
 
-class Budget:
-    """Runs jobs in processes of their own; worth.json keeps the seconds that they took, and what was decided."""
+class Jobs:
+    """Ordinary runs in processes of their own; worth.json keeps the seconds that they took, and chosen epochs."""
 
-    def __init__(self, directory: Path, seconds: float, flags: list[str]):
-        self.directory, self.total, self.path = make_directory(directory), seconds, directory / "worth.json"
+    def __init__(self, directory: Path, flags: list[str]):
+        self.directory, self.path = make_directory(directory), directory / "worth.json"
         self.state = json.loads(self.path.read_text()) if self.path.exists() else {"flags": flags, "seconds": {}}
         if self.state["flags"] != flags:
             raise UserError(f"{directory} is of {' '.join(self.state['flags'])}; choose another --output_dir")
@@ -40,7 +40,6 @@ class Budget:
         folder = make_directory(self.directory / name)
         if not (folder / output).exists():
             print(f"{name}: {' '.join(map(str, command))}", flush=True)
-            save_json(self.path, self.state)
             script, start = Path(__file__).parents[1] / command[0], time.time()
             command = [*map(str, (sys.executable, script, *command[1:], "--output_dir", folder))]
             with open(folder / "output.txt", "a") as file:
@@ -51,9 +50,13 @@ class Budget:
                 raise UserError(f"{name} failed: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
         return folder / output
 
-    def epochs(self, trial: Path, seconds: float) -> int:
-        """Epochs that fit into `seconds`, by a run of one epoch."""
-        return 1 + max(0, int((seconds - self.state["seconds"][trial.parent.name]) / last(trial, "seconds")))
+    def epochs(self, seconds: float, name: str, *command: str | int | Path) -> int:
+        """Epochs that fit into `seconds`, by a run of one, the first time that they were asked for."""
+        trial = self.run(name, "checkpoint-1.pth", *command, "--epochs", 1)
+        fitting = 1 + max(0, int((seconds - self.state["seconds"][name]) / last(trial, "seconds")))
+        epochs = self.state.setdefault(f"epochs after {name}", fitting)
+        save_json(self.path, self.state)
+        return epochs
 
 
 def last(checkpoint: Path, key: str) -> float:
@@ -81,63 +84,68 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
         axis.plot([k] * row["seeds"], top1[row["start"]], "o", color=COLOURS[k], alpha=0.6)
     texts = ("{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows)
     axis.set_xticks(range(len(rows)), texts)
-    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="Fine-tuned from; a dot for each seed")
+    top = 1.15 * max(map(max, top1.values()))
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, top or 1), ylabel="top-1 on val/, %")
+    axis.set_title("Accuracy by start: a line at the mean, a dot for each seed")
     axis.grid(axis="y", alpha=0.3)
     save_figure(figure, path)
 
 
-def main(args: argparse.Namespace, flags: list[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Run what is left of the comparison, and write the table and the picture."""
     given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
     taken = [f"--{name}={value}" for name, value in weights.flags_of(given).items()] if given else []
-    flags = ["--data_path", args.data_path, *taken, *flags, "--save_ckpt_num", "1"]
-    budget = Budget(Path(args.output_dir), 60 * args.minutes, flags)
+    flags = ["--data_path", args.data_path, *taken, *args.flags, "--save_ckpt_num", "1"]
+    jobs, begin, total = Jobs(Path(args.output_dir), flags), time.time(), 60 * args.minutes
 
     start = ["--init_weight", given] if given else []
-    pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4, "--epochs"
-    trial = budget.run("trial_pretrain", "checkpoint-1.pth", *pretrain, 1)
-    epochs = budget.state.setdefault("pretrain_epochs", budget.epochs(trial, budget.total / 3))
-    encoder = budget.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, epochs).with_name("encoder.pth")
+    pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4
+    epochs = jobs.epochs(total / 3, "trial_pretrain", *pretrain)
+    encoder = jobs.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, "--epochs", epochs).with_name("encoder.pth")
     starts = {"random": None} | ({"published": given} if given else {}) | {"pre-trained": encoder}
     names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the size of images from it
     probe = "--checkpoint", *map(starts.get, names), "--label", *names, "--untrained", "--data_path", args.data_path
-    table = csv.DictReader(budget.run("probe", "probe.csv", "analyze.py", "probe", *probe).read_text().splitlines())
+    table = csv.DictReader(jobs.run("probe", "probe.csv", "analyze.py", "probe", *probe).read_text().splitlines())
     frozen = {(row["checkpoint"], row["features"]): float(row["accuracy"]) for row in table}
 
-    finetune = "finetune.py", *flags, "--recipe", "few", "--eval_freq", EPOCHS
-    trial = budget.run("trial_finetune", "checkpoint-1.pth", *finetune, "--scratch", "--epochs", 1)
-    left = budget.total - sum(budget.state["seconds"].values())
-    fitting = [min(EPOCHS, budget.epochs(trial, left / len(starts) / seeds)) for seeds in (1, 2, 3)]
-    seeds = budget.state.setdefault("seeds", 1 + sum(epochs >= EPOCHS // 5 for epochs in fitting[1:]))
-    epochs, top1 = budget.state.setdefault("epochs", fitting[seeds - 1]), {start: [] for start in starts}
-    for seed in range(seeds):
+    finetune, took = ("finetune.py", *flags, "--recipe", "few", "--eval_freq", MOST), 0
+    epochs = jobs.epochs(0.6 * total / len(starts) / 3, "trial_finetune", *finetune, "--scratch")
+    epochs, top1 = min(MOST, max(LEAST, epochs)), {start: [] for start in starts}
+    for seed in range(3):
+        now = time.time()
+        if seed and now + took > begin + total and f"random-{seed}" not in jobs.state["seconds"]:
+            break
         for start, path in starts.items():
             more = *(["--finetune", path] if path else ["--scratch"]), "--epochs", epochs, "--seed", seed
-            run = budget.run(f"{start}-{seed}", f"checkpoint-{epochs}.pth", *finetune, *more)
+            run = jobs.run(f"{start}-{seed}", f"checkpoint-{epochs}.pth", *finetune, *more)
             top1[start].append(last(run, "best_top1"))
+        took = time.time() - now
 
-    spent, rows = {name: seconds / 60 for name, seconds in budget.state["seconds"].items()}, []
+    rows, seconds = [], jobs.state["seconds"]
     for start, values in top1.items():
-        label, minutes = start.replace("random", "untrained"), sum(spent[f"{start}-{k}"] for k in range(seeds)) / seeds
+        label, seeds = start.replace("random", "untrained"), len(values)
         row = dict(start=start, knn=frozen[label, "10 nearest"], probe=frozen[label, "stages 3, 4"], seeds=seeds)
-        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else 0.0)
-        rows.append(row | dict(minutes=minutes + spent["pretrain"] * (start == "pre-trained")))
-    save_csv(budget.directory / "worth.csv", rows)
-    draw(budget.directory / "worth.png", rows, top1)
+        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else math.nan)
+        spent = statistics.fmean(seconds[f"{start}-{seed}"] for seed in range(seeds))
+        rows.append(row | dict(minutes=(spent + seconds["pretrain"] * (start == "pre-trained")) / 60))
+    save_csv(jobs.directory / "worth.csv", rows)
+    draw(jobs.directory / "worth.png", rows, top1)
     for row in (dict(zip(rows[0], rows[0])), *rows):
         print("".join(f"{value:12.1f}" if isinstance(value, float) else f"{value:>12}" for value in row.values()))
-    print(f"{verdict(top1, spent['pretrain'])}\nin {budget.directory}: worth.csv and worth.png")
+    print(f"{verdict(top1, seconds['pretrain'] / 60)}\nin {jobs.directory}: worth.csv and worth.png")
 
 
-def get_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the command line; also return the flags for the scripts."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/<class>/ and val/<class>/")
     parser.add_argument("--init_weight", metavar="PATH", help="weights to go on from: a file, a run or an address")
     parser.add_argument("--minutes", type=cli.positive, default=30, help="budget of time")
     parser.add_argument("--output_dir", default="runs/worth", metavar="DIR", help="where everything is written")
-    return parser.parse_known_args(argv)
+    more = "the rest of the line goes to pretrain.py and finetune.py, such as --flags --input_size 64"
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], metavar="...", help=more)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main(*get_args())
+    main(get_args())

@@ -287,18 +287,19 @@ def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(worth.subprocess, "run", in_this_process)
-    monkeypatch.setattr(worth, "EPOCHS", 2)
+    monkeypatch.setattr(worth, "time", SimpleNamespace(time=lambda: 10 * len(commands)))  # seconds for each job
+    monkeypatch.setattr(worth, "LEAST", 2)
     start = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
     torch.save(start.state_dict(), tmp_path / "a.pth")
-    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1000)
-    flags += words(init_weight=tmp_path / "a.pth") if given else ["--stem_stride", "1"]
-    monkeypatch.setattr(worth.Budget, "epochs", lambda *_: 2)
-    for _ in range(2):
-        worth.main(*worth.get_args([*flags, "--input_size", "16", "--num_workers", "0"]))
+    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1.25)
+    flags += words(init_weight=tmp_path / "a.pth") if given else []
+    flags += ["--flags", *words(input_size=16, num_workers=0, stem_stride=1)]
+    for seeds in (1, 3, 3):  # the second call adds what fits into as much time again, the third has nothing to do
+        worth.main(worth.get_args(flags))
+        rows = read_table(tmp_path / "worth" / "worth.csv")
+        assert len(commands) == 4 + seeds * (2 + given) and {row["seeds"] for row in rows} == {str(seeds)}
     starts = ["random", *["published"] * given, "pre-trained"]
-    assert len(commands) == 4 + 3 * len(starts)  # the second call found everything done
-    rows = read_table(tmp_path / "worth" / "worth.csv")
-    assert [row["start"] for row in rows] == starts and {row["seeds"] for row in rows} == {"3"}
+    assert [row["start"] for row in rows] == starts
     for start, row in zip(starts, rows):
         config = [weights.read_config(tmp_path / "worth" / f"{start}-{k}" / "checkpoint-2.pth") for k in range(3)]
         assert [c["seed"] for c in config] == [0, 1, 2] and {c["epochs"] for c in config} == {2}
@@ -331,11 +332,13 @@ def test_the_verdict_weighs_the_gain_against_the_spread_of_the_seeds(here, publi
     assert worth.verdict(top1, 7).startswith(words)
 
 
-def test_epochs_fit_into_the_time_that_is_left(tmp_path):
-    budget = worth.Budget(tmp_path, 60, [])
-    (tmp_path / "log.jsonl").write_text('{"seconds": 4}')
-    budget.state["seconds"][tmp_path.name] = 10  # six seconds to start, four for an epoch
-    assert [budget.epochs(tmp_path / "x", seconds) for seconds in (5, 10, 14, 26)] == [1, 1, 2, 5]
-    worth.save_json(budget.path, budget.state)
+def test_epochs_fit_into_the_time_by_the_trial_and_are_kept(tmp_path, monkeypatch):
+    for seconds, epochs in ((5, 1), (10, 1), (14, 2), (26, 5)):
+        jobs = worth.Jobs(tmp_path / str(seconds), [])
+        monkeypatch.setattr(jobs, "run", lambda name, output, *_, jobs=jobs: jobs.directory / name / output)
+        (jobs.directory / "trial").mkdir()
+        (jobs.directory / "trial/log.jsonl").write_text('{"seconds": 4}')
+        jobs.state["seconds"]["trial"] = 10  # six seconds to start, four for an epoch
+        assert [jobs.epochs(time, "trial", "x.py") for time in (seconds, 1000)] == [epochs, epochs]
     with pytest.raises(UserError, match="choose another --output_dir"):
-        worth.Budget(tmp_path, 60, ["--input_size", "16"])
+        worth.Jobs(tmp_path / "5", ["--input_size", "16"])
