@@ -31,7 +31,9 @@ from plumbing.files import load_file
 TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
-DETECT = COMMON + "--input_size 32 --fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2 "
+DETECT = (
+    COMMON + "--input_size 32 --fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2 "
+)
 SEGMENT = COMMON + "--input_size 32 --channels 8 --aux_channels 8 "
 COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
 STAGES = {
