@@ -51,7 +51,7 @@ class Jobs:
         return folder / output
 
     def epochs(self, seconds: float, name: str, *command: str | int | Path) -> int:
-        """Epochs that fit into `seconds`, by a run of one, the first time that they were asked for."""
+        """Count the epochs that fit into `seconds` by a run of one, and keep that number."""
         trial = self.run(name, "checkpoint-1.pth", *command, "--epochs", 1)
         fitting = 1 + max(0, int((seconds - self.state["seconds"][name]) / last(trial, "seconds")))
         epochs = self.state.setdefault(f"epochs after {name}", fitting)
@@ -60,24 +60,24 @@ class Jobs:
 
 
 def last(checkpoint: Path, key: str) -> float:
-    """The last value of `key` in the log of a run."""
+    """Return the last value of `key` in the log of a run."""
     records = map(json.loads, checkpoint.with_name("log.jsonl").read_text().splitlines())
     return [record[key] for record in records if key in record][-1]
 
 
 def verdict(top1: dict[str, list[float]], minutes: float) -> str:
-    """What to do, by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
+    """Advise by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
     *before, (_, here) = top1.items()
     best, values = max(before, key=lambda item: statistics.fmean(item[1]))
     gain, seeds = statistics.fmean(here) - statistics.fmean(values), len(here)
     error = 2 * ((statistics.variance(here) + statistics.variance(values)) / seeds) ** 0.5 if seeds > 1 else math.inf
     advice = "Pre-train on these images" if gain > 0 else f"Fine-tune from {best} weights"
-    found = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
-    return f"{advice if abs(gain) > error else 'Not decided'}: {found} (twice the standard error: {error:.1f})."
+    result = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
+    return f"{advice if abs(gain) > error else 'Not decided'}: {result} (twice the standard error: {error:.1f})."
 
 
 def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
-    """A dot for each seed, and a line at the mean."""
+    """Draw a dot for each seed, and a line at the mean."""
     figure, [[axis]] = new_figure(1, 1, 2 + 2 * len(rows), 4)
     for k, row in enumerate(rows):
         axis.hlines(row["top1"], k - 0.2, k + 0.2, COLOURS[k], linewidth=3)
