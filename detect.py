@@ -24,20 +24,11 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torchvision import tv_tensors
+from torchvision import ops, tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import (
-    FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
-    box_iou,
-    clip_boxes_to_image,
-    masks_to_boxes,
-    roi_align,
-)
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
 import weights
@@ -66,7 +57,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels = encoder, dim
         self.norms = nn.ModuleList([LayerNorm(width, channels_first=True) for width in encoder.dims])
-        self.fpn = FeaturePyramidNetwork(list(encoder.dims), dim, LastLevelMaxPool(), norm_layer)
+        top = ops.feature_pyramid_network.LastLevelMaxPool()
+        self.fpn = ops.FeaturePyramidNetwork(list(encoder.dims), dim, top, norm_layer)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         stages = self.encoder.forward_stages(images)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
@@ -97,9 +89,10 @@ class MaskRCNN(detection.MaskRCNN):
         anchor_scale: float = 8, masks: bool = True, group_norm: bool = False, nms: str = "hard",
         published_heads: bool = False, **settings,
     ):  # fmt: skip
-        norm_layer = eight_groups if group_norm else None
+        # Of eight groups, or of the largest divisor of eight that fits.
+        norm_layer = (lambda width: nn.GroupNorm(math.gcd(8, width), width)) if group_norm else None
         strides = [encoder.stem_stride * 2**level for level in range(5)]
-        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, MultiScaleRoIAlign)
+        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, ops.MultiScaleRoIAlign)
         # The level that a region is read from follows the anchors: with those of 8 strides, regions span 14 to 28 cells
         # there, as published. torchvision samples a bin twice per side; for smaller anchors once is as dense.
         sampling = 0 if published_heads else max(1, round(anchor_scale / 4))
@@ -130,11 +123,6 @@ class MaskRCNN(detection.MaskRCNN):
                 head.register_forward_hook(lambda head, inputs, output: as_float32(output))
 
 
-def eight_groups(width: int) -> nn.GroupNorm:
-    """GroupNorm of eight groups, or of the largest fitting divisor of eight."""
-    return nn.GroupNorm(math.gcd(8, width), width)
-
-
 def as_float32(output):
     """A tensor, or a nest of lists and tuples of tensors, in float32."""
     return output.float() if isinstance(output, torch.Tensor) else [as_float32(part) for part in output]
@@ -152,25 +140,22 @@ class SoftNMSHeads(RoIHeads):
         return tuple(map(list, zip(*kept)))
 
 
-def soft_nms(
-    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int, overlap: float = 0.5,
-    min_score: float = 1e-3,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def soft_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int) -> tuple:
     """Linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of its score.
 
     boxes (n, 4), scores and labels (n,) -> indices (m,) of at most `limit` boxes, best first, and new scores (m,).
-    Only an IoU beyond `overlap` counts; boxes whose score falls below `min_score` are left out.
+    Only an IoU beyond .5 counts; boxes whose score falls below .001 are left out.
     """
-    device, iou = boxes.device, (box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
+    device, iou = boxes.device, (ops.box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
     left, chosen, kept = scores.cpu().clone(), [], []
     while len(chosen) < min(limit, len(boxes)):
         best = int(left.argmax())
-        if left[best] < min_score:
+        if left[best] < 1e-3:
             break
         chosen.append(best)
         kept.append(float(left[best]))
         left[best] = 0
-        left = torch.where(iou[best] > overlap, left * (1 - iou[best]), left)
+        left = torch.where(iou[best] > 0.5, left * (1 - iou[best]), left)
     return torch.tensor(chosen, dtype=torch.int64, device=device), torch.tensor(kept, dtype=scores.dtype, device=device)
 
 
@@ -191,7 +176,7 @@ class FineAnchors(AnchorGenerator):
         return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sizes], dtype=dtype, device=device)
 
 
-class AlignedRoIAlign(MultiScaleRoIAlign):
+class AlignedRoIAlign(ops.MultiScaleRoIAlign):
     """RoIAlign whose samples lie at the pixels' centres, one per cell of a bin."""
 
     def forward(self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list) -> torch.Tensor:
@@ -206,7 +191,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
         for level, (features, scale) in enumerate(zip(maps, scales)):
             chosen = (levels == level).nonzero()[:, 0]
-            regions = roi_align(features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
+            regions = ops.roi_align(features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
             pooled = pooled.index_put((chosen,), regions.to(pooled.dtype))
         return pooled
 
@@ -224,10 +209,12 @@ class Scenes(Samples):
         data_set: in COCO's format, its images in the order of `items`.
         transform: of image and target together; without one, images come as they are, and without targets.
         seed: seed of the augmentation.
+        image_max: white in images of 16 bits.
     """
 
-    def __init__(self, items, data_set: dict, transform: v2.Transform | None = None, seed: int = 0):
+    def __init__(self, items, data_set: dict, transform=None, seed: int = 0, image_max: float | None = None):
         super().__init__(items, seed)
+        self.image_max = image_max
         self.data_set, self.transform, self.masks = data_set, transform, coco.has_masks(data_set)
         self.objects = coco.objects_by_image(data_set)
         self.classes = [row["name"] for row in data_set["categories"]]  # of label 1 first
@@ -241,32 +228,22 @@ class Scenes(Samples):
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
         """The image and, with a transform, its target."""
-        image = self.open(index)
+        image, rows = self.open(index), self.objects[index]
         if not self.transform:
             return image, {}
-        return image, coco.to_target(self.objects[index], self.labels, image.height, image.width, self.masks)
+        return image, coco.to_target(rows, self.labels, image.height, image.width, self.masks)
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
         """Transform image and target; boxes shrink to their masks, and objects vanish that a crop left nothing of."""
         image, target = sample
         if not self.transform:
             return v2.functional.pil_to_tensor(image), target
-        size, least = (image.height, image.width), max(image.size) // 6
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-        if self.masks:
-            target["masks"] = tv_tensors.Mask(target["masks"])
-        if least > min(size):  # a strip is padded, lest scaling leave nothing of its width
-            fill = [0, 0, max(0, least - image.width), max(0, least - image.height)]
-            image, target = v2.Pad(fill)(image, target)
-        image, target = self.transform(image, target)
-        target = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
-        if self.masks:
-            visible = target["masks"].bool().flatten(1).any(dim=1)
-        else:
-            visible = (target["boxes"][:, 2:] - target["boxes"][:, :2] >= 1).all(dim=1)
-        target = {name: value[visible] for name, value in target.items()}
+        image, target = self.transform(*pad_strip(image, target))
+        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        visible = target["masks"].bool().flatten(1).any(dim=1) if self.masks else (sides >= 1).all(dim=1)
+        target = {name: value.as_subclass(torch.Tensor)[visible] for name, value in target.items()}
         if self.masks:  # of whose boxes masks_to_boxes names the last pixel, and not the border behind it
-            target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
+            target["boxes"] = ops.masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
         return image, target
 
     def collate(self, samples: list[tuple]) -> tuple[list, list]:
@@ -280,26 +257,30 @@ class Scenes(Samples):
         return [move(image).float() / 255 for image in images], targets
 
 
+def pad_strip(image, *target: dict):
+    """Pad an image, with its target, to a sixth of its length, lest resizing leave nothing of its width."""
+    height, width = v2.functional.get_size(image)
+    least = max(height, width) // 6
+    return v2.Pad([0, 0, max(0, least - width), max(0, least - height)])(image, *target)
+
+
 def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
     """The "train" or "val" images; UserError if there are none. Drawn shapes with few visible pixels are no objects."""
-    transform = augmentation(args) if split == "train" else None
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
         data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
     else:
-        data_set, paths = coco.read_annotations(*find_data(args, split), args.masks)
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
-        held = round((args.holdout or 0) * len(paths))
+        data_set, items = coco.read_annotations(*find_data(args, split), args.masks)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
+        held = round((args.holdout or 0) * len(items))
         chosen = sorted(order[:held] if split == "val" and args.holdout else order[held:])
         chosen = chosen[: args.val_limit if split == "val" else None]
-        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (paths, data_set["images"]))
+        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (items, data_set["images"]))
     dist.say(f"{split}: {coco.describe(data_set)}")
     if not any(coco.objects_by_image(data_set)):
         raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
-    scenes = Scenes(items, data_set, transform, args.seed)
-    scenes.image_max = args.image_max
-    return scenes
+    return Scenes(items, data_set, augmentation(args) if split == "train" else None, args.seed, args.image_max)
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
@@ -332,10 +313,8 @@ def augmentation(args: argparse.Namespace) -> v2.Transform:
         "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
         "none": [v2.RandomShortestSize([short], long)],
     }[args.augmentation]
-    steps = [*steps, v2.RandomHorizontalFlip()]
-    if args.color_jitter:
-        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
-    return v2.Compose([*steps, v2.PILToTensor(), v2.ClampBoundingBoxes()])
+    colours = [v2.ColorJitter(*[args.color_jitter] * 3)] if args.color_jitter else []
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(), *colours, v2.PILToTensor(), v2.ClampBoundingBoxes()])
 
 
 def check_classes(trained: list[str], names: list[str]) -> None:
@@ -385,8 +364,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
     add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in COCO's layout", SCENES, 1024)
-    test_size = "evaluation: short side, and limit of the long one (25/32 and 1.3 x the input)"
-    add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
+    add(
+        "--test_size",
+        type=width,
+        nargs=2,
+        help="evaluation: short side, and limit of the long one (25/32, 1.3 x input)",
+    )
     for split in SPLITS:
         add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
         add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
@@ -401,8 +384,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = cli.add_optimisation_flags(parser, epochs=None, blr=8e-4, min_lr=0.0, warmup=None)
     parser.set_defaults(batch_size=2)
     add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (1000, or 10% of short runs)")
-    schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
-    add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
+    add("--schedule", choices=("steps", "cosine"), default="steps", help="lr / 10 at --steps, or a cosine to --min_lr")
     add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (3/4 and 11/12 of --epochs)")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/detect", compile=False)
@@ -460,6 +442,9 @@ def main(args: argparse.Namespace) -> None:
     (predict if args.predict else evaluate_checkpoint if args.eval else train)(args, device)
 
 
+CURVES = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50")}
+
+
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a detector, evaluating after every epoch."""
     scenes, val = load_scenes(args, "train"), None if args.disable_eval else load_scenes(args, "val")
@@ -500,7 +485,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
             if val and run.evaluation_due(epoch):
                 tasks.evaluate(run, epoch, score, "box_AP", describe, write)
-                run.write("scores.png", draw, run.records)
+                run.write("scores.png", plot_evaluations, run.records, CURVES, "average precision", "Validation")
             if run.save_due(epoch):
                 run.save(epoch + 1)
     best = f"checkpoint-best.pth (box AP {run.best:.3f}), scores.json, detections.json, detections.png"
@@ -527,23 +512,21 @@ def make_schedule(run: Run) -> Callable[[int], float]:
 
 
 @torch.no_grad()
-def detect(
-    detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device
-) -> dict[int, list[dict]]:
+def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> dict[int, list]:
     """The detections in every readable image, by its index, in COCO's format of results.
 
     Images go through the network one by one, because GRN pools over the padding that unequal sizes need in a batch.
     """
-    batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
-    detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
+    indices, training = range(dist.rank(), len(scenes), dist.world_size()), detector.training
+    loader, detections = make_loader(scenes, divided(indices, 1), args.num_workers), {}
     detector.eval()
-    for batch, (images, targets) in zip(batches, progress(make_loader(scenes, batches, args.num_workers))):
-        if scenes.readable(batch).all():
-            ((_, index),) = batch
+    for index, (images, targets) in zip(indices, progress(loader)):
+        if not scenes.unreadable[index]:
             (image,), _ = scenes.on_device(images, targets, device)
             with dist.autocast(args.amp, device):
                 output = search(detector, image)
-            detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
+            number = scenes.data_set["images"][index]["id"]
+            detections[index] = coco.as_results(output, number, scenes.category_ids, image.shape[1:])
     detector.train(training)
     detections = {index: rows for part in dist.gather(detections) for index, rows in part.items()}
     if not detections:
@@ -556,13 +539,12 @@ def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
 
     Of large images, all objects' masks at the image's size would fill the memory.
     """
-    size, least = image.shape[1:], max(image.shape) // 6  # strips are padded, as in training
-    image = nn.functional.pad(image, (0, max(0, least - size[1]), 0, max(0, least - size[0])))
-    images, _ = detector.transform([image])
+    padded = pad_strip(image)
+    images, _ = detector.transform([padded])
     maps = detector.backbone(images.tensors)
     (output,), _ = detector.roi_heads(maps, detector.rpn(images, maps)[0], images.image_sizes)
-    boxes = resize_boxes(output["boxes"], images.image_sizes[0], image.shape[1:])
-    return output | {"boxes": clip_boxes_to_image(boxes, size)}
+    boxes = resize_boxes(output["boxes"], images.image_sizes[0], padded.shape[1:])
+    return output | {"boxes": ops.clip_boxes_to_image(boxes, image.shape[1:])}
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
@@ -575,9 +557,9 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 
 def describe(chief: dict[str, float | None]) -> str:
-    """The chief numbers as words for a line."""
-    words = {name.replace("_", " "): "none" if value is None else f"{value:.3f}" for name, value in chief.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items() if name[-2:] != "75")
+    """The chief numbers, but for AP75, as words for a line."""
+    words = {name: "none" if value is None else f"{value:.3f}" for name, value in chief.items() if name[-2:] != "75"}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
@@ -606,29 +588,21 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], scenes: Scenes) -> None:
-    """Write scores.json, detections.json in COCO's format of results, and detections.png."""
+    """Write scores.json, detections.json in COCO's format of results, and detections.png.
+
+    It shows ground truth beside detections that score at least 0.3, of eight images spread over the set.
+    """
     make_directory(directory)
     scores, detections = results
     save_json(directory / "scores.json", scores)
     save_json(directory / "detections.json", [row for index in sorted(detections) for row in detections[index]])
-    draw_detections(directory / "detections.png", scenes, detections)
-
-
-def draw_detections(path: Path, scenes: Scenes, detections: dict[int, list[dict]]) -> None:
-    """Draw ground truth beside detections that score at least 0.3, of eight images spread over the set."""
     names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "detections": []}
     for index in sorted(detections)[:: -(-len(detections) // 8)]:
         likely = [row for row in detections[index] if row["score"] >= 0.3]
         for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
             columns[title].append(coco.draw_objects(scenes.open(index), rows, names, square=512) / 255)
     columns = {title: torch.stack(images) for title, images in columns.items()}
-    plot_panels(path, columns, "detections: with a score of at least 0.3", inches=3)
-
-
-def draw(path: Path, records: list[dict]) -> None:
-    """Write scores.png from the log's records."""
-    curves = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50")}
-    plot_evaluations(path, records, curves, "average precision", "Validation")
+    plot_panels(directory / "detections.png", columns, "detections: with a score of at least 0.3", inches=3)
 
 
 # --- prediction -------------------------------------------------------------------------------------------------------
@@ -639,10 +613,9 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     detectors, classes, category_ids = load_detector(args, device)
     paths, names = find_images(args.predict, image_max=args.image_max), dict(zip(category_ids, classes))
     folder = make_directory(Path(args.output_dir, "predictions"))
-    categories = [{"id": number, "name": name} for number, name in names.items()]
-    data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
-    scenes = Scenes(paths, data_set)
-    scenes.image_max = args.image_max
+    data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": []}
+    data_set["categories"] = [{"id": number, "name": name} for number, name in names.items()]
+    scenes = Scenes(paths, data_set, image_max=args.image_max)
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return
