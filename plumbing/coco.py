@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import coco, cocoeval
 from pycocotools import mask as rle
 from torchvision import tv_tensors
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -117,15 +116,14 @@ def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> 
     files, unlike = [folder / name for name in names], []
     for row, file in zip(images.values(), files):
         size = annotated = round(_number(row.get("width"))), round(_number(row.get("height")))
-        why = "was it scaled or turned?"
         with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
             size = upright_size(image)
-            why = "annotate it upright, or remove its EXIF tag" if size != image.size else why
         if min(annotated) > 0 and size != annotated:
-            unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there: {why}")
+            unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there")
         row["width"], row["height"] = size
     if unlike:
-        raise UserError(f"{path}: {len(unlike):,} of {len(names):,} images differ in size; {unlike[0]}")
+        why = "was it scaled, or annotated without its EXIF orientation?"
+        raise UserError(f"{path}: {len(unlike):,} of {len(names):,} images differ in size; {unlike[0]}: {why}")
     return [str(file) for file in files]
 
 
@@ -143,16 +141,15 @@ def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: l
         raise ValueError("whose bbox is in fractions of the image; multiply by its width and height")
     if inside_x * inside_y < w * h / 2:
         raise ValueError("whose bbox is mostly outside of its image; are these corners?")
-    crowd, code = bool(_number(row.get("iscrowd"))), row.get("segmentation")
-    if crowd:
-        code = code or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    crowd = bool(_number(row.get("iscrowd")))
+    code = row.get("segmentation") or ([[x, y, x + w, y, x + w, y + h, x, y + h]] if crowd else None)
     code = _encoded(code, height, width) if code and (crowd or masks is not False) else None
     area = max(0, _number(row.get("area"))) or float(rle.area(code) if code else w * h)
     return {"bbox": box, "iscrowd": int(crowd), "area": area} | ({"segmentation": code} if code else {})
 
 
 def _encoded(code: list | dict, height: int, width: int) -> dict:
-    """Polygons or a run-length code, compressed. ValueError if it does not fit the image: pycocotools notices little."""
+    """Polygons or a run-length code, encoded; ValueError if it does not fit the image: pycocotools notices little."""
     try:
         if isinstance(code, dict):
             counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else [*map(int, code["counts"])]
@@ -182,29 +179,6 @@ def _run_lengths(text: str) -> list[int]:
             counts.append(number + (counts[-2] if len(counts) > 2 else 0))
             number = shift = 0
     return counts if text.isascii() and not shift else []
-
-
-def describe(data_set: dict) -> str:
-    """Images, and objects by class, in a line."""
-    names = {row["id"]: row["name"] for row in data_set["categories"]}
-    counts = dict.fromkeys(names, 0) | Counter(r["category_id"] for rows in objects_by_image(data_set) for r in rows)
-    shown = [f"{counts[number]:,} {names[number]}" for number in sorted(counts, key=counts.get, reverse=True)]
-    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
-    return f"{len(data_set['images']):,} images, {sum(counts.values()):,} objects of {len(names)} classes: {shown}"
-
-
-def has_masks(data_set: dict) -> bool:
-    """Whether every object (crowds aside) has a mask."""
-    return all("segmentation" in row for row in data_set["annotations"] if not row["iscrowd"])
-
-
-def objects_by_image(data_set: dict) -> list[list[dict]]:
-    """The annotations of each image, without crowds, which are regions of many objects."""
-    objects = {row["id"]: [] for row in data_set["images"]}
-    for row in data_set["annotations"]:
-        if not row["iscrowd"] and row["image_id"] in objects:
-            objects[row["image_id"]].append(row)
-    return list(objects.values())
 
 
 def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int, masks: bool) -> dict:
@@ -247,20 +221,14 @@ def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str,
 # --- detections out, their scores and their pictures ------------------------------------------------------------------
 
 
-def as_results(output: dict, image_id: int, category_ids: list[int], size: tuple[int, int] | None = None) -> list[dict]:
-    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results.
-
-    size: height and width of the image, for masks (n, 1, 28, 28) of the boxes; they are enlarged one by one.
-    """
-    boxes, rows = output["boxes"].float(), []
-    values = (box_convert(boxes, "xyxy", "xywh"), output["labels"], output["scores"])
-    for k, (box, label, score) in enumerate(zip(*(value.tolist() for value in values))):
+def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dict]:
+    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results."""
+    boxes, rows = box_convert(output["boxes"].float(), "xyxy", "xywh"), []
+    for box, label, score in zip(*(values.tolist() for values in (boxes, output["labels"], output["scores"]))):
         box = [round(x, 3) for x in box]
         rows.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score})
-        if "masks" in output:
-            mask = output["masks"][k : k + 1]
-            mask = paste_masks_in_image(mask, boxes[k : k + 1], size) if size else mask
-            rows[k]["segmentation"] = encode_mask((mask[0, 0] > 0.5).cpu().numpy())
+    for row, mask in zip(rows, output.get("masks", ())):
+        row["segmentation"] = encode_mask((mask[0] > 0.5).cpu().numpy())
     return rows
 
 
@@ -270,15 +238,14 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
     `kinds` say. Numbers are fractions of one, and None where there is no such object.
     """
-    scores = {"images": len(detections)}
-    for kind in kinds:
-        # pycocotools writes into its arguments; and with a box at hand it would sort masks by the size of their box.
-        names = {"image_id", "category_id", "score", "bbox" if kind == "box" else "segmentation"}
-        rows = [{name: row[name] for name in names} for index in sorted(detections) for row in detections[index]]
-        with redirect_stdout(io.StringIO()):  # it prints what it does
-            truth = coco.COCO()
-            truth.dataset = {name: [dict(row) for row in rows] for name, rows in data_set.items()}
-            truth.createIndex()
+    scores, truth = {"images": len(detections)}, coco.COCO()
+    truth.dataset = data_set
+    with redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        truth.createIndex()
+        for kind in kinds:
+            # It writes into detections; and with a box at hand it would sort masks by the size of their box.
+            names = "image_id", "category_id", "score", "bbox" if kind == "box" else "segmentation"
+            rows = [{name: row[name] for name in names} for index in sorted(detections) for row in detections[index]]
             results = truth.loadRes(rows) if rows else coco.COCO()
             evaluation = cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
             evaluation.params.imgIds = sorted(data_set["images"][index]["id"] for index in detections)
@@ -286,13 +253,10 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        values = evaluation.stats.tolist()
-        scores[kind] = {name: None if value == -1 else value for name, value in zip(NUMBERS, values)}
-        precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, category), of all sizes, 100 detections
-        by_class = scores[f"{kind}_AP_by_class"] = {}
-        for k, row in enumerate(data_set["categories"]):
-            values = precision[:, :, k][precision[:, :, k] > -1]
-            by_class[row["name"]] = float(values.mean()) if values.size else None
+            scores[kind] = {name: None if x == -1 else x for name, x in zip(NUMBERS, evaluation.stats.tolist())}
+            precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), of all sizes, 100 detections
+            means = np.ma.masked_equal(precision, -1).mean(axis=(0, 1)).tolist()  # None for classes without objects
+            scores[f"{kind}_AP_by_class"] = {row["name"]: mean for row, mean in zip(data_set["categories"], means)}
     return scores
 
 
@@ -306,27 +270,22 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], sq
 
     scale = square / max(image.size) if square else min(1, SCREEN / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-    free = np.ones((height, width), dtype=bool)  # a pixel of several masks is the best one's
-    colours = dict(zip(names, maps.class_colours(len(names))))
-    rows = sorted(rows, key=lambda row: -row.get("score", 1))
+    picture, colours = image.resize((width, height)), dict(zip(names, maps.class_colours(len(names))))
+    painted = picture.copy()
+    rows = sorted(rows, key=lambda row: row.get("score", 1))  # the best comes last, above the others
     for row in rows:
         if "segmentation" in row:
-            mask = Image.fromarray(rle.decode(row["segmentation"])).resize((width, height), Image.Resampling.NEAREST)
-            chosen = np.asarray(mask).astype(bool) & free
-            pixels[chosen] = 0.55 * pixels[chosen] + 0.45 * np.array(colours[row["category_id"]])
-            free &= ~chosen
-    picture = Image.fromarray(pixels)
+            mask = Image.fromarray(255 * rle.decode(row["segmentation"]))
+            painted.paste(colours[row["category_id"]], None, mask.resize(picture.size, Image.Resampling.NEAREST))
+    picture = Image.blend(picture, painted, 0.45)
     pen, font = ImageDraw.Draw(picture, "RGBA"), font_manager.findfont("DejaVu Sans")
-    for row in reversed(rows):
+    for row in rows:
         left, top, w, h = (x * scale for x in row["bbox"])
         colour, size = colours[row["category_id"]], max(width, height) // 40
         pen.rectangle([left, top, left + max(1, w), top + max(1, h)], outline=colour, width=max(1, size // 6))
         if len(names) > 1:
             text = " ".join(names[row["category_id"]].split()) + (f" {row['score']:.2f}" if "score" in row else "")
-            size = max(
-                9, min(size, int(h / 3), int(1.6 * w / max(1, len(text))))
-            )  # smaller than the object, but legible
+            size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, below the object's
             below = top + h if top + h + 1.3 * size < height else max(0, top)
             corner = min(max(0, left), width - 0.65 * size * len(text)), top - 1.3 * size if top > 1.3 * size else below
             style = dict(font=ImageFont.truetype(font, size), anchor="lt")
