@@ -75,7 +75,6 @@ class MaskRCNN(detection.MaskRCNN):
 
     Args:
         encoder: with `num_classes=0`.
-        num_classes: without the background.
         fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
         anchor_scale: side of the anchors, in strides of their level, which follow the encoder's stem.
         masks: predict masks; without, it is a Faster R-CNN.
@@ -581,14 +580,13 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
     paths = find_images(args.predict, image_max=args.image_max)
-    folder = make_directory(Path(args.output_dir, "predictions"))
+    folder, files = make_directory(Path(args.output_dir, "predictions")), []
     data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": []}
     data_set["categories"] = [{"id": number, "name": name} for number, name in zip(category_ids, classes)]
     scenes = Scenes(paths, data_set, image_max=args.image_max)
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return
-    files = []
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
         v2.functional.to_pil_image(coco.draw_objects(scenes.read(index)[0], rows, scenes.names)).save(picture)

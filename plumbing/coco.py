@@ -2,9 +2,7 @@
 
 A data set is a dictionary with "images", "annotations" and "categories", as in an annotation file. Boxes are (left,
 top, width, height) there, and corners (x1, y1, x2, y2) in tensors. Labels are 1 .. K in the order of category ids; 0 is
-the background.
-
-Shapes: n objects of an image, H x W its pixels.
+the background. Shapes: n objects of an image, H x W its pixels.
 """
 
 import io
