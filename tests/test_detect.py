@@ -93,44 +93,9 @@ def as_counts(row):  # run lengths as a list of numbers, the first of zeros
     return {"size": [48, 48], "counts": np.diff(ends, prepend=0).tolist()}
 
 
-def with_crowds(data_set):
-    rows = data_set["annotations"]
-    for row, previous in zip(rows, [{"image_id": None}, *rows]):  # the first object of each image
-        row["iscrowd"] = int(row["image_id"] != previous["image_id"])
-
-
-def perfect(scenes) -> dict:
-    """The ground truth as detections, by index of the image."""
-    detections = {}
-    for index, rows in enumerate(scenes.objects):
-        target = coco.to_target(rows, scenes.labels, 48, 48, scenes.masks) | {"scores": torch.ones(len(rows))}
-        target |= {"masks": 0.4 + 0.2 * target["masks"][:, None]} if scenes.masks else {}  # probabilities
-        detections[index] = coco.as_results(target, scenes.data_set["images"][index]["id"], scenes.category_ids)
-    return detections
-
-
-without_masks = each("annotations", segmentation=None)
-CHANGES = {"nothing": list, "crowds": with_crowds, "no masks": without_masks}
-CHANGES |= {"polygons": each("annotations", segmentation=lambda row: box(*row["bbox"])["segmentation"])}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_ground_truth_given_as_detections_scores_one(tmp_path, change):
-    write_coco(tmp_path, "val", 5, 0, change=CHANGES[change])
-    scenes = load(tmp_path, "val")
-    detections, kinds = perfect(scenes), ("box", "mask") if scenes.masks else ("box",)
-    assert (change == "no masks") == (kinds == ("box",))
-    for found in (detections, {3: detections[3]}):  # images that were not searched do not count
-        scores = coco.evaluate(scenes.data_set, found, kinds)
-        assert scores["images"] == len(found)
-        for kind in kinds:
-            assert scores[kind]["AP"] == pytest.approx(1) == scores[kind]["AP75"]
-            assert all(value in (None, pytest.approx(1)) for value in scores[f"{kind}_AP_by_class"].values())
-
-
 def test_scores_equal_those_of_another_implementation(tmp_path):
     faster_coco_eval = pytest.importorskip("faster_coco_eval")
-    write_coco(tmp_path, "val", 12, 3, size=128, change=with_crowds)
+    write_coco(tmp_path, "val", 12, 3, size=128, change=CHANGES["crowds"])
     scenes, generator, detections = load(tmp_path, "val"), torch.Generator().manual_seed(0), {}
     for index, rows in enumerate(scenes.objects):
         target, n = coco.to_target(rows, scenes.labels, 128, 128, True), len(rows)
@@ -205,14 +170,14 @@ def test_an_annotation_that_cannot_be_used_is_left_out_and_counted(tmp_path, cap
     assert boxes[:, :2].tolist() == [row["bbox"][:2] for row in rows[1:]]
 
 
-def three(key):
-    return lambda row: {3: "three"}.get(row[key], row[key])
-
-
+without_masks = each("annotations", segmentation=None)
+TEXT, IDS = [0, 1, 2, "three", *range(4, 9)], [("categories", "id"), ("annotations", "category_id")]
+CHANGES = {"crowds": each("annotations", iscrowd=lambda row: row["id"] % 3 == 0), "no masks": without_masks}
+CHANGES |= {"polygons": each("annotations", segmentation=lambda row: box(*row["bbox"])["segmentation"])}
 TYPES = {f"iscrowd {value!r}": each("annotations", iscrowd=value) for value in (None, "", "0", False, 0.0)}
 TYPES |= {f"area {value!r}": each("annotations", area=value) for value in (None, -1, "", "x", math.nan)}
 TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, -1, "48", 48.0, "", "48 px")}
-TYPES |= {"id of text": both(each("categories", id=three("id")), each("annotations", category_id=three("category_id")))}
+TYPES |= {"ids of text": both(*(each(kind, **{key: lambda row, key=key: TEXT[row[key]]}) for kind, key in IDS))}
 TYPES |= {"ids of two types": each("annotations", image_id=lambda row: f"{row['image_id']}.0")}
 TYPES |= {"text": each("annotations", bbox=lambda row: [*map(str, row["bbox"])], area=lambda row: str(row["area"]))}
 TYPES |= {"counts": each("annotations", segmentation=as_counts)}
@@ -221,22 +186,32 @@ TYPES |= {"numbers as names": each("categories", name=lambda row: row["id"]), "a
 TYPES |= {"back slashes": each("images", file_name=lambda row: ".\\" + row["file_name"])}
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_types_that_tools_write_become_cocos(tmp_path, name):
+@pytest.mark.parametrize("name", [*CHANGES, *TYPES])
+def test_types_that_tools_write_become_cocos_and_the_truth_scores_one(tmp_path, name):
     write_coco(tmp_path / "plain", "val", 3, 0)
-    write_coco(tmp_path / "other", "val", 3, 0, change=TYPES[name])
+    write_coco(tmp_path / "other", "val", 3, 0, change=(CHANGES | TYPES)[name])
     if name == "a byte-order mark":
         path = tmp_path / "other/annotations/instances_val2017.json"
         path.write_text(path.read_text(), encoding="utf-8-sig")
     plain, other = load(tmp_path / "plain", "val"), load(tmp_path / "other", "val")
-    for one, two in zip(plain.objects, other.objects):
+    for one, two in zip(plain.objects, other.objects) if name in TYPES else ():
         a, b = coco.to_target(one, plain.labels, 48, 48, True), coco.to_target(two, other.labels, 48, 48, True)
         assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"])
         assert [row["area"] for row in one] == [row["area"] for row in two]
         names = [[scenes.classes[k - 1] for k in target["labels"]] for scenes, target in ((plain, a), (other, b))]
         assert names[0] == names[1] or name == "numbers as names"
-    scores = coco.evaluate(other.data_set, perfect(other), ("box", "mask"))
-    assert scores["box"]["AP"] == pytest.approx(1) == scores["mask"]["AP"]
+    detections, kinds = {}, ("box", "mask") if other.masks else ("box",)
+    for index, rows in enumerate(other.objects):
+        target = coco.to_target(rows, other.labels, 48, 48, other.masks) | {"scores": torch.ones(len(rows))}
+        target |= {"masks": 0.4 + 0.2 * target["masks"][:, None]} if other.masks else {}  # probabilities
+        detections[index] = coco.as_results(target, other.data_set["images"][index]["id"], other.category_ids)
+    assert (name == "no masks") == (kinds == ("box",))
+    for found in (detections, {1: detections[1]}):  # images that were not searched do not count
+        scores = coco.evaluate(other.data_set, found, kinds)
+        assert scores["images"] == len(found)
+        for kind in kinds:
+            assert scores[kind]["AP"] == pytest.approx(1) == scores[kind]["AP75"]
+            assert all(value in (None, pytest.approx(1)) for value in scores[f"{kind}_AP_by_class"].values())
 
 
 TURNS = {2: np.fliplr, 3: lambda x: np.rot90(x, 2), 5: lambda x: np.swapaxes(x, 0, 1), 6: np.rot90}
