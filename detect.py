@@ -24,20 +24,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torchvision import tv_tensors
+from torch.utils._pytree import tree_map
+from torchvision import ops, tv_tensors
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_image
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import (
-    FeaturePyramidNetwork,
-    MultiScaleRoIAlign,
-    box_iou,
-    clip_boxes_to_image,
-    masks_to_boxes,
-    roi_align,
-)
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms import v2
 
 import weights
@@ -45,7 +37,7 @@ from data import GREY, STATISTICS, find_images, open_rgb
 from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm
 from plumbing import cli, coco, dist, tasks
-from plumbing.files import UserError, make_directory, save_json, value_errors_are_the_users
+from plumbing.files import UserError, make_directory, save_json
 from plumbing.loading import Samples, divided, make_loader, mix_seed, progress
 from plumbing.optim import learning_rate
 from plumbing.plots import plot_evaluations, plot_panels
@@ -66,7 +58,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels = encoder, dim
         self.norms = nn.ModuleList([LayerNorm(width, channels_first=True) for width in encoder.dims])
-        self.fpn = FeaturePyramidNetwork(list(encoder.dims), dim, LastLevelMaxPool(), norm_layer)
+        top = ops.feature_pyramid_network.LastLevelMaxPool()
+        self.fpn = ops.FeaturePyramidNetwork(list(encoder.dims), dim, top, norm_layer)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         stages = self.encoder.forward_stages(images)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
@@ -82,7 +75,6 @@ class MaskRCNN(detection.MaskRCNN):
 
     Args:
         encoder: with `num_classes=0`.
-        num_classes: without the background.
         fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
         anchor_scale: side of the anchors, in strides of their level, which follow the encoder's stem.
         masks: predict masks; without, it is a Faster R-CNN.
@@ -97,9 +89,10 @@ class MaskRCNN(detection.MaskRCNN):
         anchor_scale: float = 8, masks: bool = True, group_norm: bool = False, nms: str = "hard",
         published_heads: bool = False, **settings,
     ):  # fmt: skip
-        norm_layer = eight_groups if group_norm else None
+        # Of eight groups, or of the largest divisor of eight that fits.
+        norm_layer = (lambda width: nn.GroupNorm(math.gcd(8, width), width)) if group_norm else None
         strides = [encoder.stem_stride * 2**level for level in range(5)]
-        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, MultiScaleRoIAlign)
+        anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, ops.MultiScaleRoIAlign)
         # The level that a region is read from follows the anchors: with those of 8 strides, regions span 14 to 28 cells
         # there, as published. torchvision samples a bin twice per side; for smaller anchors once is as dense.
         sampling = 0 if published_heads else max(1, round(anchor_scale / 4))
@@ -122,22 +115,11 @@ class MaskRCNN(detection.MaskRCNN):
             heads.__class__ = SoftNMSHeads  # torchvision builds its heads itself
             heads.nms_thresh, heads.detections_per_img, heads.limit = 1.0, 10**6, heads.detections_per_img
         if published_heads:
-            for module in self.backbone.fpn.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.xavier_uniform_(module.weight)
-        for head in (self.rpn.head, heads.box_predictor, heads.mask_predictor):
-            if head is not None:  # boxes need more than half precision
-                head.register_forward_hook(lambda head, inputs, output: as_float32(output))
-
-
-def eight_groups(width: int) -> nn.GroupNorm:
-    """GroupNorm of eight groups, or of the largest fitting divisor of eight."""
-    return nn.GroupNorm(math.gcd(8, width), width)
-
-
-def as_float32(output):
-    """A tensor, or a nest of lists and tuples of tensors, in float32."""
-    return output.float() if isinstance(output, torch.Tensor) else [as_float32(part) for part in output]
+            for block in (*self.backbone.fpn.inner_blocks, *self.backbone.fpn.layer_blocks):
+                nn.init.xavier_uniform_(block[0].weight)
+        for head in filter(None, (self.rpn.head, heads.box_predictor, heads.mask_predictor)):
+            # Boxes need more than half precision.
+            head.register_forward_hook(lambda head, inputs, output: tree_map(torch.Tensor.float, output))
 
 
 class SoftNMSHeads(RoIHeads):
@@ -152,25 +134,22 @@ class SoftNMSHeads(RoIHeads):
         return tuple(map(list, zip(*kept)))
 
 
-def soft_nms(
-    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int, overlap: float = 0.5,
-    min_score: float = 1e-3,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def soft_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int) -> tuple:
     """Linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of its score.
 
     boxes (n, 4), scores and labels (n,) -> indices (m,) of at most `limit` boxes, best first, and new scores (m,).
-    Only an IoU beyond `overlap` counts; boxes whose score falls below `min_score` are left out.
+    Only an IoU beyond .5 counts; boxes whose score falls below .001 are left out.
     """
-    device, iou = boxes.device, (box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
+    device, iou = boxes.device, (ops.box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
     left, chosen, kept = scores.cpu().clone(), [], []
     while len(chosen) < min(limit, len(boxes)):
         best = int(left.argmax())
-        if left[best] < min_score:
+        if left[best] < 1e-3:
             break
         chosen.append(best)
         kept.append(float(left[best]))
         left[best] = 0
-        left = torch.where(iou[best] > overlap, left * (1 - iou[best]), left)
+        left = torch.where(iou[best] > 0.5, left * (1 - iou[best]), left)
     return torch.tensor(chosen, dtype=torch.int64, device=device), torch.tensor(kept, dtype=scores.dtype, device=device)
 
 
@@ -191,22 +170,21 @@ class FineAnchors(AnchorGenerator):
         return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sizes], dtype=dtype, device=device)
 
 
-class AlignedRoIAlign(MultiScaleRoIAlign):
+class AlignedRoIAlign(ops.MultiScaleRoIAlign):
     """RoIAlign whose samples lie at the pixels' centres, one per cell of a bin."""
 
     def forward(self, x: dict[str, torch.Tensor], boxes: list[torch.Tensor], image_shapes: list) -> torch.Tensor:
         """Maps (N, C, H_i, W_i) and boxes (n_k, 4) of each image -> (sum of n_k, C, size, size)."""
         maps, height = [x[name] for name in self.featmap_names], max(shape[0] for shape in image_shapes)
         scales = [2.0 ** round(math.log2(features.shape[2] / height)) for features in maps]
-        image = torch.cat([torch.full_like(rows[:, :1], k) for k, rows in enumerate(boxes)])
-        rois = torch.cat([image, torch.cat(boxes)], dim=1)  # (sum of n_k, 5)
+        rois = torch.cat([nn.functional.pad(rows, (1, 0), value=k) for k, rows in enumerate(boxes)])  # (sum of n_k, 5)
         side = (rois[:, 3:] - rois[:, 1:3]).prod(dim=1).sqrt()
         # With a canonical scale of 224, boxes of up to 28 cells are read from the finest map, up to 56 from the next.
         levels = (side * scales[0] * 16 / self.canonical_scale + 1e-6).log2().floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
         for level, (features, scale) in enumerate(zip(maps, scales)):
             chosen = (levels == level).nonzero()[:, 0]
-            regions = roi_align(features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
+            regions = ops.roi_align(features, rois[chosen], self.output_size, scale, self.sampling_ratio, aligned=True)
             pooled = pooled.index_put((chosen,), regions.to(pooled.dtype))
         return pooled
 
@@ -219,54 +197,42 @@ class Scenes(Samples):
 
     A sample is a uint8 image (3, H, W) and its target: boxes (n, 4), labels (n,) and, with masks, masks (n, H, W).
 
-    Args:
-        items: file paths, or a uint8 array (N, H, W, 3).
-        data_set: in COCO's format, its images in the order of `items`.
-        transform: of image and target together; without one, images come as they are, and without targets.
-        seed: seed of the augmentation.
+    `items` are file paths, or a uint8 array (N, H, W, 3), and `data_set` has their annotations, in COCO's format and
+    the same order. Without `transform`, which is of image and target together, images come as they are, and no targets.
     """
 
-    def __init__(self, items, data_set: dict, transform: v2.Transform | None = None, seed: int = 0):
+    def __init__(self, items, data_set: dict, transform=None, seed: int = 0, image_max: float | None = None):
         super().__init__(items, seed)
-        self.data_set, self.transform, self.masks = data_set, transform, coco.has_masks(data_set)
-        self.objects = coco.objects_by_image(data_set)
-        self.classes = [row["name"] for row in data_set["categories"]]  # of label 1 first
-        self.category_ids = [row["id"] for row in data_set["categories"]]
-        self.labels = {number: label for label, number in enumerate(self.category_ids, start=1)}
-
-    def open(self, index: int) -> Image.Image:
-        """The image; raises nearly anything for a damaged file."""
-        item = self.items[index]
-        return Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
+        self.data_set, self.transform, self.image_max = data_set, transform, image_max
+        objects = {row["id"]: [] for row in data_set["images"]}
+        for row in data_set["annotations"]:
+            if not row["iscrowd"] and row["image_id"] in objects:  # a crowd is a region of many objects
+                objects[row["image_id"]].append(row)
+        self.objects = list(objects.values())
+        self.masks = all("segmentation" in row for rows in self.objects for row in rows)
+        self.names = {row["id"]: row["name"] for row in data_set["categories"]}
+        self.category_ids, self.classes = [*self.names], [*self.names.values()]  # of label 1 first
+        self.labels = {number: label for label, number in enumerate(self.names, start=1)}
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
-        """The image and, with a transform, its target."""
-        image = self.open(index)
+        """The image and, with a transform, its target; raises nearly anything for a damaged file."""
+        item, rows = self.items[index], self.objects[index]
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
         if not self.transform:
             return image, {}
-        return image, coco.to_target(self.objects[index], self.labels, image.height, image.width, self.masks)
+        return image, coco.to_target(rows, self.labels, image.height, image.width, self.masks)
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
         """Transform image and target; boxes shrink to their masks, and objects vanish that a crop left nothing of."""
         image, target = sample
         if not self.transform:
             return v2.functional.pil_to_tensor(image), target
-        size, least = (image.height, image.width), max(image.size) // 6
-        target["boxes"] = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-        if self.masks:
-            target["masks"] = tv_tensors.Mask(target["masks"])
-        if least > min(size):  # a strip is padded, lest scaling leave nothing of its width
-            fill = [0, 0, max(0, least - image.width), max(0, least - image.height)]
-            image, target = v2.Pad(fill)(image, target)
-        image, target = self.transform(image, target)
-        target = {name: value.as_subclass(torch.Tensor) for name, value in target.items()}
-        if self.masks:
-            visible = target["masks"].bool().flatten(1).any(dim=1)
-        else:
-            visible = (target["boxes"][:, 2:] - target["boxes"][:, :2] >= 1).all(dim=1)
-        target = {name: value[visible] for name, value in target.items()}
+        image, target = self.transform(*pad_strip(image, target))
+        sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+        visible = target["masks"].bool().flatten(1).any(dim=1) if self.masks else (sides >= 1).all(dim=1)
+        target = {name: value.as_subclass(torch.Tensor)[visible] for name, value in target.items()}
         if self.masks:  # of whose boxes masks_to_boxes names the last pixel, and not the border behind it
-            target["boxes"] = masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
+            target["boxes"] = ops.masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
         return image, target
 
     def collate(self, samples: list[tuple]) -> tuple[list, list]:
@@ -280,32 +246,44 @@ class Scenes(Samples):
         return [move(image).float() / 255 for image in images], targets
 
 
-def load_scenes(args: argparse.Namespace, split: str) -> Scenes:
-    """The "train" or "val" images; UserError if there are none. Drawn shapes with few visible pixels are no objects."""
-    transform = augmentation(args) if split == "train" else None
+def pad_strip(image, *target: dict):
+    """Pad an image, with its target, to a sixth of its length, lest resizing leave nothing of its width."""
+    height, width = v2.functional.get_size(image)
+    least = max(height, width) // 6
+    return v2.Pad([0, 0, max(0, least - width), max(0, least - height)])(image, *target)
+
+
+def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None = None) -> Scenes:
+    """The "train" or "val" images; UserError if they have no objects, or not these `classes` in their order."""
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
-        data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)
+        data_set = coco.embedded_annotations(kinds, masks, SHAPES, visible=size * size // 400)  # pixels of an object
     else:
-        data_set, paths = coco.read_annotations(*find_data(args, split), args.masks)
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
-        held = round((args.holdout or 0) * len(paths))
+        data_set, items = coco.read_annotations(*find_data(args, split), args.masks)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(mix_seed("holdout"))).tolist()
+        held = round((args.holdout or 0) * len(items))
         chosen = sorted(order[:held] if split == "val" and args.holdout else order[held:])
         chosen = chosen[: args.val_limit if split == "val" else None]
-        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (paths, data_set["images"]))
-    dist.say(f"{split}: {coco.describe(data_set)}")
-    if not any(coco.objects_by_image(data_set)):
+        items, data_set["images"] = ([rows[k] for k in chosen] for rows in (items, data_set["images"]))
+    transform = augmentation(args) if split == "train" else None
+    scenes = Scenes(items, data_set, transform, args.seed, args.image_max)
+    counts = Counter(dict.fromkeys(scenes.names, 0))
+    counts.update(row["category_id"] for rows in scenes.objects for row in rows)
+    shown = [f"{count:,} {scenes.names[number]}" for number, count in counts.most_common()]
+    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
+    dist.say(f"{split}: {len(items):,} images, {counts.total():,} objects of {len(counts)} classes: {shown}")
+    if not counts.total():
         raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
-    scenes = Scenes(items, data_set, transform, args.seed)
-    scenes.image_max = args.image_max
+    if classes not in (None, scenes.classes):
+        before, now = (f"{', '.join(part[:5])} ({len(part)} in all)" for part in (classes, scenes.classes))
+        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
     return scenes
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
     """The annotations of a split, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
-    root = Path(args.data_path or ".")
-    split = "train" if args.holdout else split
+    root, split = Path(args.data_path or "."), "train" if args.holdout else split
     names = ("train",) if split == "train" else ("val", "valid", "validation")
     layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
     files = [root / layout.format(name) for layout in layouts for name in names]
@@ -332,17 +310,8 @@ def augmentation(args: argparse.Namespace) -> v2.Transform:
         "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
         "none": [v2.RandomShortestSize([short], long)],
     }[args.augmentation]
-    steps = [*steps, v2.RandomHorizontalFlip()]
-    if args.color_jitter:
-        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
-    return v2.Compose([*steps, v2.PILToTensor(), v2.ClampBoundingBoxes()])
-
-
-def check_classes(trained: list[str], names: list[str]) -> None:
-    """UserError unless the validation data have the trained classes, in their order."""
-    if trained != names:
-        before, now = (f"{', '.join(part[:5])} ({len(part)} in all)" for part in (trained, names))
-        raise UserError(f"the training data's classes are {before}, the validation data's {now}; they must agree")
+    colours = [v2.ColorJitter(*[args.color_jitter] * 3)] if args.color_jitter else []
+    return v2.Compose([*steps, v2.RandomHorizontalFlip(), *colours, v2.PILToTensor(), v2.ClampBoundingBoxes()])
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -365,6 +334,7 @@ NETWORK = (
 )  # fmt: skip
 EVALUATION = ("input_size", "test_size", "nms", "proposals", "image_max")
 PLACES = ("data_path", "holdout", "train_annotations", "train_images", "val_annotations", "val_images")
+CURVES = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50")}
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -385,24 +355,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
 
     add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in COCO's layout", SCENES, 1024)
-    test_size = "evaluation: short side, and limit of the long one (25/32 and 1.3 x the input)"
-    add("--test_size", type=cli.number(int, 8, 4096), nargs=2, help=test_size)
+    add("--test_size", type=width, nargs=2, help="evaluation: short side, limit of the long one (25/32, 1.3 x input)")
     for split in SPLITS:
         add(f"--{split}_annotations", metavar="FILE", help=f"instead of DIR/annotations/instances_{split}2017.json")
         add(f"--{split}_images", metavar="DIR", help=f"instead of DIR/{split}2017")
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
     add("--score_threshold", type=cli.fraction, help="lowest score of a detection (0.05; 0.5 to predict)")
-    kinds = "large-scale jitter, a random short side, or neither; all flip"
-    add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help=kinds)
+    add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help="of sizes; all flip too")
     add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
     add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
     add = cli.add_optimisation_flags(parser, epochs=None, blr=8e-4, min_lr=0.0, warmup=None)
     parser.set_defaults(batch_size=2)
     add("--warmup_updates", type=cli.number(int, 0), help="linear warm-up (1000, or 10% of short runs)")
-    schedule = "a tenth of the learning rate from each of --steps on, or half a cosine to --min_lr"
-    add("--schedule", choices=("steps", "cosine"), default="steps", help=schedule)
+    add("--schedule", choices=("steps", "cosine"), default="steps", help="lr / 10 at --steps, or a cosine to --min_lr")
     add("--steps", type=cli.nonnegative, nargs="+", help="in epochs (3/4 and 11/12 of --epochs)")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/detect", compile=False)
@@ -422,17 +389,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
     """The network that the flags describe."""
-    mean, std = STATISTICS[args.statistics]
-    in_training, in_evaluation = args.proposals
-    with value_errors_are_the_users():
-        return MaskRCNN(
-            weights.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale,
-            args.masks, args.group_norm, args.nms, args.published_heads,
-            min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
-            rpn_pre_nms_top_n_train=in_training, rpn_post_nms_top_n_train=in_training,
-            rpn_pre_nms_top_n_test=in_evaluation, rpn_post_nms_top_n_test=in_evaluation,
-            box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
-        )  # fmt: skip
+    (mean, std), (in_training, in_evaluation) = STATISTICS[args.statistics], args.proposals
+    return MaskRCNN(
+        weights.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale,
+        args.masks, args.group_norm, args.nms, args.published_heads,
+        min_size=args.test_size[0], max_size=args.test_size[1], image_mean=mean, image_std=std,
+        rpn_pre_nms_top_n_train=in_training, rpn_post_nms_top_n_train=in_training,
+        rpn_pre_nms_top_n_test=in_evaluation, rpn_post_nms_top_n_test=in_evaluation,
+        box_batch_size_per_image=args.regions, box_score_thresh=args.score_threshold,
+    )  # fmt: skip
 
 
 def check_memory(args: argparse.Namespace, num_classes: int, images: int, device: torch.device) -> None:
@@ -449,8 +414,7 @@ def check_memory(args: argparse.Namespace, num_classes: int, images: int, device
             if args.masks:
                 heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
 
-        fix = "lower --batch_size, --input_size, --regions or --fpn_dim"
-        tasks.check_memory(detector, step, args.amp, device, fix)
+        tasks.check_memory(detector, step, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
 
 
 @record  # torchrun then reports the error of the process that failed first
@@ -462,32 +426,28 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a detector, evaluating after every epoch."""
-    scenes, val = load_scenes(args, "train"), None if args.disable_eval else load_scenes(args, "val")
-    if val:
-        check_classes(scenes.classes, val.classes)
-    args.masks = scenes.masks if args.masks is None else args.masks
+    scenes = load_scenes(args, "train")
+    val = None if args.disable_eval else load_scenes(args, "val", scenes.classes)
     if args.masks and not scenes.masks:
         raise UserError("--masks, but not all objects of the training data have one; try --no-masks")
-    scenes.masks = args.masks
-
+    args.masks = scenes.masks = scenes.masks if args.masks is None else args.masks
     if args.epochs is None:
         args.epochs = max(12, math.ceil(1000 * args.batch_size * args.update_freq * dist.world_size() / len(scenes)))
         args.eval_freq = max(args.eval_freq, args.epochs // 4)
     check_memory(args, len(scenes.classes), min(args.batch_size, len(scenes)), device)
     torch.manual_seed(args.seed)
-    detector, report = make_detector(args, len(scenes.classes)), ["random initial weights"]
+    detector = make_detector(args, len(scenes.classes))
+    encoder, report = detector.backbone.encoder, ["random initial weights"]
     if args.finetune:
-        report = weights.load_parts(detector, detector.backbone.encoder, args.finetune, "detector")
+        report = weights.load_parts(detector, encoder, args.finetune, "detector")
     dist.to_device(speed_up(detector), device)
     ema = tasks.averaged(detector, args.model_ema_decay) if args.model_ema else None
-    depths = detector.backbone.encoder.depths
-    groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", depths)
+    groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", encoder.depths)
     optimizer = tasks.make_optimizer(args, groups)
 
-    parameters = sum(p.numel() for p in detector.parameters())
     kind = "masks" if args.masks else "boxes alone, since not all training objects have masks or --no-masks"
-    for line in (*report, f"{args.model} with {kind}: {parameters:,} parameters"):
-        dist.say(line)
+    report.append(f"{args.model} with {kind}: {sum(p.numel() for p in detector.parameters()):,} parameters")
+    dist.say("\n".join(report))
     origin = dict(schedule=make_schedule, classes=scenes.classes, category_ids=scenes.category_ids)
     score, write = partial(evaluate, scenes=val, args=args, device=device), partial(write_scores, scenes=val)
     with Run(args, scenes, device, detector.train(), optimizer, "detect.py", ema, **origin) as run:
@@ -500,7 +460,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
             if val and run.evaluation_due(epoch):
                 tasks.evaluate(run, epoch, score, "box_AP", describe, write)
-                run.write("scores.png", draw, run.records)
+                run.write("scores.png", plot_evaluations, run.records, CURVES, "average precision", "Validation")
             if run.save_due(epoch):
                 run.save(epoch + 1)
     best = f"checkpoint-best.pth (box AP {run.best:.3f}), scores.json, detections.json, detections.png"
@@ -523,27 +483,25 @@ def make_schedule(run: Run) -> Callable[[int], float]:
     return schedule
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation and prediction ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def detect(
-    detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device
-) -> dict[int, list[dict]]:
+def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> dict[int, list]:
     """The detections in every readable image, by its index, in COCO's format of results.
 
     Images go through the network one by one, because GRN pools over the padding that unequal sizes need in a batch.
     """
-    batches, training = divided(range(dist.rank(), len(scenes), dist.world_size()), 1), detector.training
-    detections, ids = {}, [row["id"] for row in scenes.data_set["images"]]
+    indices, training = range(dist.rank(), len(scenes), dist.world_size()), detector.training
+    loader, detections = make_loader(scenes, divided(indices, 1), args.num_workers), {}
     detector.eval()
-    for batch, (images, targets) in zip(batches, progress(make_loader(scenes, batches, args.num_workers))):
-        if scenes.readable(batch).all():
-            ((_, index),) = batch
+    for index, (images, targets) in zip(indices, progress(loader)):
+        if not scenes.unreadable[index]:
             (image,), _ = scenes.on_device(images, targets, device)
             with dist.autocast(args.amp, device):
                 output = search(detector, image)
-            detections[index] = coco.as_results(output, ids[index], scenes.category_ids, image.shape[1:])
+            number = scenes.data_set["images"][index]["id"]
+            detections[index] = coco.as_results(output, number, scenes.category_ids)
     detector.train(training)
     detections = {index: rows for part in dist.gather(detections) for index, rows in part.items()}
     if not detections:
@@ -551,18 +509,18 @@ def detect(
     return detections
 
 
-def search(detector: MaskRCNN, image: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As the detector's own output for an image (3, H, W), but for masks (n, 1, 28, 28) inside their boxes.
-
-    Of large images, all objects' masks at the image's size would fill the memory.
-    """
-    size, least = image.shape[1:], max(image.shape) // 6  # strips are padded, as in training
-    image = nn.functional.pad(image, (0, max(0, least - size[1]), 0, max(0, least - size[0])))
-    images, _ = detector.transform([image])
+def search(detector: MaskRCNN, image: torch.Tensor) -> dict:
+    """As the detector's own output for an image (3, H, W), but masks (1, H, W) come one by one, to save memory."""
+    size, padded = image.shape[1:], pad_strip(image)
+    images, _ = detector.transform([padded])
     maps = detector.backbone(images.tensors)
     (output,), _ = detector.roi_heads(maps, detector.rpn(images, maps)[0], images.image_sizes)
-    boxes = resize_boxes(output["boxes"], images.image_sizes[0], image.shape[1:])
-    return output | {"boxes": clip_boxes_to_image(boxes, size)}
+    boxes = resize_boxes(output["boxes"], images.image_sizes[0], padded.shape[1:])
+    output["boxes"] = boxes = ops.clip_boxes_to_image(boxes, size)
+    if "masks" in output:
+        pairs = zip(output["masks"], boxes)  # (1, 28, 28) inside its box, (4,)
+        output["masks"] = (paste_masks_in_image(mask[None], box[None], size)[0] for mask, box in pairs)
+    return output
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
@@ -575,17 +533,16 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 
 def describe(chief: dict[str, float | None]) -> str:
-    """The chief numbers as words for a line."""
-    words = {name.replace("_", " "): "none" if value is None else f"{value:.3f}" for name, value in chief.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items() if name[-2:] != "75")
+    """The chief numbers, but for AP75, as words for a line."""
+    words = {name: "none" if value is None else f"{value:.3f}" for name, value in chief.items() if name[-2:] != "75"}
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
     """The detectors of --resume, "model" and perhaps "model_ema", ready to evaluate; class names; category ids."""
     content = weights.read_content(args.resume)
     if not {"classes", "category_ids"} <= content.keys():
-        fix = f"train one with detect.py --finetune {args.resume}"
-        raise UserError(f"{args.resume} holds no detector of detect.py; {fix}")
+        raise UserError(f"{args.resume} holds no detector of detect.py; train one: detect.py --finetune {args.resume}")
     make = partial(make_detector, args, len(content["classes"]))
     return weights.load_saved(content, make, args.resume, device), content["classes"], content["category_ids"]
 
@@ -593,8 +550,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
     detectors, classes, _ = load_detector(args, device)
-    scenes = load_scenes(args, "val")
-    check_classes(classes, scenes.classes)
+    scenes = load_scenes(args, "val", classes)
     results = {name: evaluate(detector, scenes, args, device) for name, detector in detectors.items()}
     where = f"{args.val_annotations or args.data_path or args.data_set}, short side {args.test_size[0]} px"
     for name, (chief, (scores, _)) in results.items():
@@ -606,55 +562,39 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], scenes: Scenes) -> None:
-    """Write scores.json, detections.json in COCO's format of results, and detections.png."""
+    """Write scores.json, detections.json in COCO's format of results, and detections.png of eight images."""
     make_directory(directory)
     scores, detections = results
     save_json(directory / "scores.json", scores)
     save_json(directory / "detections.json", [row for index in sorted(detections) for row in detections[index]])
-    draw_detections(directory / "detections.png", scenes, detections)
-
-
-def draw_detections(path: Path, scenes: Scenes, detections: dict[int, list[dict]]) -> None:
-    """Draw ground truth beside detections that score at least 0.3, of eight images spread over the set."""
-    names, columns = dict(zip(scenes.category_ids, scenes.classes)), {"ground truth": [], "detections": []}
+    columns = {"ground truth": [], "detections": []}
     for index in sorted(detections)[:: -(-len(detections) // 8)]:
         likely = [row for row in detections[index] if row["score"] >= 0.3]
         for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
-            columns[title].append(coco.draw_objects(scenes.open(index), rows, names, square=512) / 255)
+            columns[title].append(coco.draw_objects(scenes.read(index)[0], rows, scenes.names, 512) / 255)
     columns = {title: torch.stack(images) for title, images in columns.items()}
-    plot_panels(path, columns, "detections: with a score of at least 0.3", inches=3)
-
-
-def draw(path: Path, records: list[dict]) -> None:
-    """Write scores.png from the log's records."""
-    curves = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for name in ("AP", "AP50")}
-    plot_evaluations(path, records, curves, "average precision", "Validation")
-
-
-# --- prediction -------------------------------------------------------------------------------------------------------
+    plot_panels(directory / "detections.png", columns, "detections: with a score of at least 0.3", inches=3)
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Draw the detections in every image, and write them to predictions.json."""
     detectors, classes, category_ids = load_detector(args, device)
-    paths, names = find_images(args.predict, image_max=args.image_max), dict(zip(category_ids, classes))
-    folder = make_directory(Path(args.output_dir, "predictions"))
-    categories = [{"id": number, "name": name} for number, name in names.items()]
-    data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": [], "categories": categories}
-    scenes = Scenes(paths, data_set)
-    scenes.image_max = args.image_max
+    paths = find_images(args.predict, image_max=args.image_max)
+    folder, files = make_directory(Path(args.output_dir, "predictions")), []
+    data_set = {"images": [{"id": k} for k in range(len(paths))], "annotations": []}
+    data_set["categories"] = [{"id": number, "name": name} for number, name in zip(category_ids, classes)]
+    scenes = Scenes(paths, data_set, image_max=args.image_max)
     detections = detect(detectors.get("model_ema", detectors["model"]), scenes, args, device)
     if dist.rank() > 0:
         return
-    files = []
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
-        v2.functional.to_pil_image(coco.draw_objects(scenes.open(index), rows, names)).save(picture)
+        v2.functional.to_pil_image(coco.draw_objects(scenes.read(index)[0], rows, scenes.names)).save(picture)
         keys = {"class": "category_id", "score": "score", "box": "bbox", "mask": "segmentation"}
         objects = [{key: row[theirs] for key, theirs in keys.items() if theirs in row} for row in rows]
-        objects = [row | {"class": names[row["class"]]} for row in objects]
+        objects = [item | {"class": scenes.names[item["class"]]} for item in objects]
         files.append({"file": paths[index], "picture": str(picture), "objects": objects})
-        counts = Counter(names[row["category_id"]] for row in rows).most_common()
+        counts = Counter(item["class"] for item in objects).most_common()
         print(f"{paths[index]}: {', '.join(f'{count} {name}' for name, count in counts) or 'nothing'}")
     save_json(Path(args.output_dir, "predictions.json"), files)
     print(f"in {args.output_dir}: predictions.json (boxes as left, top, width, height), predictions/")

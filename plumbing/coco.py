@@ -2,9 +2,7 @@
 
 A data set is a dictionary with "images", "annotations" and "categories", as in an annotation file. Boxes are (left,
 top, width, height) there, and corners (x1, y1, x2, y2) in tensors. Labels are 1 .. K in the order of category ids; 0 is
-the background.
-
-Shapes: n objects of an image, H x W its pixels.
+the background. Shapes: n objects of an image, H x W its pixels.
 """
 
 import io
@@ -20,10 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import coco, cocoeval
 from pycocotools import mask as rle
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
-from plumbing import dist
+from plumbing import dist, maps
 from plumbing.files import UserError
 from plumbing.loading import opened, upright_size
 
@@ -43,9 +42,9 @@ SCREEN = 1600  # pixels of the long side of a picture
 def read_annotations(path: str | Path, folders: list[Path], masks: bool | None = None) -> tuple[dict, list[str]]:
     """Read a COCO file, look at it as a whole, and return the data set and its images' paths.
 
-    Types become COCO's; ids too, numbers or else text; annotations are numbered anew. One that cannot be used is left
-    out and counted by reason. UserError for another format, boxes in other units, images of another size than
-    annotated, and where nothing is left.
+    Types become COCO's; ids too, numbers or else text; annotations are numbered anew, and their segmentations become
+    compressed run-length codes. An annotation that cannot be used is left out and counted by reason. UserError for
+    another format, boxes in other units, images of another size than annotated, and where nothing is left.
 
     folders: where the images may lie; the first that holds one. masks: False leaves segmentations unread.
     """
@@ -67,11 +66,11 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
         numbers = all(number.lstrip("-").isdecimal() for number in ids)
         known[name] = {number: row | {"id": int(number) if numbers else number} for number, row in zip(ids, rows)}
 
-    paths = _measure(path, known["images"], folders)
-    annotations, boxes, left_out = [], [], {}
+    images, categories = known["images"], known["categories"]
+    paths, annotations, boxes, left_out = _measure(path, images, folders), [], [], {}
     for k, row in enumerate(data_set["annotations"]):
         try:
-            image, category = known["images"][_key(row["image_id"])], known["categories"][_key(row["category_id"])]
+            image, category = images[_key(row["image_id"])], categories[_key(row["category_id"])]
             # Counted from 1: pycocotools never matches an annotation of id 0, and ids may be missing or stand twice.
             ids = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category["id"]}
             annotations.append(ids | _annotation(row, image["width"], image["height"], masks, boxes))
@@ -79,20 +78,20 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
             left_out.setdefault("lack a bbox, or have an image_id or category_id that the file lacks", []).append(k)
         except ValueError as error:
             left_out.setdefault(str(error), []).append(k)
-    x, y, width, height, most_x, most_y = np.array(boxes or [[0] * 6], dtype=float).T
-    beyond = (x + width > most_x + 1) | (y + height > most_y + 1)
-    if beyond.mean() > 0.1 and ((x < width) & (y < height) & (width <= most_x) & (height <= most_y)).all():
+    x, y, right, bottom, width, height = np.array(boxes or [[0] * 6], dtype=float).T  # if they are corners
+    beyond = (x + right > width + 1) | (y + bottom > height + 1)
+    if beyond.mean() > 0.1 and ((x < right) & (y < bottom) & (right <= width) & (bottom <= height)).all():
         raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
     reasons = "; ".join(f"{len(rows):,} {why} (first: annotations[{rows[0]}])" for why, rows in left_out.items())
     reasons = reasons and f"of {len(data_set['annotations']):,} annotations, left out are {reasons}"
     if all(row["iscrowd"] for row in annotations):
         fix = reasons or "annotate single objects, with iscrowd 0"
         raise UserError(f"{path} has no box of any object, {len(annotations):,} crowds aside; {fix}")
-    if left_out:
+    if reasons:
         dist.say(f"{path}: {reasons}")
-    categories = sorted(known["categories"].values(), key=lambda row: row["id"])
-    categories = [{"id": row["id"], "name": str(row["name"])} for row in categories]
-    return {"images": list(known["images"].values()), "annotations": annotations, "categories": categories}, paths
+    rows = sorted(categories.values(), key=lambda row: row["id"])
+    categories = [{"id": row["id"], "name": str(row["name"])} for row in rows]
+    return {"images": list(images.values()), "annotations": annotations, "categories": categories}, paths
 
 
 def _key(number) -> str:
@@ -107,30 +106,23 @@ def _number(value, default: float = 0.0) -> float:
 
 
 def _measure(path: str | Path, images: dict[str, dict], folders: list[Path]) -> list[str]:
-    """Write the upright size of images into their entries, and return their files; leave out those without a size."""
-    names = {key: str(row["file_name"]).replace("\\", "/") for key, row in images.items()}
-    folder = next((part for part in folders if any((part / name).is_file() for name in names.values())), None)
+    """Write the upright size of images into their entries, and return their files. UserError for another size there."""
+    names = [str(row["file_name"]).replace("\\", "/") for row in images.values()]
+    folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
     if not folder:
-        raise UserError(f"{folders[0]} has no image of {path}, such as {[*names.values()][:1]}; {ELSEWHERE}")
-    paths, unlike, turned = [], [], False
-    for key, name in names.items():
-        row, file = images[key], folder / name
+        raise UserError(f"{folders[0]} has no image of {path}, such as {names[:1]}; {ELSEWHERE}")
+    files, unlike = [folder / name for name in names], []
+    for row, file in zip(images.values(), files):
         size = annotated = round(_number(row.get("width"))), round(_number(row.get("height")))
         with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
             size = upright_size(image)
-            turned = size != image.size
-        if min(size) < 1:
-            dist.say(f"{file} is left out: it cannot be read, and {path} has no size of it")
-            del images[key]
-            continue
         if min(annotated) > 0 and size != annotated:
-            why = "annotate it upright, or remove its EXIF tag" if turned else "was it scaled or turned?"
-            unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there: {why}")
+            unlike.append(f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there")
         row["width"], row["height"] = size
-        paths.append(str(file))
     if unlike:
-        raise UserError(f"{path}: {len(unlike):,} of {len(names):,} images differ in size; {unlike[0]}")
-    return paths
+        why = "was it scaled, or annotated without its EXIF orientation?"
+        raise UserError(f"{path}: {len(unlike):,} of {len(names):,} images differ in size; {unlike[0]}: {why}")
+    return [str(file) for file in files]
 
 
 def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: list) -> dict:
@@ -147,21 +139,20 @@ def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: l
         raise ValueError("whose bbox is in fractions of the image; multiply by its width and height")
     if inside_x * inside_y < w * h / 2:
         raise ValueError("whose bbox is mostly outside of its image; are these corners?")
-    crowd, code = bool(_number(row.get("iscrowd"))), row.get("segmentation")
-    if crowd:
-        code = code or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    code = _checked(code, height, width) if code and (crowd or masks is not False) else None
-    area = max(0, _number(row.get("area"))) or float(rle.area(_encoded(code, height, width)) if code else w * h)
+    crowd = bool(_number(row.get("iscrowd")))
+    code = row.get("segmentation") or ([[x, y, x + w, y, x + w, y + h, x, y + h]] if crowd else None)
+    code = _encoded(code, height, width) if code and (crowd or masks is not False) else None
+    area = max(0, _number(row.get("area"))) or float(rle.area(code) if code else w * h)
     return {"bbox": box, "iscrowd": int(crowd), "area": area} | ({"segmentation": code} if code else {})
 
 
-def _checked(code: list | dict, height: int, width: int) -> list | dict:
-    """Polygons or a run-length code that fits the image; ValueError for others, of which pycocotools notices little."""
+def _encoded(code: list | dict, height: int, width: int) -> dict:
+    """Polygons or a run-length code, encoded; ValueError if it does not fit the image: pycocotools notices little."""
     try:
         if isinstance(code, dict):
             counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else [*map(int, code["counts"])]
             fits = [*map(int, code["size"])] == [height, width] and min(counts) >= 0 and sum(counts) == height * width
-            code = {"size": [height, width], "counts": code["counts"] if isinstance(code["counts"], str) else counts}
+            code = {"size": [height, width], "counts": counts}
         else:
             polygons = code if isinstance(code[0], list) else [code]
             code = [[float(value) for value in polygon] for polygon in polygons if len(polygon) >= 6]
@@ -171,7 +162,8 @@ def _checked(code: list | dict, height: int, width: int) -> list | dict:
         fits = False
     if not fits:
         raise ValueError("whose segmentation is no polygon and no run-length code of the image; or try --no-masks")
-    return code
+    codes = rle.frPyObjects(code, height, width)
+    return rle.merge(codes) if isinstance(codes, list) else codes
 
 
 def _run_lengths(text: str) -> list[int]:
@@ -187,74 +179,38 @@ def _run_lengths(text: str) -> list[int]:
     return counts if text.isascii() and not shift else []
 
 
-def describe(data_set: dict) -> str:
-    """Images, and objects by class, in a line."""
-    names = {row["id"]: row["name"] for row in data_set["categories"]}
-    counts = dict.fromkeys(names, 0) | Counter(r["category_id"] for rows in objects_by_image(data_set) for r in rows)
-    shown = [f"{counts[number]:,} {names[number]}" for number in sorted(counts, key=counts.get, reverse=True)]
-    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
-    return f"{len(data_set['images']):,} images, {sum(counts.values()):,} objects of {len(names)} classes: {shown}"
-
-
-def has_masks(data_set: dict) -> bool:
-    """Whether every object (crowds aside) has a polygon or a run-length code."""
-    return all(row.get("segmentation") for row in data_set["annotations"] if not row["iscrowd"])
-
-
-def objects_by_image(data_set: dict) -> list[list[dict]]:
-    """The annotations of each image, without crowds, which are regions of many objects."""
-    objects = {row["id"]: [] for row in data_set["images"]}
-    for row in data_set["annotations"]:
-        if not row["iscrowd"] and row["image_id"] in objects:
-            objects[row["image_id"]].append(row)
-    return list(objects.values())
-
-
 def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int, masks: bool) -> dict:
     """An image's annotations -> boxes (n, 4) float32, labels (n,) int64 and, if asked for, masks (n, H, W) uint8.
 
-    labels: of category ids. ValueError for a mask that is none.
+    labels: of category ids. Boxes and masks are tv_tensors, which torchvision's transforms move with their image.
     """
     boxes = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]  # left, top, width, height -> corners
     boxes = boxes.minimum(torch.tensor([width, height, width, height])).clamp(min=0)
-    target = {"boxes": boxes, "labels": torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64)}
+    target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))}
+    target["labels"] = torch.tensor([labels[row["category_id"]] for row in rows], dtype=torch.int64)
     if masks:
         stacked = np.zeros((len(rows), height, width), dtype=np.uint8)
         for mask, row in zip(stacked, rows):
-            mask[:] = decode_mask(row["segmentation"], height, width)
-        target["masks"] = torch.from_numpy(stacked)
+            mask[:] = rle.decode(row["segmentation"])
+        target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
     return target
 
 
-def _encoded(code: list | dict, height: int, width: int) -> dict:
-    if isinstance(code, list):
-        return rle.merge(rle.frPyObjects(code, height, width))
-    return rle.frPyObjects(code, height, width) if isinstance(code["counts"], list) else code
-
-
-def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Polygons, or a run-length code of either kind -> uint8 (H, W)."""
-    return rle.decode(_encoded(segmentation, height, width))
-
-
 def encode_mask(mask: np.ndarray) -> dict:
-    """A mask (H, W) -> a run-length code that JSON can hold."""
+    """A mask (H, W) -> a compressed run-length code that JSON can hold."""
     code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | {"counts": code["counts"].decode()}
 
 
 def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str, ...], visible: float) -> dict:
     """Drawn shapes, kinds (N, k) and masks (N, k, S, S), as a data set; those below `visible` pixels are left out."""
-    size, rows = masks.shape[-1], []
-    for image, layer in np.ndindex(kinds.shape):
-        mask = masks[image, layer]
-        if mask.sum() >= visible:
-            ys, xs = mask.nonzero()
-            left, top = int(xs.min()), int(ys.min())
-            box = [left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top]
-            row = {"id": len(rows) + 1, "image_id": image, "category_id": int(kinds[image, layer]) + 1, "bbox": box}
-            rows.append(row | {"iscrowd": 0, "area": len(xs), "segmentation": encode_mask(mask)})
+    rows, size = [], masks.shape[-1]
+    for image, layer in np.argwhere(masks.sum(axis=(2, 3)) >= visible).tolist():
+        code = encode_mask(masks[image, layer])
+        row = {"id": len(rows) + 1, "image_id": image, "category_id": int(kinds[image, layer]) + 1, "iscrowd": 0}
+        box, area = [int(x) for x in rle.toBbox(code)], int(rle.area(code))
+        rows.append(row | {"bbox": box, "area": area, "segmentation": code})
     images = [{"id": k, "file_name": f"drawn {k}", "width": size, "height": size} for k in range(len(kinds))]
     categories = [{"id": k, "name": name} for k, name in enumerate(names, start=1)]
     return {"images": images, "annotations": rows, "categories": categories}
@@ -263,22 +219,14 @@ def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str,
 # --- detections out, their scores and their pictures ------------------------------------------------------------------
 
 
-def as_results(
-    output: dict[str, torch.Tensor], image_id: int, category_ids: list[int], size: tuple[int, int] | None = None
-) -> list[dict]:
-    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results.
-
-    size: height and width of the image, for masks (n, 1, 28, 28) of the boxes; they are enlarged one by one.
-    """
-    corners = output["boxes"].float()
-    boxes, rows = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist(), []
-    for k, (box, label, score) in enumerate(zip(boxes, output["labels"].tolist(), output["scores"].tolist())):
+def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dict]:
+    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results."""
+    boxes, rows = box_convert(output["boxes"].float(), "xyxy", "xywh"), []
+    for box, label, score in zip(*(values.tolist() for values in (boxes, output["labels"], output["scores"]))):
         box = [round(x, 3) for x in box]
         rows.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score})
-        if "masks" in output:
-            mask = output["masks"][k : k + 1]
-            mask = paste_masks_in_image(mask, corners[k : k + 1], size) if size else mask
-            rows[k]["segmentation"] = encode_mask((mask[0, 0] > 0.5).cpu().numpy())
+    for row, mask in zip(rows, output.get("masks", ())):
+        row["segmentation"] = encode_mask((mask[0] > 0.5).cpu().numpy())
     return rows
 
 
@@ -288,16 +236,14 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
     `kinds` say. Numbers are fractions of one, and None where there is no such object.
     """
-    scores = {"images": len(detections)}
-    for kind in kinds:
-        # It writes into its arguments; and with a box at hand it would sort masks by the size of their box.
-        rows = [dict(row) for index in sorted(detections) for row in detections[index]]
-        if kind == "mask":
-            rows = [{name: value for name, value in row.items() if name != "bbox"} for row in rows]
-        with redirect_stdout(io.StringIO()):  # it prints what it does
-            truth = coco.COCO()
-            truth.dataset = {name: [dict(row) for row in rows] for name, rows in data_set.items()}
-            truth.createIndex()
+    scores, truth = {"images": len(detections)}, coco.COCO()
+    truth.dataset = data_set
+    with redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        truth.createIndex()
+        for kind in kinds:
+            # It writes into detections; and with a box at hand it would sort masks by the size of their box.
+            names = "image_id", "category_id", "score", "bbox" if kind == "box" else "segmentation"
+            rows = [{name: row[name] for name in names} for index in sorted(detections) for row in detections[index]]
             results = truth.loadRes(rows) if rows else coco.COCO()
             evaluation = cocoeval.COCOeval(truth, results, {"box": "bbox", "mask": "segm"}[kind])
             evaluation.params.imgIds = sorted(data_set["images"][index]["id"] for index in detections)
@@ -305,50 +251,39 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-        values = evaluation.stats.tolist()
-        scores[kind] = {name: None if value == -1 else value for name, value in zip(NUMBERS, values)}
-        precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, category), of all sizes, 100 detections
-        by_class = scores[f"{kind}_AP_by_class"] = {}
-        for k, row in enumerate(data_set["categories"]):
-            values = precision[:, :, k][precision[:, :, k] > -1]
-            by_class[row["name"]] = float(values.mean()) if values.size else None
+            scores[kind] = {name: None if x == -1 else x for name, x in zip(NUMBERS, evaluation.stats.tolist())}
+            precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), of all sizes, 100 detections
+            means = np.ma.masked_equal(precision, -1).mean(axis=(0, 1)).tolist()  # None for classes without objects
+            scores[f"{kind}_AP_by_class"] = {row["name"]: mean for row, mean in zip(data_set["categories"], means)}
     return scores
 
 
-def draw_objects(
-    image: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None
-) -> torch.Tensor:
+def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None):
     """An image with its objects' boxes, masks and, of several classes, names and scores, uint8 (3, H, W).
 
     rows: annotations or results; names: of category ids; square: side of a white square that the image is scaled to;
     without it, larger images are scaled to a screen.
     """
-    from matplotlib import colormaps, font_manager
+    from matplotlib import font_manager
 
     scale = square / max(image.size) if square else min(1, SCREEN / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-    free = np.ones((height, width), dtype=bool)  # a pixel of several masks is the best one's
-    palette = (255 * np.array(colormaps["tab20"].colors)).round().astype(int).tolist()
-    colours = {number: tuple(palette[2 * k % 20 + k // 10 % 2]) for k, number in enumerate(names)}
-    rows = sorted(rows, key=lambda row: -row.get("score", 1))
+    picture, colours = image.resize((width, height)), dict(zip(names, maps.class_colours(len(names))))
+    painted = picture.copy()
+    rows = sorted(rows, key=lambda row: row.get("score", 1))  # the best comes last, above the others
     for row in rows:
-        if row.get("segmentation"):
-            mask = Image.fromarray(decode_mask(row["segmentation"], image.height, image.width))
-            chosen = np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)).astype(bool) & free
-            pixels[chosen] = 0.55 * pixels[chosen] + 0.45 * np.array(colours[row["category_id"]])
-            free &= ~chosen
-    picture = Image.fromarray(pixels)
+        if "segmentation" in row:
+            mask = Image.fromarray(255 * rle.decode(row["segmentation"]))
+            painted.paste(colours[row["category_id"]], None, mask.resize(picture.size, Image.Resampling.NEAREST))
+    picture = Image.blend(picture, painted, 0.45)
     pen, font = ImageDraw.Draw(picture, "RGBA"), font_manager.findfont("DejaVu Sans")
-    for row in reversed(rows):
+    for row in rows:
         left, top, w, h = (x * scale for x in row["bbox"])
         colour, size = colours[row["category_id"]], max(width, height) // 40
         pen.rectangle([left, top, left + max(1, w), top + max(1, h)], outline=colour, width=max(1, size // 6))
         if len(names) > 1:
-            text = " ".join([*names[row["category_id"]].split(), *([f"{row['score']:.2f}"] if "score" in row else [])])
-            size = max(
-                9, min(size, int(h / 3), int(1.6 * w / max(1, len(text))))
-            )  # smaller than the object, yet legible
+            text = " ".join(names[row["category_id"]].split()) + (f" {row['score']:.2f}" if "score" in row else "")
+            size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, below the object's
             below = top + h if top + h + 1.3 * size < height else max(0, top)
             corner = min(max(0, left), width - 0.65 * size * len(text)), top - 1.3 * size if top > 1.3 * size else below
             style = dict(font=ImageFont.truetype(font, size), anchor="lt")
