@@ -153,11 +153,13 @@ class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
     As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. Classes have `numbers` in files; `pixels` counts
-    each number's, and `files` names a map that has it.
+    image and label map together; without one both come as they are. Class k has `numbers[k]` in files; `load_images`
+    sets `pixels`, the count of each number, and `files`, a map that has it.
     """
 
-    numbers, pixels, files = range(IGNORED), Counter(), {}
+    numbers: Sequence[int] = range(IGNORED)
+    pixels: Counter
+    files: dict[int, str]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Decode an image and its labels (H, W)."""
@@ -178,13 +180,15 @@ class LabelledImages(Images):
 def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     """The "train" or "val" images, with augmentation for training; their labels are counted."""
     if args.data_set == "folder":
-        names = TRAINING if split == "train" or args.holdout else {VALIDATION[0]: VALIDATION}.get(args.val_split)
-        items, labels = list_pairs(args.data_path, [*(names or [args.val_split]), *[""] * bool(args.holdout)])
+        name = "training" if split == "train" or args.holdout else args.val_split
+        names = [name, *OTHER_NAMES.get(name, ()), *[""] * bool(args.holdout)]
+        items, labels = list_pairs(args.data_path, names)
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
-        labels = masks * (kinds[:, :, None, None] + 1)
-        labels = labels.sum(axis=1).astype(np.uint8)  # masks are disjoint: (n, 3, S, S) -> (n, S, S)
+        labels = (masks * (kinds[:, :, None, None] + 1)).sum(
+            axis=1, dtype=np.uint8
+        )  # disjoint: (n, 3, S, S) -> (n, S, S)
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
@@ -193,7 +197,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
         counted = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
         images.pixels, images.files = dist.gather(counted)[0]
     else:
-        images.pixels.update(images.labels[:: -(-len(images) // 500)].ravel().tolist())
+        images.pixels, images.files = Counter(images.labels[:: -(-len(images) // 500)].ravel().tolist()), {}
     return images
 
 
@@ -231,20 +235,19 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
     """The classes that are listed, or that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
-    if len(labels) == 2 and labels[0] == 0 < labels[1] - 1 and not first and (count or 2) <= 2:
+    if len(labels) == 2 and labels[0] == 0 and 1 < labels[1] < 2**16 and not first and (count or 2) <= 2:
         dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
         names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
     else:
-        if len(labels) > 100 and not count:
+        if not count and (len(labels) > 100 or labels[-1] > IGNORED):
             fix = "were the maps smoothed or compressed? Else name the classes, by --classes or --nb_classes"
-            raise UserError(f"the label maps of {args.data_path} have {len(labels)} labels without names: {fix}")
+            problem = f"the label maps of {args.data_path} have {len(labels)} labels up to {labels[-1]} without names"
+            raise UserError(f"{problem}: {fix}")
         count = count or max((label for label in labels if label != IGNORED), default=first - 1) + 1 - first
         names, numbers = names or [f"class {k}" for k in range(count)], range(first, first + count)
     if first and names and names[0].strip("_ ").lower() in NOTHING:
         fix = "remove it, or --reduce_zero_label, with which label 0 does not count and label 1 is the first class"
         raise UserError(f"the first class is {names[0]}; {fix}")
-    if len(names) > IGNORED:
-        raise UserError(f"the label maps of {args.data_path} have {count} classes; 1 to {IGNORED} can be told apart")
     return maps.Classes(names, colours if len(colours) == len(names) else maps.class_colours(len(names)), numbers)
 
 
@@ -255,27 +258,29 @@ def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> to
     """
     images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
     if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
-        known = f"the {count} classes have {min(classes.numbers, default=0)} to {max(classes.numbers, default=0)}"
+        known = f"the {count} classes have {min(classes.numbers)} to {max(classes.numbers)}"
         fix = "name all classes, or, if label 0 does not count, give --reduce_zero_label"
         raise UserError(f"{images.files[max(unknown)]} has the label {max(unknown)}, but {known}; {fix}")
     pixels = torch.tensor([images.pixels[number] for number in classes.numbers], dtype=torch.float64)
-    if (pixels > 0).sum() < least:
+    if (labelled := pixels.count_nonzero()) < least:
         labels, zero = ", ".join(map(str, sorted(images.pixels))), " and 0" * (0 not in classes.numbers)
-        problem = (
-            f"{int((pixels > 0).sum())} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
-        )
+        problem = f"{labelled} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
         raise UserError(f"{problem}, where 255{zero} does not count; label at least {least}, the background being one")
     return pixels
 
 
 def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
-    """Each class's fraction of the pixels that count, as words."""
-    order, total = pixels.argsort(descending=True, stable=True).tolist(), sum(images.pixels.values())
-    words = [f"{images.classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order[:10]]
-    words += [f"{len(order) - 10} more"] * (len(order) > 10)
-    empty = [images.classes[k] for k in order if not pixels[k]]
-    left_out = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
-    return f"pixels: {', '.join(words)}; {1 - pixels.sum().item() / total:.1%} do not count{left_out}"
+    """What the pixels (K,) of the classes are of all, and which classes have none."""
+    empty = [name for name, count in zip(images.classes, pixels) if not count]
+    without = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
+    ignored = 1 - pixels.sum().item() / sum(images.pixels.values())
+    return f"pixels: {describe_largest(images.classes, pixels, 10)}; {ignored:.1%} do not count{without}"
+
+
+def describe_largest(names: list[str], pixels: torch.Tensor, most: int) -> str:
+    """The largest classes, of pixels (K,), and their fractions."""
+    order = pixels.argsort(descending=True, stable=True)[:most].tolist()
+    return ", ".join(f"{names[k]} {pixels[k] / pixels.sum():.1%}" for k in order if pixels[k])
 
 
 class Augmentation:
@@ -340,14 +345,8 @@ EVALUATION = (
 )
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
-TRAINING, VALIDATION = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
-NOTHING = (
-    "background",
-    "unlabeled",
-    "unlabelled",
-    "void",
-    "ignore",
-)  # names that label 0 may have if it does not count
+OTHER_NAMES = {"training": ["train"], "validation": ["val", "valid"]}  # of a split's folder
+NOTHING = ("background", "unlabeled", "unlabelled", "void", "ignore")  # names of label 0 where it does not count
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -357,29 +356,24 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = cli.add_model_flags(parser, MODELS, "weights of any layout that weights.py reads, or a run's folder")
     add("--channels", type=cli.count, default=512, help="width of the head")
     add("--aux_channels", type=cli.count, default=256, help="width of the auxiliary head")
-    layout = "folder in ADE20K's layout; none: the drawn images"
-    add = cli.add_data_flags(parser, ("embedded", "folder"), layout, SCENES, input_size=None)
+    add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in ADE20K's layout", SCENES, input_size=None)
     add("--val_split", default="validation", metavar="NAME", help="folder in images/ and annotations/ to evaluate on")
     add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead")
     add("--classes", metavar="FILE", help="class names, one per line, also with colours (default: DIR/classes.txt)")
     add("--nb_classes", type=cli.number(int, 1, 255), help="number of classes without names")
-    zero = "in files, label 0 does not count, and 1 is the first class, as in ADE20K"
-    add("--reduce_zero_label", action=cli.BoolFlag, default=False, help=zero)
+    add("--reduce_zero_label", action=cli.BoolFlag, default=False, help="label 0 does not count, 1 is the first class")
     add("--test_size", type=side, help="short side of images at scale 1; the long one is at most 4 times it")
-    scale = "training: smallest and largest size of images, relative to --test_size"
-    add("--scale", type=cli.positive, default=(0.5, 2.0), nargs=2, help=scale)
+    add("--scale", type=cli.positive, default=(0.5, 2.0), nargs=2, help="training: range of sizes over --test_size")
     add("--most", type=cli.fraction, default=0.75, help="training: largest fraction of a crop that one class may have")
     add("--photometric", action=cli.BoolFlag, default=True, help="training: distort colours")
-    scales = "evaluation: sizes whose probabilities are averaged"
-    add("--test_scales", type=cli.positive, default=(1.0,), nargs="+", help=scales)
+    add("--test_scales", type=cli.positive, default=(1.0,), nargs="+", help="evaluation: sizes to average over")
     add("--flip", action=cli.BoolFlag, default=False, help="evaluation: average with the mirrored image's")
     add("--window", type=side, help="evaluation: side of sliding windows (default: the whole image at once)")
     add("--stride", type=cli.count, help="evaluation: step of the windows (default: 2/3 of --window)")
 
     add = cli.add_optimisation_flags(parser, epochs=50, blr=1.6e-3, min_lr=0.0, warmup=None)
     add("--iterations", type=cli.count, help="updates of the whole run, instead of --epochs")
-    warmup = "updates of linear warm-up (default: 1500, or 10% of short runs)"
-    add("--warmup_updates", type=cli.number(int, 0), help=warmup)
+    add("--warmup_updates", type=cli.number(int, 0), help="updates of linear warm-up (1500, or 10% of short runs)")
     add("--power", type=cli.nonnegative, default=1.0, help="power of the polynomial decay of the learning rate")
     balance = "weights of classes in the loss: their fraction of the pixels to the power of minus this"
     add("--class_balance", type=cli.fraction, default=0.0, help=balance)
@@ -410,6 +404,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+CURVES = {"mIoU": "val_mIoU", "accuracy": "val_accuracy", "mean accuracy of classes": "val_mean_accuracy"}
 
 
 @record  # torchrun then reports the error of the process that failed first
@@ -471,7 +467,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
             if val and run.evaluation_due(epoch):
                 tasks.evaluate(run, epoch, score, "mIoU", describe, write)
-                run.write("scores.png", draw, run.records)
+                run.write("scores.png", plot_evaluations, run.records, CURVES, "%", "Validation", 100)
             if run.save_due(epoch):
                 run.save(epoch + 1)
     best = f"checkpoint-best.pth (mIoU {run.best:.1%}), scores.json, segmentation.png, scores.png"
@@ -490,12 +486,6 @@ def make_schedule(run: Run) -> Callable[[int], float]:
         return args.min_lr + (run.peak_lr - args.min_lr) * left**args.power
 
     return rate
-
-
-def draw(path: Path, records: list[dict]) -> None:
-    """Write scores.png from the log's records."""
-    curves = {"mIoU": "val_mIoU", "accuracy": "val_accuracy", "mean accuracy of classes": "val_mean_accuracy"}
-    plot_evaluations(path, records, curves, "%", "Validation", scale=100)
 
 
 # --- evaluation and prediction ----------------------------------------------------------------------------------------
@@ -638,11 +628,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         labels, name = prediction.cpu(), f"{index:05d}-{Path(paths[index]).stem}"
         maps.write_labels(folder / f"{name}.png", labels.numpy(), classes)
         maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes)
-        pixels, order = labels.flatten().bincount(minlength=len(classes.names)).sort(descending=True)
-        largest = [
-            f"{classes.names[k]} {n / labels.numel():.1%}" for k, n in zip(order[:5].tolist(), pixels.tolist()) if n
-        ]
-        print(f"{paths[index]}: {', '.join(largest)}")
+        print(f"{paths[index]}: {describe_largest(classes.names, labels.flatten().bincount(), 5)}")
     dist.gather(None)  # the other processes' files are there too
     dist.say(f"in {folder}: a label map and an overlay of each image")
 

@@ -40,12 +40,6 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
         yield
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image upright: orientation by EXIF is applied."""
-    with opened(path) as image:
-        return upright(image)
-
-
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file, its header read. Raises nearly anything if it is damaged, or over 178 million pixels."""
@@ -157,10 +151,8 @@ class Loader(DataLoader):
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
-    collate = getattr(samples, "collate", None)
-    return Loader(
-        samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
-    )
+    more |= dict(num_workers=workers, pin_memory=pin_memory, collate_fn=getattr(samples, "collate", None))
+    return Loader(samples, batch_sampler=batches, **more)
 
 
 def progress(batches: Collection, every: float = 30) -> Iterator:
@@ -177,9 +169,7 @@ def progress(batches: Collection, every: float = 30) -> Iterator:
 @cache
 def _ending():
     event = multiprocessing.Event()
-    atexit.register(
-        event.set
-    )  # runs before multiprocessing's own exit, which terminates the workers and waits for them
+    atexit.register(event.set)  # before multiprocessing's own exit, which terminates the workers and waits for them
     return event
 
 
