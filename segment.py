@@ -64,9 +64,7 @@ class UPerNet(nn.Module):
         dropout: fraction of the channels dropped before the classifiers.
     """
 
-    def __init__(
-        self, encoder: ConvNeXt, num_classes: int, channels: int = 512, aux_channels: int = 256, dropout: float = 0.1
-    ):
+    def __init__(self, encoder: ConvNeXt, num_classes: int, channels: int = 512, aux_channels: int = 256, dropout=0.1):
         super().__init__()
         *lower, top = encoder.dims
         conv = partial(Conv2dNormActivation, norm_layer=BatchNorm)  # inputs, outputs, kernel size; then ReLU
@@ -85,25 +83,20 @@ class UPerNet(nn.Module):
     def forward(self, imgs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, H, W) -> logits (N, K, H, W); in training also the auxiliary ones. ValueError below one patch."""
         stages = self.encoder.forward_stages(imgs)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
-        features = [norm(stage) for norm, stage in zip(self.norms, stages)]
-        logits = resize(self.classifier(self.dropout(self.head(features))), imgs)  # (N, C, ...) -> (N, K, H, W)
-        if not self.training:
-            return logits
-        conv, classifier = self.auxiliary
-        return logits, resize(classifier(self.dropout(conv(features[2]))), imgs)  # (N, C_3, ...) -> (N, K, H, W)
-
-    def head(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Four feature maps (N, C_i, H / s_i, W / s_i) -> (N, C, H / s_1, W / s_1)."""
-        *lower, top = features
+        *lower, top = features = [norm(stage) for norm, stage in zip(self.norms, stages)]
         pooled = [conv(F.adaptive_avg_pool2d(top, n)) for n, conv in zip(self.bins, self.ppm)]  # (N, C, n, n)
         pooled = [resize(context, top) for context in pooled]
         levels = [self.bottleneck(torch.cat([top, *pooled], dim=1))]  # (N, C_4 + 4 C, ...) -> (N, C, H / s_4, W / s_4)
         for lateral, stage in zip(reversed(self.lateral), reversed(lower)):  # top-down; the finest level comes first
             levels.insert(0, lateral(stage) + resize(levels[0], stage))
-        *lower, top = levels
-        levels = [*(smooth(level) for smooth, level in zip(self.fpn, lower)), top]
+        levels = [*(smooth(level) for smooth, level in zip(self.fpn, levels)), levels[-1]]
         levels = [resize(level, levels[0]) for level in levels]
-        return self.fuse(torch.cat(levels, dim=1))  # (N, 4 C, H / s_1, W / s_1) -> (N, C, H / s_1, W / s_1)
+        fused = self.fuse(torch.cat(levels, dim=1))  # (N, 4 C, H / s_1, W / s_1) -> (N, C, H / s_1, W / s_1)
+        logits = resize(self.classifier(self.dropout(fused)), imgs)  # (N, C, ...) -> (N, K, H, W)
+        if not self.training:
+            return logits
+        conv, classifier = self.auxiliary
+        return logits, resize(classifier(self.dropout(conv(features[2]))), imgs)  # (N, C_3, ...) -> (N, K, H, W)
 
 
 def resize(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -153,12 +146,11 @@ class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
     As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. Class k has `numbers[k]` in files; `load_images`
-    sets `pixels`, the count of each number, and `files`, a map that has it.
+    image and label map together; without one both come as they are. Class k has `numbers[k]` in files.
     """
 
     numbers: Sequence[int] = range(IGNORED)
-    pixels: Counter
+    pixels: Counter  # of each number, and below a map that has it; `load_images` counts them
     files: dict[int, str]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -186,9 +178,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
-        labels = (masks * (kinds[:, :, None, None] + 1)).sum(
-            axis=1, dtype=np.uint8
-        )  # disjoint: (n, 3, S, S) -> (n, S, S)
+        labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1, dtype=np.uint8)  # disjoint ones, -> (n, S, S)
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
@@ -217,7 +207,7 @@ def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
     if lonely := sorted(images.keys() ^ labels.keys()):
         path = (images | labels)[lonely[0]]
         raise UserError(f"{len(lonely)} images or label maps have no partner of the same name, such as {path}")
-    return [images[name] for name in sorted(images)], [labels[name] for name in sorted(images)]
+    return tuple([part[name] for name in sorted(images)] for part in (images, labels))
 
 
 def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | None:
@@ -299,7 +289,7 @@ class Augmentation:
 
     def resize(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
         """Resize to a short side of --test_size times a factor drawn uniformly from --scale."""
-        low, high = self.scale
+        low, high = sorted(self.scale)
         short = self.short * (low + (high - low) * torch.rand(()).item())
         size = list(scaled_size(image.height, image.width, short))
         # Not torchvision's resizing of masks, which takes the pixel before a position: labels would be shifted.
@@ -333,16 +323,8 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-EVALUATION = (
-    "input_size",
-    "test_size",
-    "window",
-    "stride",
-    "reduce_zero_label",
-    "nb_classes",
-    "val_split",
-    "image_max",
-)
+EVALUATION = ("input_size", "test_size", "window", "stride")
+EVALUATION += ("reduce_zero_label", "nb_classes", "val_split", "image_max")
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
 OTHER_NAMES = {"training": ["train"], "validation": ["val", "valid"]}  # of a split's folder
@@ -387,19 +369,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.by_data = DEFAULTS | ({"folder": DEFAULTS["folder on a CPU"]} if small else {})
     args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"ade20k": ADE20K})
     parser.refuse_both(args, "classes", "nb_classes")
-    if not args.input_size:
-        args.input_size = CPU_SIZES[args.stem_stride] if small else 512
-        args.test_size = args.test_size or args.input_size * (3 if small else 2) // 2
-    args.test_size = args.test_size or args.input_size
+    factor = 1.5 if small and not args.input_size else 1
+    args.input_size = args.input_size or (CPU_SIZES[args.stem_stride] if small else 512)
+    args.test_size = args.test_size or int(factor * args.input_size)
     with value_errors_are_the_users():
         for size in filter(None, (args.input_size, args.window)):
             check_size(size, size, 8 * args.stem_stride, whole_patches=False)
-    if args.window:
-        args.stride = args.stride or max(1, args.window * 2 // 3)
+    args.stride = args.stride or (args.window and args.window * 2 // 3)
     if args.stride and args.stride > (args.window or 0):
         parser.error(f"--stride {args.stride} is larger than --window {args.window}: it leaves gaps; lower it")
-    if args.scale[0] > args.scale[1]:
-        parser.error(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the larger factor comes second")
     return args
 
 
@@ -432,10 +410,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if val:
         use_classes(val, classes, least=1)
     with torch.device("meta"):  # shapes alone
-        net, size = make_segmenter(args, len(classes.names)).train(), (batch_size, *[args.input_size] * 2)
-        imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
+        net, imgs = make_segmenter(args, len(classes.names)).train(), torch.empty(batch_size, 3, *[args.input_size] * 2)
         fix = "lower --batch_size, --input_size or --channels"
-        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), labels, None), args.amp, device, fix)
+        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), imgs[:, 0]), args.amp, device, fix)
 
     torch.manual_seed(args.seed)
     net = speed_up(make_segmenter(args, len(classes.names)))
@@ -542,11 +519,12 @@ def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | No
     if window is None:
         return net(imgs).float()
     starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
-    total, times = 0, imgs.new_zeros(imgs.shape[2:])
+    total = times = None
     for top, left in product(*starts):
         place = (..., slice(top, top + window), slice(left, left + window))
         logits = net(imgs[place]).float()
-        total = imgs.new_zeros(len(imgs), logits.shape[1], *imgs.shape[2:]) if times.max() == 0 else total
+        if total is None:
+            total, times = (imgs.new_zeros(len(imgs), k, *imgs.shape[2:]) for k in (logits.shape[1], 1))
         total[place] += logits
         times[place] += 1
     return total / times
