@@ -358,10 +358,12 @@ def test_splits_have_other_names_or_are_one_folder_with_a_holdout(folder, layout
     training, validation, *holdout = layout.split()
     for kind in ("images", "annotations"):
         (folder / kind / "validation").rename(folder / (kind if validation != "elsewhere" else "") / validation)
+        (folder / kind / "training").rename(folder / "moved")
         (folder / kind / training).mkdir(exist_ok=True)
-        for path in (folder / kind / "training").iterdir():
+        for path in (folder / "moved").iterdir():
             path.rename(folder / kind / training / path.name)
-        shutil.rmtree(folder / "elsewhere", ignore_errors=True)
+        for leftover in ("moved", "elsewhere"):
+            shutil.rmtree(folder / leftover, ignore_errors=True)
     args = arguments(folder, holdout=holdout[0] if holdout else None)
     train, val = (segment.load_images(args, split) for split in ("train", "val"))
     assert [path.replace("/images/", "/annotations/") for path in train.items] == train.labels
