@@ -192,10 +192,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
 
 
 def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pair the files of images/ and annotations/ by name, without suffix, in the first folder of `splits` that exists.
-
-    UserError for unpaired files.
-    """
+    """Pair images/ and annotations/ by names without suffix, in the first folder of `splits`; UserError for others."""
     names = []
     for kind in ("images", "annotations"):
         folder = next((path for split in splits if (path := Path(root, kind, split)).is_dir()), None)
@@ -242,10 +239,7 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
 
 
 def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> torch.Tensor:
-    """Give images their classes, and return each one's pixels (K,).
-
-    UserError for labels that are no class's, and if fewer than `least` classes have pixels.
-    """
+    """Give images their classes; return each one's pixels (K,). UserError for other labels, or if few have pixels."""
     images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
     if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
         known = f"the {count} classes have {min(classes.numbers)} to {max(classes.numbers)}"
@@ -357,10 +351,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=cli.count, help="updates of the whole run, instead of --epochs")
     add("--warmup_updates", type=cli.number(int, 0), help="updates of linear warm-up (1500, or 10% of short runs)")
     add("--power", type=cli.nonnegative, default=1.0, help="power of the polynomial decay of the learning rate")
-    balance = "weights of classes in the loss: their fraction of the pixels to the power of minus this"
-    add("--class_balance", type=cli.fraction, default=0.0, help=balance)
-    layer = "a layer is one block, or a stage (of stage 3, three blocks)"
-    add("--layer_decay_type", choices=("single", "group"), default="group", help=layer)
+    add("--class_balance", type=cli.fraction, default=0.0, help="weights of classes: fraction of pixels ** -this")
+    add("--layer_decay_type", choices=("single", "group"), default="group", help="layers are blocks, or stages")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/segment")
 
@@ -470,10 +462,8 @@ def make_schedule(run: Run) -> Callable[[int], float]:
 
 @torch.no_grad()
 def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
-    """Label every image of this process that can be read: its index, image (3, H, W), true and predicted labels (H, W).
-
-    One at a time, since GRN would pool over the padding of unequal sizes.
-    """
+    """Label each of this process's readable images: its index, image (3, H, W), true and predicted labels (H, W)."""
+    # One at a time, since GRN would pool over the padding of unequal sizes.
     batches, training = divided(range(dist.rank(), len(images), dist.world_size()), 1), net.training
     net.eval()
     for batch, (image, truth) in zip(batches, progress(make_loader(images, batches, args.num_workers))):
@@ -485,10 +475,7 @@ def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device
 
 
 def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """uint8 (3, H, W) -> each class's probability, averaged over --test_scales and --flip, in strips of rows (K, h, W).
-
-    They come from top to bottom, and bound the memory that large images need.
-    """
+    """uint8 (3, H, W) -> classes' probabilities, means over scales and flips, in strips (K, h, W) to save memory."""
     views, (height, width) = [], image.shape[1:]
     for scale, flip in product(args.test_scales, (False, True) if args.flip else (False,)):
         size = list(scaled_size(height, width, args.test_size * scale, least=net.encoder.patch_size))
@@ -512,10 +499,7 @@ def resize_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> t
 
 
 def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
-    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows; without a window of the whole image.
-
-    The last window of a row or column ends with the image.
-    """
+    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows, the last of which end with it."""
     if window is None:
         return net(imgs).float()
     starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
@@ -543,8 +527,6 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
         if index in chosen:
             examples[index] = image, truth.cpu(), prediction.cpu()
     counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
-    if not sum(counts):
-        raise UserError(f"none of {len(images)} images to evaluate can be read; check the files")
     examples = sorted((index, example) for part in parts for index, example in part.items())
     scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
     chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}

@@ -70,12 +70,8 @@ def upright(image: Image.Image) -> Image.Image:
 class Samples(Dataset):
     """Samples indexed by (epoch, index), which seed the augmentation.
 
-    A subclass has `read(index)`, which decodes a sample and may raise any exception, and `augment(sample, index)`. The
-    next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
-
-    Args:
-        items: file paths, or arrays.
-        seed: seed of the augmentation.
+    A subclass has `read(index)`, which decodes one of `items` and may raise anything, and `augment(sample, index)`.
+    The next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
     """
 
     image_max: float | None = None  # white in images of 16 bits, as --image_max says

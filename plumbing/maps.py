@@ -141,11 +141,6 @@ def paint(labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
     return table[labels.long()].permute(2, 0, 1)  # (H, W) -> (H, W, 3) -> (3, H, W)
 
 
-def overlay(image: torch.Tensor, labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
-    """Lay labels (H, W) over their image: uint8 (3, H, W)."""
-    return (0.4 * image + 0.6 * paint(labels, colours)).round().to(torch.uint8)
-
-
 def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """The image in pale grey, wrong pixels in red, and black where none count: uint8 (3, H, W)."""
     grey = 160 + 0.35 * image.float().mean(dim=0, keepdim=True)  # (3, H, W) -> (1, H, W)
@@ -167,7 +162,8 @@ def draw_segmentation(path: Path, examples: Sequence[Example], classes: Classes)
 def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, classes: Classes) -> None:
     """Draw an image beside its prediction, laid over it."""
     image, prediction = scaled((image, prediction), 480)
-    columns = {"image": [image], "labels": [overlay(image, prediction, classes.colours)]}
+    overlay = (0.4 * image + 0.6 * paint(prediction, classes.colours)).round()
+    columns = {"image": [image], "labels": [overlay]}
     draw_with_legend(path, columns, prediction.flatten(), classes, 4)
 
 

@@ -203,22 +203,21 @@ def test_without_names_there_are_as_many_classes_as_in_the_training_maps(folder)
     assert torch.cdist(colours, colours).add(torch.eye(20) * 1e3).min() > 20 and len(set(maps.class_colours(150))) > 120
 
 
-def test_a_legend_names_the_ten_largest_classes(tmp_path, monkeypatch):
-    legends = []
-    monkeypatch.setattr(maps, "plot_panels", lambda *_, legend, **__: legends.append([*legend]))
+def test_an_overlay_is_tinted_and_its_legend_names_the_ten_largest_classes(tmp_path, monkeypatch):
+    drawn, classes = [], maps.Classes([f"c{k}" for k in range(30)], maps.class_colours(30), range(30))
+    monkeypatch.setattr(maps, "plot_panels", lambda path, panels, *_, legend, **__: drawn.extend([panels, [*legend]]))
+    monkeypatch.setattr(maps, "scaled", lambda example, side: example)
     labels = torch.arange(30).repeat_interleave(torch.arange(30) + 1).to(torch.uint8)[None]  # of label k, k + 1
     labels[0, 0] = 255
-    classes = maps.Classes([f"c{k}" for k in range(30)], maps.class_colours(30), range(30))
-    monkeypatch.setattr(maps, "scaled", lambda example, side: example)
-    maps.draw_overlay(tmp_path / "a.png", torch.zeros(3, *labels.shape, dtype=torch.uint8), labels, classes)
-    assert legends == [[f"c{k}" for k in range(20, 30)] + ["ignored"]]
+    maps.draw_overlay(tmp_path / "a.png", torch.full((3, *labels.shape), 100, dtype=torch.uint8), labels, classes)
+    assert drawn[1] == [f"c{k}" for k in range(20, 30)] + ["ignored"]
+    tint = torch.tensor([(0, 0, 0), classes.colours[1], classes.colours[1]]).T[:, None]
+    assert torch.equal((255 * drawn[0]["labels"][0, :, :, :3]).round(), (40 + 0.6 * tint).round())
 
 
 def test_errors_are_red_and_what_does_not_count_black():
-    image, truth, colours = torch.full((3, 1, 3), 100), torch.tensor([[1, 1, 255]]), [(0, 0, 0), (200, 100, 50)]
-    marked = maps.mark_errors(image, truth, torch.tensor([[1, 0, 0]]))
+    marked = maps.mark_errors(torch.full((3, 1, 3), 100), torch.tensor([[1, 1, 255]]), torch.tensor([[1, 0, 0]]))
     assert marked[:, 0].T.tolist() == [[195] * 3, [214, 39, 40], [0, 0, 0]]
-    assert maps.overlay(image, truth, colours)[:, 0].T.tolist() == [[160, 100, 70], [160, 100, 70], [40, 40, 40]]
 
 
 def relabel(root: Path, change) -> None:
