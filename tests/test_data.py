@@ -204,12 +204,10 @@ def test_the_next_replaces_an_unreadable_image(tmp_path, capsys, monkeypatch, re
     assert re.fullmatch(rf"warning: cannot read {paths[1]} \({reason}.*\)\n", capsys.readouterr().err)
 
 
-def test_images_of_which_none_can_be_read_are_refused(tmp_path):
+def test_the_second_of_the_images_that_are_tried_is_enough(tmp_path):
+    save_noise(tmp_path / "03.png")
     for k in range(20):
         (tmp_path / f"{k:02}.png").touch()
-    with pytest.raises(UserError, match=r"none of 7 images tried can be read, such as .*00\.png \(cannot identify"):
-        folder(tmp_path)
-    save_noise(tmp_path / "03.png")  # the second that is tried
     assert len(folder(tmp_path)) == 20
 
 
@@ -293,9 +291,8 @@ def test_a_home_directory_is_expanded_in_every_path(monkeypatch, tmp_path):
     assert (args.data_path, args.output_dir, args.log_dir) == (f"{tmp_path}/photos", f"{tmp_path}/runs", "logs")
 
 
-def save_values(path: Path, values, kind) -> str:
+def save_values(path: Path, values, kind) -> None:
     Image.fromarray(np.array([values] * 9, dtype=kind)).save(path)
-    return str(path)
 
 
 DEEP = [  # type, values, --image_max, and the bytes that they become; None where they are refused
@@ -314,12 +311,12 @@ DEEP = [  # type, values, --image_max, and the bytes that they become; None wher
 
 @pytest.mark.parametrize(("kind", "values", "image_max", "expected"), DEEP)
 def test_deep_images_are_scaled_by_one_number(tmp_path, capsys, kind, values, image_max, expected):
-    path, white = save_values(tmp_path / "a.tif", values, kind), image_max or (1 if kind == np.float32 else 65535)
+    white = image_max or (1 if kind == np.float32 else 65535)
+    save_values(tmp_path / "a.tif", values, kind)
     problem = pytest.raises(UserError, match="values from .* give all images' largest value as --image_max")
     with nullcontext() if expected else problem:
         images = load_images("folder", str(tmp_path), "train", data.center_transform(3), image_max=image_max)
         assert np.asarray(images.read(0))[0, :, 0].tolist() == expected
-        assert np.asarray(data.open_rgb(path, image_max=image_max))[0, :, 0].tolist() == expected
         assert f"{white} is white (--image_max)" in capsys.readouterr().out
 
 
@@ -336,11 +333,8 @@ def test_white_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
 
 # --- CIFAR ------------------------------------------------------------------------------------------------------------
 
-
-CIFAR = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
+CIFAR = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
+CIFAR["cifar100"] = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -362,11 +356,9 @@ def test_cifar_comes_from_torchvision_with_its_own_statistics(name, monkeypatch)
 # --- randomness and loaders -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [pretrain_transform(16), augmentation.training_transform(16, ()), augmentation.training_transform(40, ())],
-)
-def test_half_of_the_crops_are_mirrored(transform):
+@pytest.mark.parametrize("size", [None, 16, 40])
+def test_half_of_the_crops_are_mirrored(size):
+    transform = augmentation.training_transform(size, ()) if size else pretrain_transform(16)
     ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None], (1, 48, 48, 3))  # brighter to the right
     images = Images(ramp, None, None, transform, IMAGENET)
     crops = (images[epoch, 0][0] for epoch in range(400))
