@@ -606,6 +606,7 @@ def test_the_drawn_images_are_those_of_detection_and_their_labels_the_shapes(tmp
     args = arguments(None, "--eval", resume=tmp_path / "run", embedded_images=(7, 50))
     images, (scenes, kinds, masks) = segment.load_images(args, "val"), draw_scenes(50, 1, 32)
     assert (images.items == scenes).all() and segment.find_classes(args, images.pixels)[0] == NAMES
+    assert sum(images.pixels.values()) == images.labels.size  # not those of the training images too
     for labels, kinds_of_image, visible in zip(images.labels, kinds, masks):
         assert all((labels[mask] == kind + 1).all() for kind, mask in zip(kinds_of_image, visible))
         assert (labels[~visible.any(axis=0)] == 0).all()
