@@ -42,6 +42,7 @@ CONVERT = f"files must end in {', '.join(sorted(IMAGE_SUFFIXES))}; convert other
 LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # what Windows leaves in folders
 HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # what names of hidden files and folders begin with
 OUTPUTS = {"log.jsonl", "scores.json", "classes.csv", "predictions.csv", "predictions.json"}  # which scripts write
+PICTURES = ("predictions", "accuracy.png", "confusion.png", "progress.png", "reconstructions.png")  # beside them
 VALIDATION = ("val", "validation", "valid")
 
 
@@ -130,15 +131,21 @@ def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: flo
 def to_rgb(image: Image.Image, image_max: float | None = None) -> Image.Image:
     """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too.
 
-    image_max: white in the last two; by default 65535, and 1 for floating-point numbers. ValueError far beyond that.
+    In the last two `white_of` is white; ValueError where values lie far beyond, and `image_max` is not given.
     """
-    if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit values at 255
-        values, white = np.asarray(image, dtype=np.float32), image_max or (1 if image.mode == "F" else 65535)
+    if white := white_of(image, image_max):  # Pillow would clip 16-bit values at 255
+        values = np.asarray(image, dtype=np.float32)
         if not image_max and not -white <= values.min() <= values.max() <= 2 * white:
             limits = f"values from {values.min():g} to {values.max():g}, where 0 is black and {white} white"
             raise ValueError(f"{limits}; give all images' largest value as --image_max")
         image = Image.fromarray(np.clip(np.nan_to_num(values) * (255 / white), 0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def white_of(image: Image.Image, image_max: float | None) -> float | None:
+    """White in an image of 16 bits (by default 65535) or floating-point numbers (1); None for other images."""
+    default = {"I": 65535, "F": 1}.get(image.mode[0])
+    return default and (image_max or default)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -156,28 +163,27 @@ def list_images(directory: str | Path) -> list[str]:
         tqdm.write(f"warning: cannot read the folder {error.filename} ({error.strerror})", file=sys.stderr)
 
     for folder, subfolders, names in os.walk(directory, onerror=warn, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
+        real, ours = os.path.realpath(folder), any(name in OUTPUTS or name.endswith("-overlay.png") for name in names)
+        if real in visited or (ours and folder != str(directory)):
+            outputs += [folder] * (real not in visited)
             subfolders.clear()
             continue
         visited.add(real)
-        if folder != str(directory) and any(name in OUTPUTS or name.endswith("-overlay.png") for name in names):
-            outputs.append(folder)
-            subfolders.clear()
-            continue
-        subfolders[:] = (name for name in subfolders if not name.startswith(HIDDEN))
+        hidden = HIDDEN + PICTURES * ours
+        subfolders[:] = (name for name in subfolders if not name.startswith(hidden))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES and not name.startswith(HIDDEN):
+            if name.startswith(hidden) or name.lower() in LITTER:
+                continue
+            if suffix in IMAGE_SUFFIXES:
                 images.append(os.path.join(folder, name))
-            elif not name.startswith(HIDDEN) and name.lower() not in LITTER:
+            else:
                 ignored[suffix or "without a suffix"] += 1
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common(8)) + ", ..." * (len(ignored) > 8)
+    kinds = [f"{count:,} {kind}" for kind, count in ignored.most_common(8)] + ["..."] * (len(ignored) > 8)
     if not images:
-        raise UserError(f"no images under {directory}{f', but {kinds}' if kinds else ''}; {CONVERT}")
-    if kinds or outputs:
-        kinds = ", ".join([*[kinds] * bool(kinds), *(f"the outputs in {folder}" for folder in sorted(outputs))])
-        say_once(f"{directory}: {len(images):,} images; not read: {kinds}")
+        raise UserError(f"no images under {directory}{', but ' * bool(kinds)}{', '.join(kinds)}; {CONVERT}")
+    if kinds := kinds + [f"the outputs in {folder}" for folder in sorted(outputs)]:
+        say_once(f"{directory}: {len(images):,} images; not read: {', '.join(kinds)}")
     return sorted(images)
 
 
@@ -209,26 +215,20 @@ def split_folder(directory: str | Path, split: str) -> Path | None:
 
 def image_folder(directory: str, split: str) -> Path:
     """The folder of a split's images; DIR itself if it has neither DIR/train nor DIR/val. UserError if it lacks one."""
-    root = Path(directory)
-    if not os.path.isdir(root):
-        problem = "is not a directory" if os.path.exists(root) else "does not exist"
-        raise UserError(f"the folder {root} {problem}; give a folder of images, as by --data_path DIR")
-    folders = {name: folder for name in ("train", "val") if (folder := split_folder(root, name))}
+    if not os.path.isdir(directory):
+        problem = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise UserError(f"the folder {directory} {problem}; give a folder of images, as by --data_path DIR")
+    folders = {name: folder for name in ("train", "val") if (folder := split_folder(directory, name))}
     if folders and split not in folders:
         fix = ", name other images by --eval_data_path, or train with --holdout 0.2" if split == "val" else ""
-        raise UserError(f"{root} has a folder {next(iter(folders))} and none named {split}; add it{fix}")
-    return folders.get(split, root)
+        raise UserError(f"{directory} has a folder {next(iter(folders))} and none named {split}; add it{fix}")
+    return folders.get(split, Path(directory))
 
 
 def load_images(
-    data_set: str,
-    data_path: str | None,
-    split: str,
-    transform: v2.Compose | None,
-    seed: int = 0,
-    count: int | None = None,
-    image_max: float | None = None,
-) -> Images:
+    data_set: str, data_path: str | None, split: str, transform: v2.Compose | None, seed: int = 0,
+    count: int | None = None, image_max: float | None = None,
+) -> Images:  # fmt: skip
     """The "train" or "val" images of a data set; `count` of the drawn ones; `image_max` as in `to_rgb`.
 
     In folders, labels are the first folder below the split's, and None when an image lies in no such folder. UserError
@@ -247,14 +247,11 @@ def load_images(
             raise UserError(f"{problem}; give its folder as --data_path") from None
         return Images(cifar.data, cifar.targets, cifar.classes, transform, statistics, seed)
 
-    root = image_folder(data_path, split)
+    root, labels, classes = image_folder(data_path, split), None, None
     paths = list_images(root)
     folders = [os.path.relpath(path, root).split(os.sep)[:-1] for path in paths]
-    labels = classes = None
     if all(folders):
-        classes = sorted({names[0] for names in folders})
-        number = {name: k for k, name in enumerate(classes)}
-        labels = [number[names[0]] for names in folders]
+        classes, labels = (a.tolist() for a in np.unique([names[0] for names in folders], return_inverse=True))
     check_readable(paths, image_max)
     images = Images(paths, labels, classes, transform, statistics, seed)
     images.image_max = image_max
@@ -266,10 +263,9 @@ def check_readable(paths: list[str], image_max: float | None = None) -> None:
     problems = []
     for path in paths[:: -(-len(paths) // 8)]:
         try:
-            open_rgb(path, image_max=image_max)
             with opened(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    white = image_max or (1 if image.mode == "F" else 65535)
+                to_rgb(upright(image), image_max)
+                if white := white_of(image, image_max):
                     say_once(f"{path}: values up to {image.getextrema()[1]:g}; {white} is white (--image_max)")
             return
         except Exception as error:  # damaged files raise nearly anything, depending on the decoder

@@ -64,9 +64,7 @@ class UPerNet(nn.Module):
         dropout: fraction of the channels dropped before the classifiers.
     """
 
-    def __init__(
-        self, encoder: ConvNeXt, num_classes: int, channels: int = 512, aux_channels: int = 256, dropout: float = 0.1
-    ):
+    def __init__(self, encoder: ConvNeXt, num_classes: int, channels: int = 512, aux_channels: int = 256, dropout=0.1):
         super().__init__()
         *lower, top = encoder.dims
         conv = partial(Conv2dNormActivation, norm_layer=BatchNorm)  # inputs, outputs, kernel size; then ReLU
@@ -85,25 +83,20 @@ class UPerNet(nn.Module):
     def forward(self, imgs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, 3, H, W) -> logits (N, K, H, W); in training also the auxiliary ones. ValueError below one patch."""
         stages = self.encoder.forward_stages(imgs)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
-        features = [norm(stage) for norm, stage in zip(self.norms, stages)]
-        logits = resize(self.classifier(self.dropout(self.head(features))), imgs)  # (N, C, ...) -> (N, K, H, W)
-        if not self.training:
-            return logits
-        conv, classifier = self.auxiliary
-        return logits, resize(classifier(self.dropout(conv(features[2]))), imgs)  # (N, C_3, ...) -> (N, K, H, W)
-
-    def head(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Four feature maps (N, C_i, H / s_i, W / s_i) -> (N, C, H / s_1, W / s_1)."""
-        *lower, top = features
+        *lower, top = features = [norm(stage) for norm, stage in zip(self.norms, stages)]
         pooled = [conv(F.adaptive_avg_pool2d(top, n)) for n, conv in zip(self.bins, self.ppm)]  # (N, C, n, n)
         pooled = [resize(context, top) for context in pooled]
         levels = [self.bottleneck(torch.cat([top, *pooled], dim=1))]  # (N, C_4 + 4 C, ...) -> (N, C, H / s_4, W / s_4)
         for lateral, stage in zip(reversed(self.lateral), reversed(lower)):  # top-down; the finest level comes first
             levels.insert(0, lateral(stage) + resize(levels[0], stage))
-        *lower, top = levels
-        levels = [*(smooth(level) for smooth, level in zip(self.fpn, lower)), top]
+        levels = [*(smooth(level) for smooth, level in zip(self.fpn, levels)), levels[-1]]
         levels = [resize(level, levels[0]) for level in levels]
-        return self.fuse(torch.cat(levels, dim=1))  # (N, 4 C, H / s_1, W / s_1) -> (N, C, H / s_1, W / s_1)
+        fused = self.fuse(torch.cat(levels, dim=1))  # (N, 4 C, H / s_1, W / s_1) -> (N, C, H / s_1, W / s_1)
+        logits = resize(self.classifier(self.dropout(fused)), imgs)  # (N, C, ...) -> (N, K, H, W)
+        if not self.training:
+            return logits
+        conv, classifier = self.auxiliary
+        return logits, resize(classifier(self.dropout(conv(features[2]))), imgs)  # (N, C_3, ...) -> (N, K, H, W)
 
 
 def resize(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -153,11 +146,12 @@ class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
     As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. Classes have `numbers` in files; `pixels` counts
-    each number's, and `files` names a map that has it.
+    image and label map together; without one both come as they are. Class k has `numbers[k]` in files.
     """
 
-    numbers, pixels, files = range(IGNORED), Counter(), {}
+    numbers: Sequence[int] = range(IGNORED)
+    pixels: Counter  # of each number, and below a map that has it; `load_images` counts them
+    files: dict[int, str]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Decode an image and its labels (H, W)."""
@@ -178,13 +172,13 @@ class LabelledImages(Images):
 def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     """The "train" or "val" images, with augmentation for training; their labels are counted."""
     if args.data_set == "folder":
-        names = TRAINING if split == "train" or args.holdout else {VALIDATION[0]: VALIDATION}.get(args.val_split)
-        items, labels = list_pairs(args.data_path, [*(names or [args.val_split]), *[""] * bool(args.holdout)])
+        name = "training" if split == "train" or args.holdout else args.val_split
+        names = [name, *OTHER_NAMES.get(name, ()), *[""] * bool(args.holdout)]
+        items, labels = list_pairs(args.data_path, names)
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
-        labels = masks * (kinds[:, :, None, None] + 1)
-        labels = labels.sum(axis=1).astype(np.uint8)  # masks are disjoint: (n, 3, S, S) -> (n, S, S)
+        labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1, dtype=np.uint8)  # disjoint ones, -> (n, S, S)
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
@@ -193,15 +187,12 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
         counted = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
         images.pixels, images.files = dist.gather(counted)[0]
     else:
-        images.pixels.update(images.labels[:: -(-len(images) // 500)].ravel().tolist())
+        images.pixels, images.files = Counter(images.labels[:: -(-len(images) // 500)].ravel().tolist()), {}
     return images
 
 
 def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pair the files of images/ and annotations/ by name, without suffix, in the first folder of `splits` that exists.
-
-    UserError for unpaired files.
-    """
+    """Pair images/ and annotations/ by names without suffix, in the first folder of `splits`; UserError for others."""
     names = []
     for kind in ("images", "annotations"):
         folder = next((path for split in splits if (path := Path(root, kind, split)).is_dir()), None)
@@ -213,7 +204,7 @@ def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
     if lonely := sorted(images.keys() ^ labels.keys()):
         path = (images | labels)[lonely[0]]
         raise UserError(f"{len(lonely)} images or label maps have no partner of the same name, such as {path}")
-    return [images[name] for name in sorted(images)], [labels[name] for name in sorted(images)]
+    return tuple([part[name] for name in sorted(images)] for part in (images, labels))
 
 
 def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | None:
@@ -231,51 +222,49 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
     """The classes that are listed, or that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
-    if len(labels) == 2 and labels[0] == 0 < labels[1] - 1 and not first and (count or 2) <= 2:
+    if len(labels) == 2 and labels[0] == 0 and 1 < labels[1] < 2**16 and not first and (count or 2) <= 2:
         dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
         names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
     else:
-        if len(labels) > 100 and not count:
+        if not count and (len(labels) > 100 or labels[-1] > IGNORED):
             fix = "were the maps smoothed or compressed? Else name the classes, by --classes or --nb_classes"
-            raise UserError(f"the label maps of {args.data_path} have {len(labels)} labels without names: {fix}")
+            problem = f"the label maps of {args.data_path} have {len(labels)} labels up to {labels[-1]} without names"
+            raise UserError(f"{problem}: {fix}")
         count = count or max((label for label in labels if label != IGNORED), default=first - 1) + 1 - first
         names, numbers = names or [f"class {k}" for k in range(count)], range(first, first + count)
     if first and names and names[0].strip("_ ").lower() in NOTHING:
         fix = "remove it, or --reduce_zero_label, with which label 0 does not count and label 1 is the first class"
         raise UserError(f"the first class is {names[0]}; {fix}")
-    if len(names) > IGNORED:
-        raise UserError(f"the label maps of {args.data_path} have {count} classes; 1 to {IGNORED} can be told apart")
     return maps.Classes(names, colours if len(colours) == len(names) else maps.class_colours(len(names)), numbers)
 
 
 def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> torch.Tensor:
-    """Give images their classes, and return each one's pixels (K,).
-
-    UserError for labels that are no class's, and if fewer than `least` classes have pixels.
-    """
+    """Give images their classes; return each one's pixels (K,). UserError for other labels, or if few have pixels."""
     images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
     if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
-        known = f"the {count} classes have {min(classes.numbers, default=0)} to {max(classes.numbers, default=0)}"
+        known = f"the {count} classes have {min(classes.numbers)} to {max(classes.numbers)}"
         fix = "name all classes, or, if label 0 does not count, give --reduce_zero_label"
         raise UserError(f"{images.files[max(unknown)]} has the label {max(unknown)}, but {known}; {fix}")
     pixels = torch.tensor([images.pixels[number] for number in classes.numbers], dtype=torch.float64)
-    if (pixels > 0).sum() < least:
+    if (labelled := pixels.count_nonzero()) < least:
         labels, zero = ", ".join(map(str, sorted(images.pixels))), " and 0" * (0 not in classes.numbers)
-        problem = (
-            f"{int((pixels > 0).sum())} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
-        )
+        problem = f"{labelled} of {count} classes have pixels in {len(images)} label maps of labels {labels}"
         raise UserError(f"{problem}, where 255{zero} does not count; label at least {least}, the background being one")
     return pixels
 
 
 def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
-    """Each class's fraction of the pixels that count, as words."""
-    order, total = pixels.argsort(descending=True, stable=True).tolist(), sum(images.pixels.values())
-    words = [f"{images.classes[k]} {pixels[k] / pixels.sum():.1%}" for k in order[:10]]
-    words += [f"{len(order) - 10} more"] * (len(order) > 10)
-    empty = [images.classes[k] for k in order if not pixels[k]]
-    left_out = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
-    return f"pixels: {', '.join(words)}; {1 - pixels.sum().item() / total:.1%} do not count{left_out}"
+    """What the pixels (K,) of the classes are of all, and which classes have none."""
+    empty = [name for name, count in zip(images.classes, pixels) if not count]
+    without = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
+    ignored = 1 - pixels.sum().item() / sum(images.pixels.values())
+    return f"pixels: {describe_largest(images.classes, pixels, 10)}; {ignored:.1%} do not count{without}"
+
+
+def describe_largest(names: list[str], pixels: torch.Tensor, most: int) -> str:
+    """The largest classes, of pixels (K,), and their fractions."""
+    order = pixels.argsort(descending=True, stable=True)[:most].tolist()
+    return ", ".join(f"{names[k]} {pixels[k] / pixels.sum():.1%}" for k in order if pixels[k])
 
 
 class Augmentation:
@@ -294,7 +283,7 @@ class Augmentation:
 
     def resize(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
         """Resize to a short side of --test_size times a factor drawn uniformly from --scale."""
-        low, high = self.scale
+        low, high = sorted(self.scale)
         short = self.short * (low + (high - low) * torch.rand(()).item())
         size = list(scaled_size(image.height, image.width, short))
         # Not torchvision's resizing of masks, which takes the pixel before a position: labels would be shifted.
@@ -328,26 +317,12 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 NETWORK = ("model", "stem_stride", "mlp_norm", "channels", "aux_channels", "statistics")
-EVALUATION = (
-    "input_size",
-    "test_size",
-    "window",
-    "stride",
-    "reduce_zero_label",
-    "nb_classes",
-    "val_split",
-    "image_max",
-)
+EVALUATION = ("input_size", "test_size", "window", "stride")
+EVALUATION += ("reduce_zero_label", "nb_classes", "val_split", "image_max")
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
-TRAINING, VALIDATION = ("training", "train"), ("validation", "val", "valid")  # names of a split's folder
-NOTHING = (
-    "background",
-    "unlabeled",
-    "unlabelled",
-    "void",
-    "ignore",
-)  # names that label 0 may have if it does not count
+OTHER_NAMES = {"training": ["train"], "validation": ["val", "valid"]}  # of a split's folder
+NOTHING = ("background", "unlabeled", "unlabelled", "void", "ignore")  # names of label 0 where it does not count
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -357,34 +332,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = cli.add_model_flags(parser, MODELS, "weights of any layout that weights.py reads, or a run's folder")
     add("--channels", type=cli.count, default=512, help="width of the head")
     add("--aux_channels", type=cli.count, default=256, help="width of the auxiliary head")
-    layout = "folder in ADE20K's layout; none: the drawn images"
-    add = cli.add_data_flags(parser, ("embedded", "folder"), layout, SCENES, input_size=None)
+    add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in ADE20K's layout", SCENES, input_size=None)
     add("--val_split", default="validation", metavar="NAME", help="folder in images/ and annotations/ to evaluate on")
     add("--holdout", type=cli.fraction, help="evaluate on this fraction of the training images instead")
     add("--classes", metavar="FILE", help="class names, one per line, also with colours (default: DIR/classes.txt)")
     add("--nb_classes", type=cli.number(int, 1, 255), help="number of classes without names")
-    zero = "in files, label 0 does not count, and 1 is the first class, as in ADE20K"
-    add("--reduce_zero_label", action=cli.BoolFlag, default=False, help=zero)
+    add("--reduce_zero_label", action=cli.BoolFlag, default=False, help="label 0 does not count, 1 is the first class")
     add("--test_size", type=side, help="short side of images at scale 1; the long one is at most 4 times it")
-    scale = "training: smallest and largest size of images, relative to --test_size"
-    add("--scale", type=cli.positive, default=(0.5, 2.0), nargs=2, help=scale)
+    add("--scale", type=cli.positive, default=(0.5, 2.0), nargs=2, help="training: range of sizes over --test_size")
     add("--most", type=cli.fraction, default=0.75, help="training: largest fraction of a crop that one class may have")
     add("--photometric", action=cli.BoolFlag, default=True, help="training: distort colours")
-    scales = "evaluation: sizes whose probabilities are averaged"
-    add("--test_scales", type=cli.positive, default=(1.0,), nargs="+", help=scales)
+    add("--test_scales", type=cli.positive, default=(1.0,), nargs="+", help="evaluation: sizes to average over")
     add("--flip", action=cli.BoolFlag, default=False, help="evaluation: average with the mirrored image's")
     add("--window", type=side, help="evaluation: side of sliding windows (default: the whole image at once)")
     add("--stride", type=cli.count, help="evaluation: step of the windows (default: 2/3 of --window)")
 
     add = cli.add_optimisation_flags(parser, epochs=50, blr=1.6e-3, min_lr=0.0, warmup=None)
     add("--iterations", type=cli.count, help="updates of the whole run, instead of --epochs")
-    warmup = "updates of linear warm-up (default: 1500, or 10% of short runs)"
-    add("--warmup_updates", type=cli.number(int, 0), help=warmup)
+    add("--warmup_updates", type=cli.number(int, 0), help="updates of linear warm-up (1500, or 10% of short runs)")
     add("--power", type=cli.nonnegative, default=1.0, help="power of the polynomial decay of the learning rate")
-    balance = "weights of classes in the loss: their fraction of the pixels to the power of minus this"
-    add("--class_balance", type=cli.fraction, default=0.0, help=balance)
-    layer = "a layer is one block, or a stage (of stage 3, three blocks)"
-    add("--layer_decay_type", choices=("single", "group"), default="group", help=layer)
+    add("--class_balance", type=cli.fraction, default=0.0, help="weights of classes: fraction of pixels ** -this")
+    add("--layer_decay_type", choices=("single", "group"), default="group", help="layers are blocks, or stages")
     tasks.add_transfer_flags(add)
     cli.add_run_flags(parser, "runs/segment")
 
@@ -393,23 +361,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.by_data = DEFAULTS | ({"folder": DEFAULTS["folder on a CPU"]} if small else {})
     args = tasks.settle(parser, argv, weights.flags_of, NETWORK, EVALUATION, PLACES, {"ade20k": ADE20K})
     parser.refuse_both(args, "classes", "nb_classes")
-    if not args.input_size:
-        args.input_size = CPU_SIZES[args.stem_stride] if small else 512
-        args.test_size = args.test_size or args.input_size * (3 if small else 2) // 2
-    args.test_size = args.test_size or args.input_size
+    factor = 1.5 if small and not args.input_size else 1
+    args.input_size = args.input_size or (CPU_SIZES[args.stem_stride] if small else 512)
+    args.test_size = args.test_size or int(factor * args.input_size)
     with value_errors_are_the_users():
         for size in filter(None, (args.input_size, args.window)):
             check_size(size, size, 8 * args.stem_stride, whole_patches=False)
-    if args.window:
-        args.stride = args.stride or max(1, args.window * 2 // 3)
+    args.stride = args.stride or (args.window and args.window * 2 // 3)
     if args.stride and args.stride > (args.window or 0):
         parser.error(f"--stride {args.stride} is larger than --window {args.window}: it leaves gaps; lower it")
-    if args.scale[0] > args.scale[1]:
-        parser.error(f"--scale {args.scale[0]:g} {args.scale[1]:g}: the larger factor comes second")
     return args
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+
+CURVES = {"mIoU": "val_mIoU", "accuracy": "val_accuracy", "mean accuracy of classes": "val_mean_accuracy"}
 
 
 @record  # torchrun then reports the error of the process that failed first
@@ -436,10 +402,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if val:
         use_classes(val, classes, least=1)
     with torch.device("meta"):  # shapes alone
-        net, size = make_segmenter(args, len(classes.names)).train(), (batch_size, *[args.input_size] * 2)
-        imgs, labels = torch.empty(size[0], 3, *size[1:]), torch.empty(size, dtype=torch.uint8)
+        net, imgs = make_segmenter(args, len(classes.names)).train(), torch.empty(batch_size, 3, *[args.input_size] * 2)
         fix = "lower --batch_size, --input_size or --channels"
-        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), labels, None), args.amp, device, fix)
+        tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), imgs[:, 0]), args.amp, device, fix)
 
     torch.manual_seed(args.seed)
     net = speed_up(make_segmenter(args, len(classes.names)))
@@ -471,7 +436,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
             if val and run.evaluation_due(epoch):
                 tasks.evaluate(run, epoch, score, "mIoU", describe, write)
-                run.write("scores.png", draw, run.records)
+                run.write("scores.png", plot_evaluations, run.records, CURVES, "%", "Validation", 100)
             if run.save_due(epoch):
                 run.save(epoch + 1)
     best = f"checkpoint-best.pth (mIoU {run.best:.1%}), scores.json, segmentation.png, scores.png"
@@ -492,21 +457,13 @@ def make_schedule(run: Run) -> Callable[[int], float]:
     return rate
 
 
-def draw(path: Path, records: list[dict]) -> None:
-    """Write scores.png from the log's records."""
-    curves = {"mIoU": "val_mIoU", "accuracy": "val_accuracy", "mean accuracy of classes": "val_mean_accuracy"}
-    plot_evaluations(path, records, curves, "%", "Validation", scale=100)
-
-
 # --- evaluation and prediction ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
-    """Label every image of this process that can be read: its index, image (3, H, W), true and predicted labels (H, W).
-
-    One at a time, since GRN would pool over the padding of unequal sizes.
-    """
+    """Label each of this process's readable images: its index, image (3, H, W), true and predicted labels (H, W)."""
+    # One at a time, since GRN would pool over the padding of unequal sizes.
     batches, training = divided(range(dist.rank(), len(images), dist.world_size()), 1), net.training
     net.eval()
     for batch, (image, truth) in zip(batches, progress(make_loader(images, batches, args.num_workers))):
@@ -518,10 +475,7 @@ def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device
 
 
 def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """uint8 (3, H, W) -> each class's probability, averaged over --test_scales and --flip, in strips of rows (K, h, W).
-
-    They come from top to bottom, and bound the memory that large images need.
-    """
+    """uint8 (3, H, W) -> classes' probabilities, means over scales and flips, in strips (K, h, W) to save memory."""
     views, (height, width) = [], image.shape[1:]
     for scale, flip in product(args.test_scales, (False, True) if args.flip else (False,)):
         size = list(scaled_size(height, width, args.test_size * scale, least=net.encoder.patch_size))
@@ -545,18 +499,16 @@ def resize_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> t
 
 
 def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
-    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows; without a window of the whole image.
-
-    The last window of a row or column ends with the image.
-    """
+    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows, the last of which end with it."""
     if window is None:
         return net(imgs).float()
     starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
-    total, times = 0, imgs.new_zeros(imgs.shape[2:])
+    total = times = None
     for top, left in product(*starts):
         place = (..., slice(top, top + window), slice(left, left + window))
         logits = net(imgs[place]).float()
-        total = imgs.new_zeros(len(imgs), logits.shape[1], *imgs.shape[2:]) if times.max() == 0 else total
+        if total is None:
+            total, times = (imgs.new_zeros(len(imgs), k, *imgs.shape[2:]) for k in (logits.shape[1], 1))
         total[place] += logits
         times[place] += 1
     return total / times
@@ -575,8 +527,6 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
         if index in chosen:
             examples[index] = image, truth.cpu(), prediction.cpu()
     counts, confusions, parts = zip(*dist.gather((count, confusion.cpu(), examples)))
-    if not sum(counts):
-        raise UserError(f"none of {len(images)} images to evaluate can be read; check the files")
     examples = sorted((index, example) for part in parts for index, example in part.items())
     scores = segmentation_scores(sum(confusions).view(classes, classes), images.classes)
     chief = {name: scores[name] for name in ("mIoU", "accuracy", "mean_accuracy")}
@@ -638,11 +588,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         labels, name = prediction.cpu(), f"{index:05d}-{Path(paths[index]).stem}"
         maps.write_labels(folder / f"{name}.png", labels.numpy(), classes)
         maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes)
-        pixels, order = labels.flatten().bincount(minlength=len(classes.names)).sort(descending=True)
-        largest = [
-            f"{classes.names[k]} {n / labels.numel():.1%}" for k, n in zip(order[:5].tolist(), pixels.tolist()) if n
-        ]
-        print(f"{paths[index]}: {', '.join(largest)}")
+        print(f"{paths[index]}: {describe_largest(classes.names, labels.flatten().bincount(), 5)}")
     dist.gather(None)  # the other processes' files are there too
     dist.say(f"in {folder}: a label map and an overlay of each image")
 

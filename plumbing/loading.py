@@ -40,12 +40,6 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
         yield
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image upright: orientation by EXIF is applied."""
-    with opened(path) as image:
-        return upright(image)
-
-
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
     """An image file, its header read. Raises nearly anything if it is damaged, or over 178 million pixels."""
@@ -76,12 +70,8 @@ def upright(image: Image.Image) -> Image.Image:
 class Samples(Dataset):
     """Samples indexed by (epoch, index), which seed the augmentation.
 
-    A subclass has `read(index)`, which decodes a sample and may raise any exception, and `augment(sample, index)`. The
-    next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
-
-    Args:
-        items: file paths, or arrays.
-        seed: seed of the augmentation.
+    A subclass has `read(index)`, which decodes one of `items` and may raise anything, and `augment(sample, index)`.
+    The next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
     """
 
     image_max: float | None = None  # white in images of 16 bits, as --image_max says
@@ -157,10 +147,8 @@ class Loader(DataLoader):
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
     """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
-    collate = getattr(samples, "collate", None)
-    return Loader(
-        samples, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, collate_fn=collate, **more
-    )
+    more |= dict(num_workers=workers, pin_memory=pin_memory, collate_fn=getattr(samples, "collate", None))
+    return Loader(samples, batch_sampler=batches, **more)
 
 
 def progress(batches: Collection, every: float = 30) -> Iterator:
@@ -177,9 +165,7 @@ def progress(batches: Collection, every: float = 30) -> Iterator:
 @cache
 def _ending():
     event = multiprocessing.Event()
-    atexit.register(
-        event.set
-    )  # runs before multiprocessing's own exit, which terminates the workers and waits for them
+    atexit.register(event.set)  # before multiprocessing's own exit, which terminates the workers and waits for them
     return event
 
 

@@ -15,11 +15,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from plumbing.files import UserError, read_lines
-from plumbing.loading import open_image, opened, upright_size
+from plumbing.loading import opened, upright, upright_size
 from plumbing.plots import plot_panels
 
 IGNORED = 255  # the label of pixels that do not count
-MODES = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's names of images with one number per pixel
 Example = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # uint8: image (3, H, W), true and predicted labels (H, W)
 
 
@@ -34,27 +33,24 @@ class Classes(NamedTuple):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def open_map(path: str | Path) -> Image.Image:
-    """Open an image with one number per pixel. ValueError for an image in colours, UserError for a JPEG file."""
-    image = open_image(path)
-    if image.format == "JPEG":
-        raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
-    if image.mode in ("RGB", "RGBA", "LA"):
-        grey, *others = image.split()[: 1 if image.mode == "LA" else 3]
-        if all(channel.tobytes() == grey.tobytes() for channel in others):
-            return grey
-    if image.mode not in MODES:
+def read_map(path: str | Path) -> np.ndarray:
+    """Read an image of integers (H, W), or a grey one in RGB. ValueError for colours, UserError for a JPEG file."""
+    with opened(path) as image:
+        if image.format == "JPEG":
+            raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
+        values = np.asarray(upright(image))
+    channels = values[..., : 1 if image.mode == "LA" else 3] if values.ndim == 3 else values[..., None]  # without alpha
+    if values.dtype.kind not in "bui" or (channels != channels[..., :1]).any():
         fix = "save labels as numbers, in a palette or greyscale PNG"
         raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
-    return image
+    return channels[..., 0] + np.uint8(0)  # bits as numbers
 
 
 def read_labels(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
     """Read a label map, uint8 (H, W): class k has `numbers[k]` in the file, and other numbers do not count."""
     table = np.full(2**16, IGNORED, dtype=np.uint8)
     table[list(numbers)] = np.arange(len(numbers))
-    values = np.asarray(open_map(path))
-    return table[values.astype(np.uint8) if values.dtype == bool else values]
+    return table[read_map(path)]
 
 
 def write_labels(path: Path, labels: np.ndarray, classes: Classes) -> None:
@@ -78,27 +74,30 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
         try:
             with opened(image) as file:
                 size = upright_size(file)
-            labels = open_map(path)
+            values = read_map(path)
         except Exception as error:  # damaged files raise nearly anything
-            return error, path
-        if labels.size != size:
-            sizes = "{} is {} x {} pixels, and its label map {} {} x {}".format(image, *size, path, *labels.size)
+            return error
+        if values.shape[::-1] != size:
+            sizes = (
+                f"{image} is {size[0]} x {size[1]} pixels, and its label map {path} {values.shape[1]} x {len(values)}"
+            )
             turned = "lies on its side: images are turned upright by their EXIF orientation"
-            raise UserError(f"{sizes}; one of them {turned if labels.size == size[::-1] else 'was resized or cropped'}")
-        if labels.mode in ("L", "P"):
-            return {label: n for label, n in enumerate(labels.histogram()) if n}, path
-        return {int(label): int(n) for label, n in zip(*np.unique(np.asarray(labels), return_counts=True))}, path
+            raise UserError(f"{sizes}; one of them {turned if values.shape == size else 'was resized or cropped'}")
+        fast = values.dtype.kind == "u"  # without sorting
+        counts = enumerate(np.bincount(values.ravel())) if fast else zip(*np.unique(values, return_counts=True))
+        return {int(label): int(n) for label, n in counts if n}
 
-    pixels, files, error = Counter(), {}, None
+    pixels, files, errors = Counter(), {}, []
     with ThreadPoolExecutor() as pool:
-        for counts, path in tqdm(pool.map(count, pairs), "label maps", len(pairs), disable=None, leave=False):
+        results = tqdm(pool.map(count, pairs), "label maps", len(pairs), disable=None, leave=False)
+        for (_, path), counts in zip(pairs, results):
             if isinstance(counts, Exception):
-                error = error or counts
-                continue
-            pixels.update(counts)
-            files |= dict.fromkeys(counts, path)
+                errors.append(counts)
+            else:
+                pixels.update(counts)
+                files |= dict.fromkeys(counts, path)
     if not pixels:
-        raise UserError(f"none of {len(pairs)} label maps can be read ({error})")
+        raise UserError(f"none of {len(pairs)} label maps can be read ({errors[0]})")
     return pixels, files
 
 
@@ -142,11 +141,6 @@ def paint(labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
     return table[labels.long()].permute(2, 0, 1)  # (H, W) -> (H, W, 3) -> (3, H, W)
 
 
-def overlay(image: torch.Tensor, labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
-    """Lay labels (H, W) over their image: uint8 (3, H, W)."""
-    return (0.4 * image + 0.6 * paint(labels, colours)).round().to(torch.uint8)
-
-
 def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
     """The image in pale grey, wrong pixels in red, and black where none count: uint8 (3, H, W)."""
     grey = 160 + 0.35 * image.float().mean(dim=0, keepdim=True)  # (3, H, W) -> (1, H, W)
@@ -157,25 +151,23 @@ def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tens
 
 def draw_segmentation(path: Path, examples: Sequence[Example], classes: Classes) -> None:
     """Draw images, true labels, predictions and errors, with a legend of the classes that occur."""
-    columns, shown = {"image": [], "truth": [], "prediction": [], "wrong in red": []}, []
-    for image, truth, prediction in (scaled(example, 256) for example in examples):
-        painted = (paint(labels, classes.colours) for labels in (truth, prediction))
-        for column, panel in zip(columns.values(), (image, *painted, mark_errors(image, truth, prediction))):
-            column.append(panel)
-        shown += [truth.flatten(), prediction.flatten()]
-    draw_with_legend(path, columns, torch.cat(shown), classes, 1.7)
+    images, truths, predictions = zip(*(scaled(example, 256) for example in examples))
+    painted = [[paint(labels, classes.colours) for labels in column] for column in (truths, predictions)]
+    wrong = [mark_errors(*row) for row in zip(images, truths, predictions)]
+    columns = {"image": images, "truth": painted[0], "prediction": painted[1], "wrong in red": wrong}
+    labels = torch.cat([labels.flatten() for labels in truths + predictions])
+    draw_with_legend(path, columns, labels, classes, 1.7)
 
 
 def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, classes: Classes) -> None:
     """Draw an image beside its prediction, laid over it."""
     image, prediction = scaled((image, prediction), 480)
-    columns = {"image": [image], "labels": [overlay(image, prediction, classes.colours)]}
+    overlay = (0.4 * image + 0.6 * paint(prediction, classes.colours)).round()
+    columns = {"image": [image], "labels": [overlay]}
     draw_with_legend(path, columns, prediction.flatten(), classes, 4)
 
 
-def draw_with_legend(
-    path: Path, columns: dict[str, list[torch.Tensor]], labels: torch.Tensor, classes: Classes, inches: float
-) -> None:
+def draw_with_legend(path: Path, columns: dict, labels: torch.Tensor, classes: Classes, inches: float) -> None:
     """Draw columns of images uint8 (3, H, W), and a legend of their `labels` (n,): of many the largest ten."""
     height, width = (max(image.shape[axis] for image in columns["image"]) for axis in (1, 2))
     panels = {  # white beside smaller ones
@@ -193,7 +185,5 @@ def scaled(example: Sequence[torch.Tensor], side: int) -> list[torch.Tensor]:
     height, width = example[0].shape[1:]
     size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
     nearest = v2.InterpolationMode.NEAREST_EXACT
-    return [
-        v2.functional.resize(part if part.ndim == 3 else part[None], size, nearest).view(*part.shape[:-2], *size)
-        for part in example
-    ]
+    parts = [part if part.ndim == 3 else part[None] for part in example]
+    return [v2.functional.resize(part, size, nearest).view(*old.shape[:-2], *size) for part, old in zip(parts, example)]

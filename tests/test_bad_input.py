@@ -39,26 +39,19 @@ TABLE = {
     "pretrain: loop of links": ("--data_path loop", "no images under loop"),
     "pretrain: val without train": ("--data_path onlyval", "onlyval has a folder val and none named train; add it"),
     "pretrain: output is a file": ("--output_dir image.png", "cannot write to image.png", "choose another --output_dir"),
-    "pretrain: output below a file": ("--output_dir image.png/deep/er", "cannot write to image.png/deep/er"),
     "finetune: no folder": ("--data_set folder", "--data_set folder needs --data_path DIR"),
     "finetune: folder without classes": ("--data_path images", "images has no train/<class>/ folders", "--holdout 0.2"),
     "finetune: no classes held out": ("--data_path images --holdout 0.4", "lies in no class folder, and labels"),
     "finetune: two validations": ("--holdout 0.4 --eval_data_path labelled/val", "--holdout contradicts --eval_data_path"),
     "finetune: images beside classes": ("--data_path stray", "stray/train/loose.png lies in no class folder", "<class>"),
     "finetune: train without val": ("--data_path onlytrain", "none named val", "--eval_data_path, or train with --holdout 0.2"),
-    "finetune: train and test": ("--data_path withtest", "none named val", "--eval_data_path, or train with"),
     "finetune: class lacks in val": ("--data_path lacking", "lack the class b (1 in all); training and validation folders"),
     "finetune: class unknown in train": ("--data_path extra", "have an unknown class c (1 in all)"),
     "finetune: predict nothing there": ("--predict nowhere.jpg --resume tiny.pth", "--predict nowhere.jpg does not exist"),
-    "finetune: predict an empty folder": ("--predict empty --resume tiny.pth", "no images under empty"),
-    "analyze: folder missing": ("collapse --data_path nowhere", "nowhere does not exist"),
-    "analyze: unlabelled": ("selectivity --data_path images", "lies in no class folder, and labels are needed"),
     "analyze: no such image": ("reconstruct --images nowhere.png", "nowhere.png"),
     "analyze: run without log": ("curves images", "no log.jsonl in images"),
     # --- images
     "pretrain: nothing readable": ("--data_path damaged", "none of 6 images tried can be read, such as damaged/bomb.png"),
-    "finetune: nothing readable": ("--data_path damagedclass", "none of 6 images tried can be read, such as damagedclass/train/a/bomb.png"),
-    "finetune: predict a text": ("--predict damaged/text.jpg --resume tiny.pth", "damaged/text.jpg"),
     "finetune: predict nothing readable": ("--predict damaged --resume tiny.pth", "damaged"),
     # --- values
     "pretrain: ratio zero": ("--mask_ratio 0", "mask_ratio 0.0 hides no patch of 2 x 2"),
@@ -66,10 +59,7 @@ TABLE = {
     "pretrain: one patch": ("--input_size 8", "of 1 x 1; choose a ratio such as 0.6, larger images, or a smaller"),
     "pretrain: size off the grid": ("--input_size 50", "image size 50 is not a multiple of the patch size 8; try --input_size 48"),
     "pretrain: wide stem": ("--stem_stride 4", "image size 16 is not a multiple", "--input_size 64, or --stem_stride 1"),
-    "pretrain: stride": ("--stem_stride 3", "--stem_stride: invalid choice: 3 (choose from"),
     "pretrain: learning rate zero": ("--blr 0", "--blr: 0 is not in (0, inf]"),
-    "pretrain: learning rate in words": ("--blr small", "--blr: invalid float value: 'small'"),
-    "finetune: one beta": ("--opt_betas 0.9", "--opt_betas: expected 2 arguments"),
     "finetune: magnitude": ("--aa rand-m99-n2", "--aa rand-m99-n2 has m (magnitude) 99", "both end at 10"),
     "finetune: augmentation misspelt": ("--aa rand-x9", "no automatic augmentation --aa rand-x9; choose rand-m9"),
     "finetune: labels": ("--labels_per_class 7", "--labels_per_class 7 is more than the 3 images of class a; lower it"),
@@ -85,7 +75,6 @@ TABLE = {
     "pretrain: folder and drawn": ("--data_set embedded --data_path images", "--data_set embedded draws its images; leave out"),
     "pretrain: no CIFAR there": ("--data_set cifar10 --data_path images", "cifar10 is not in images", "--data_path"),
     "pretrain: norm misspelt": ("--mlp_norm gnr", "gnr"),
-    "pretrain: decoder misspelt": ("--decoder unit", "unit"),
     "pretrain: norm of V1": ("--mlp_norm bn --model convnext_atto", "V1", "convnextv2_"),
     "pretrain: batch statistics twice": ("--mlp_norm bn --checkpoint_activations", "counts every image twice"),
     "finetune: evaluate without weights": ("--eval", "--eval needs --resume FILE"),
@@ -93,8 +82,6 @@ TABLE = {
     "finetune: scratch and weights": ("--scratch --finetune tiny.pth", "--scratch contradicts --finetune; leave one"),
     "finetune: recipe without that size": ("--recipe in22k", "--recipe in22k has no settings for size atto; it has nano"),
     "finetune: probe by a recipe": ("--linear_probe --recipe in1k", "--linear_probe contradicts --recipe"),
-    "analyze: command misspelt": ("colapse", "invalid choice: 'colapse' (choose from"),
-    "weights: layout misspelt": ("tiny.pth new.pth --to tim", "invalid choice: 'tim'"),
     # --- checkpoints
     "pretrain: resume nothing": ("--resume nowhere.pth", "nowhere.pth does not exist"),
     "pretrain: resume a folder": ("--resume images", "the folder images has no newest checkpoint; name a file"),
@@ -119,8 +106,6 @@ TABLE = {
     "detect: evaluate a classifier": ("--eval --resume tuned.pth --data_path labelled", "tuned.pth holds no detector"),
     "segment: no label maps": ("--data_path labelled", "labelled/images/training"),
     "segment: evaluate a classifier": ("--eval --resume tuned.pth --data_path labelled", "tuned.pth is no checkpoint of segment.py; train one"),
-    "analyze: no checkpoint": ("collapse --checkpoint nowhere", "nowhere"),
-    "analyze: an image as checkpoint": ("collapse --checkpoint image.png", "image.png is damaged, or no file of weights"),
     "analyze: no decoder": ("reconstruct --checkpoint encoder.pth", "encoder.pth holds no decoder"),
     "weights: nothing to read": ("nowhere.pth new.pth --to timm", "nowhere.pth does not exist"),
     "weights: incomplete": ("incomplete.pth new.pth --to timm", "norm.bias"),
@@ -145,14 +130,14 @@ def things(tmp_path_factory) -> Path:
     """Folders, images and checkpoints, good and bad."""
     root = tmp_path_factory.mktemp("things")
     folders = """images labelled/train/a labelled/train/b labelled/val/a labelled/val/b onlyval/val/a onlytrain/train/a
-    withtest/train/a withtest/test/a stray/train/a lacking/train/a lacking/train/b lacking/val/a extra/train/a extra/val/a
+    stray/train/a lacking/train/a lacking/train/b lacking/val/a extra/train/a extra/val/a
     extra/val/c"""
     for folder in folders.split():
         for k, size in enumerate((16, 20, 16)):
             save_noise(root / folder / f"{k}.png", (size, size))
     save_noise(root / "image.png", (16, 16))
     save_noise(root / "stray/train/loose.png", (16, 16))
-    for folder in ("empty", "other", "loop", "damaged", "damagedclass/train/a"):
+    for folder in ("empty", "other", "loop", "damaged"):
         (root / folder).mkdir(parents=True)
     (root / "loop/again").symlink_to(root / "loop")
     bomb(root / "damaged/bomb.png")
@@ -161,8 +146,6 @@ def things(tmp_path_factory) -> Path:
     (root / "damaged/zero.jpg").write_bytes(b"")
     (root / "damaged/text.jpg").write_text("hello")
     (root / "damaged/truncated.png").write_bytes((root / "image.png").read_bytes()[:200])
-    for path in [path for path in (root / "damaged").iterdir() if path.suffix in (".jpg", ".png")]:
-        (root / "damagedclass/train/a" / path.name).symlink_to(path)
     for name in ("a.heic", "b.HEIC", "c.mov", ".hidden", "Thumbs.db", "._a.jpg"):
         (root / "other" / name).write_text("no image")
 
@@ -266,21 +249,18 @@ def numeric_flags():
 def test_numeric_flags_refuse_what_is_no_number_of_theirs(script, flag, count, capsys):
     for value in ("nan", "-1", "inf", "many", ""):
         with pytest.raises(SystemExit) as exit:
-            SCRIPTS[script].get_args(
-                [*[f"{flag}={value}"] * (count == 1), *([flag, *[value] * count] if count > 1 else [])]
-            )
+            SCRIPTS[script].get_args([f"{flag}={value}"] if count == 1 else [flag, *[value] * count])
         error = capsys.readouterr().err
         assert exit.value.code == 2 and flag in error and error.count("\n") == 1, value
 
 
-@pytest.mark.parametrize(
-    ("script", "row", "status", "words"),
-    [
-        ("pretrain", "--data_path damaged", 1, "none of 6 images tried"),
-        ("finetune", "--finetune code.pth", 1, "code.pth is damaged, or no file of weights in plain types"),
-        ("weights", "damaged/text.pth new.pth --to tim", 2, "invalid choice"),
-    ],
-)
+SHELL = [
+    ("finetune", "--finetune code.pth", 1, "code.pth is damaged"),
+    ("weights", "a b --to tim", 2, "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("script", "row", "status", "words"), SHELL)
 def test_wrong_input_is_one_line_from_the_shell_too(place, script, row, status, words):
     line = [sys.executable, Path(pretrain.__file__).parent / f"{script}.py", *command(script, row)]
     result = subprocess.run(line, capture_output=True, text=True)
