@@ -444,6 +444,7 @@ def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
     assert numbers(train) | numbers(held) == set(range(60)) and not numbers(train) & numbers(held)
     assert [held.labels.count(k) for k in range(3)] == [4] * 3
     assert numbers(data.split_holdout(labelled(1), 0.2)[1]) == numbers(held) != set(range(12))
+    assert len(data.split_holdout(labelled(), 0.02)[1]) == 2  # 2% of 20 images a class is none, of all 60 one or two
     for fraction, count in ((0.01, 0), (1.0, 60)):
         with pytest.raises(UserError, match=f"--holdout {fraction} of 60 images is {count}"):
             data.split_holdout(labelled(), fraction)
