@@ -72,7 +72,7 @@ class Images(Samples):
         return first if isinstance(first, v2.RandomResizedCrop) else None
 
     def read(self, index: int) -> Image.Image:
-        """The image, cropped if the transform begins so."""
+        """Read an image, cropped if the transform begins so."""
         item = self.items[index]
         if not isinstance(item, np.ndarray):
             return open_rgb(item, self.crop, self.image_max)
@@ -89,7 +89,7 @@ class Images(Samples):
         return normalise(pixels, self.statistics, device), labels.to(device)
 
     def subset(self, indices: list[int]) -> "Images":
-        """The images of these indices."""
+        """Return the images of these indices."""
         subset = copy(self)
         items = self.items[indices] if isinstance(self.items, np.ndarray) else [self.items[i] for i in indices]
         Samples.__init__(subset, items, self.seed)
@@ -108,7 +108,7 @@ def load_batches(images: Images, indices: list[int], batch_size: int, workers: i
 
 
 def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: float | None = None) -> Image.Image:
-    """The first frame of an image file, upright, as 8-bit RGB (`to_rgb`). Raises nearly anything for a damaged file.
+    """Read an image file's first frame, upright, as 8-bit RGB (`to_rgb`). Raises nearly anything for a damaged file.
 
     crop: random crop to take while decoding. JPEG files can be decoded at 1/2, 1/4 or 1/8 of their size, in a part of
     the time; the smallest of these that leaves the crop no smaller than its output is used.
@@ -129,7 +129,7 @@ def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: flo
 
 
 def to_rgb(image: Image.Image, image_max: float | None = None) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: palette, alpha (dropped), CMYK, greyscale, 16-bit and floating-point ones too.
+    """Convert a Pillow image of any mode to 8-bit RGB: palette, alpha (dropped), CMYK, grey, 16-bit, floating-point.
 
     In the last two `white_of` is white; ValueError where values lie far beyond, and `image_max` is not given.
     """
@@ -152,7 +152,7 @@ def white_of(image: Image.Image, image_max: float | None) -> float | None:
 
 
 def list_images(directory: str | Path) -> list[str]:
-    """All image files under a directory, sorted; links are followed, each folder once. UserError where there are none.
+    """List all image files under a directory, sorted; links are followed, each folder once. UserError if none.
 
     Hidden files and folders, and folders of scripts' outputs below it, are left out. Prints how many files of other
     kinds there are, and warns of folders that cannot be read.
@@ -188,7 +188,7 @@ def list_images(directory: str | Path) -> list[str]:
 
 
 def find_images(paths: list[str], flag: str = "--predict", image_max: float | None = None) -> list[str]:
-    """These files, and all images under these folders, in order. UserError if one is missing or none is readable."""
+    """List these files, and all images under these folders, in order. UserError if one is missing, or all damaged."""
     images = []
     for path in paths:
         if not os.path.exists(path):
@@ -199,7 +199,7 @@ def find_images(paths: list[str], flag: str = "--predict", image_max: float | No
 
 
 def same_images(one: tuple[str, str | None], other: tuple[str, str | None]) -> bool:
-    """Whether two data sets, each a name and a path, are the same."""
+    """Tell whether two data sets, each a name and a path, are the same."""
     return one[0] == other[0] and os.path.realpath(one[1] or "") == os.path.realpath(other[1] or "")
 
 
@@ -214,7 +214,7 @@ def split_folder(directory: str | Path, split: str) -> Path | None:
 
 
 def image_folder(directory: str, split: str) -> Path:
-    """The folder of a split's images; DIR itself if it has neither DIR/train nor DIR/val. UserError if it lacks one."""
+    """Find a split's folder; DIR itself if it has neither DIR/train nor DIR/val. UserError if it lacks one."""
     if not os.path.isdir(directory):
         problem = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise UserError(f"the folder {directory} {problem}; give a folder of images, as by --data_path DIR")
@@ -229,7 +229,7 @@ def load_images(
     data_set: str, data_path: str | None, split: str, transform: v2.Compose | None, seed: int = 0,
     count: int | None = None, image_max: float | None = None,
 ) -> Images:  # fmt: skip
-    """The "train" or "val" images of a data set; `count` of the drawn ones; `image_max` as in `to_rgb`.
+    """Load the "train" or "val" images of a data set; `count` of the drawn ones; `image_max` as in `to_rgb`.
 
     In folders, labels are the first folder below the split's, and None when an image lies in no such folder. UserError
     when there are no images, or none can be read.
@@ -294,7 +294,7 @@ def check_classes(expected: list[str], actual: list[str], all: bool = True) -> N
 
 
 def shuffled_by_class(images: Images, seed: int) -> list[list[int]]:
-    """The indices of every class's images, in random order; of all images where they have no classes."""
+    """List the indices of every class's images, in random order; of all images where they have no classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     by_class = [[] for _ in images.classes or [None]]
     for index in order:
@@ -303,7 +303,7 @@ def shuffled_by_class(images: Images, seed: int) -> list[list[int]]:
 
 
 def split_holdout(images: Images, fraction: float) -> tuple[Images, Images]:
-    """The images without a fraction of every class, and that fraction: the same ones, whatever the run's seed."""
+    """Divide images into those without a fraction of every class, and that fraction, whatever the run's seed."""
     by_class = shuffled_by_class(images, mix_seed("holdout"))
     held = sorted(index for indices in by_class for index in indices[: round(fraction * len(indices))])
     if not held and fraction * len(images) >= 1:  # classes of a few images each: a fraction of all
@@ -361,7 +361,7 @@ def center_transform(size: int, short_side: int | None = None) -> v2.Transform:
 
 
 def trim(image: Image.Image) -> Image.Image:
-    """The centre of a strip, at most 16 times as long as wide: a whole line of pixels, scaled up, would fill memory."""
+    """Crop a strip to 16 times its width: a whole line of pixels, scaled up, would fill memory."""
     longest = 16 * min(image.size)
     return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
@@ -373,6 +373,6 @@ def normalise(images: torch.Tensor, statistics: tuple, device: torch.device) -> 
 
 
 def denormalise(images: torch.Tensor, statistics: tuple) -> torch.Tensor:
-    """The inverse of `normalise`, as floats in [0, 1]."""
+    """Undo `normalise`: floats in [0, 1]."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in statistics)
     return (images.float() * std + mean).clamp(0, 1)

@@ -135,7 +135,7 @@ class SoftNMSHeads(RoIHeads):
 
 
 def soft_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int) -> tuple:
-    """Linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of its score.
+    """Apply linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of it.
 
     boxes (n, 4), scores and labels (n,) -> indices (m,) of at most `limit` boxes, best first, and new scores (m,).
     Only an IoU beyond .5 counts; boxes whose score falls below .001 are left out.
@@ -215,7 +215,7 @@ class Scenes(Samples):
         self.labels = {number: label for label, number in enumerate(self.names, start=1)}
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
-        """The image and, with a transform, its target; raises nearly anything for a damaged file."""
+        """Read an image and, with a transform, its target; raises nearly anything for a damaged file."""
         item, rows = self.items[index], self.objects[index]
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
         if not self.transform:
@@ -254,7 +254,7 @@ def pad_strip(image, *target: dict):
 
 
 def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None = None) -> Scenes:
-    """The "train" or "val" images; UserError if they have no objects, or not these `classes` in their order."""
+    """Load the "train" or "val" images; UserError if they have no objects, or not these `classes` in their order."""
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
@@ -282,7 +282,7 @@ def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None 
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
-    """The annotations of a split, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
+    """Find a split's annotations, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
     root, split = Path(args.data_path or "."), "train" if args.holdout else split
     names = ("train",) if split == "train" else ("val", "valid", "validation")
     layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
@@ -297,7 +297,7 @@ def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
 
 
 def augmentation(args: argparse.Namespace) -> v2.Transform:
-    """The transform of a training image and its objects, as the flags say.
+    """Make the transform of a training image and its objects, as the flags say.
 
     "jitter" is large-scale jitter (Simple Copy-Paste, arXiv 2012.07177): the image is resized by a factor from --jitter
     relative to a square of --input_size, and cropped or padded to that square. "multiscale" draws the short side from
@@ -388,7 +388,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
-    """The network that the flags describe."""
+    """Build the network that the flags describe."""
     (mean, std), (in_training, in_evaluation) = STATISTICS[args.statistics], args.proposals
     return MaskRCNN(
         weights.make_encoder(args), num_classes, args.fpn_dim, args.box_dim, args.mask_dim, args.anchor_scale,
@@ -468,7 +468,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def make_schedule(run: Run) -> Callable[[int], float]:
-    """Update -> learning rate: linear from a thousandth of it, by the update; then steps or half a cosine."""
+    """Map updates to learning rates: linear from a thousandth of it; then steps or half a cosine."""
     args = run.args
     warmup = min(1000, run.total // 10) if args.warmup_updates is None else args.warmup_updates
     steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
@@ -488,7 +488,7 @@ def make_schedule(run: Run) -> Callable[[int], float]:
 
 @torch.no_grad()
 def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> dict[int, list]:
-    """The detections in every readable image, by its index, in COCO's format of results.
+    """Detect objects in every readable image, by its index, in COCO's format of results.
 
     Images go through the network one by one, because GRN pools over the padding that unequal sizes need in a batch.
     """
@@ -524,7 +524,7 @@ def search(detector: MaskRCNN, image: torch.Tensor) -> dict:
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
-    """COCO's chief numbers by name, as in "box_AP"; and all of them (`coco.evaluate`), with the detections."""
+    """Return COCO's chief numbers by name, as in "box_AP"; and all of them (`coco.evaluate`), with the detections."""
     detections = detect(detector, scenes, args, device)
     kinds = ("box", "mask") if args.masks and scenes.masks else ("box",)
     scores = dist.gather(coco.evaluate(scenes.data_set, detections, kinds) if dist.rank() == 0 else None)[0]
@@ -533,13 +533,13 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 
 def describe(chief: dict[str, float | None]) -> str:
-    """The chief numbers, but for AP75, as words for a line."""
+    """Put the chief numbers, but for AP75, into words."""
     words = {name: "none" if value is None else f"{value:.3f}" for name, value in chief.items() if name[-2:] != "75"}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
 
 def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, MaskRCNN], list[str], list[int]]:
-    """The detectors of --resume, "model" and perhaps "model_ema", ready to evaluate; class names; category ids."""
+    """Load the detectors of --resume, "model" and perhaps "model_ema"; class names; category ids."""
     content = weights.read_content(args.resume)
     if not {"classes", "category_ids"} <= content.keys():
         raise UserError(f"{args.resume} holds no detector of detect.py; train one: detect.py --finetune {args.resume}")

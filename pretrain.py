@@ -99,7 +99,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def count_images(directory: str) -> int:
-    """Image files in a folder or its train/, by their names, counted up to SMALL."""
+    """Count image files in a folder or its train/, by their names, up to SMALL."""
     folders = os.walk(data.split_folder(directory, "train") or directory, followlinks=True)
     suffixes = (os.path.splitext(name)[1].lower() for _, _, names in folders for name in names)
     return sum(1 for _ in islice((suffix for suffix in suffixes if suffix in data.IMAGE_SUFFIXES), SMALL))

@@ -127,7 +127,7 @@ class BatchNorm(nn.BatchNorm2d):
 def segmentation_losses(
     logits: torch.Tensor, auxiliary: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """The two terms of the loss, from logits (N, K, H, W) and labels (N, H, W) in 0 .. K - 1 or 255.
+    """Compute the loss's two terms from logits (N, K, H, W) and labels (N, H, W) in 0 .. K - 1 or 255.
 
     Each is the mean, over pixels that count, of cross-entropy times the weight (K,) of the class; 0 without any.
     """
@@ -170,7 +170,7 @@ class LabelledImages(Images):
 
 
 def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
-    """The "train" or "val" images, with augmentation for training; their labels are counted."""
+    """Load the "train" or "val" images, with augmentation for training, and count their labels."""
     if args.data_set == "folder":
         name = "training" if split == "train" or args.holdout else args.val_split
         names = [name, *OTHER_NAMES.get(name, ()), *[""] * bool(args.holdout)]
@@ -208,7 +208,7 @@ def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | None:
-    """Names and colours of the data's classes, of a folder those in a file; None without one."""
+    """Read names and colours of the data's classes, of a folder those in a file; None without one."""
     if args.data_set == "embedded":
         return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
     path = args.classes
@@ -219,7 +219,7 @@ def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | 
 
 
 def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Classes:
-    """The classes that are listed, or that label maps with these labels need."""
+    """Return the classes that are listed, or that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
     if len(labels) == 2 and labels[0] == 0 and 1 < labels[1] < 2**16 and not first and (count or 2) <= 2:
@@ -254,7 +254,7 @@ def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> to
 
 
 def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
-    """What the pixels (K,) of the classes are of all, and which classes have none."""
+    """Put the classes' fractions of the pixels (K,) into words, and which classes have none."""
     empty = [name for name, count in zip(images.classes, pixels) if not count]
     without = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
     ignored = 1 - pixels.sum().item() / sum(images.pixels.values())
@@ -262,7 +262,7 @@ def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
 
 
 def describe_largest(names: list[str], pixels: torch.Tensor, most: int) -> str:
-    """The largest classes, of pixels (K,), and their fractions."""
+    """Name the largest classes, of pixels (K,), and their fractions."""
     order = pixels.argsort(descending=True, stable=True)[:most].tolist()
     return ", ".join(f"{names[k]} {pixels[k] / pixels.sum():.1%}" for k in order if pixels[k])
 
@@ -386,7 +386,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def make_segmenter(args: argparse.Namespace, num_classes: int) -> UPerNet:
-    """The network that the flags describe."""
+    """Build the network that the flags describe."""
     return UPerNet(weights.make_encoder(args), num_classes, args.channels, args.aux_channels)
 
 
@@ -444,7 +444,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def make_schedule(run: Run) -> Callable[[int], float]:
-    """Update -> learning rate: linear warm-up, then polynomial decay."""
+    """Map updates to learning rates: linear warm-up, then polynomial decay."""
     warmup, args = run.args.warmup_updates, run.args
     warmup = min(1500, run.total // 10) if warmup is None else warmup
 
@@ -499,7 +499,7 @@ def resize_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> t
 
 
 def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
-    """Images (N, 3, H, W) -> float32 logits (N, K, H, W), averaged over windows, the last of which end with it."""
+    """Average logits over windows: images (N, 3, H, W) -> float32 (N, K, H, W); the last windows end with the image."""
     if window is None:
         return net(imgs).float()
     starts = [sorted({min(k, max(side - window, 0)) for k in range(0, side, stride)}) for side in imgs.shape[2:]]
@@ -515,7 +515,7 @@ def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | No
 
 
 def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> tuple:
-    """Scores to log, over all pixels of all images; and all scores with six `maps.Example`s, spread over the set."""
+    """Score a network over all pixels: scores to log, all scores, and six `maps.Example`s spread over the set."""
     classes, count, examples = len(images.classes), 0, {}
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     chosen = {k * len(images) // 6 for k in range(6)}
@@ -534,7 +534,7 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
 
 
 def describe(scores: dict) -> str:
-    """The chief scores, in percent."""
+    """Put the chief scores into words, in percent."""
     return f"mIoU {100 * scores['mIoU']:.1f}, accuracy {100 * scores['accuracy']:.1f}"
 
 
@@ -547,7 +547,7 @@ def write_scores(folder: Path, results: tuple[dict, list], classes: maps.Classes
 
 
 def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], maps.Classes]:
-    """The networks of --resume, "model" and, if there is one, "model_ema"; and their classes."""
+    """Load the networks of --resume, "model" and, if there is one, "model_ema"; and their classes."""
     content, path = weights.read_content(args.resume), args.resume
     if not {"classes", "colours", "model"} <= content.keys():
         raise UserError(f"{path} is no checkpoint of segment.py; train one with segment.py --finetune {path}")

@@ -88,7 +88,7 @@ def _rename(key: str, source: str, target: str) -> str | None:
 
 
 def detect_layout(state_dict: State) -> str:
-    """One of LAYOUTS, "native" for both of the authors' own; UserError for anything else."""
+    """Name the layout, "native" for both of the authors' own; UserError for anything else."""
     for layout in LAYOUTS:
         if any(_rename(key, layout, "native") == "stages.0.0.dwconv.weight" for key in state_dict):
             return layout
@@ -138,7 +138,7 @@ def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def describe(state_dict: State) -> str:
-    """What `to_native` makes of a state dict, in words."""
+    """Describe what `to_native` makes of a state dict."""
     native = to_native(state_dict)
     shape, rest = architecture(native), len(state_dict) - len(native)
     head = f"{shape['num_classes']} classes" if shape["num_classes"] else "no head"
@@ -147,7 +147,7 @@ def describe(state_dict: State) -> str:
 
 
 def from_native(state_dict: State, layout: str) -> State:
-    """The inverse of `to_native`: this project's tensors in the layout "timm", "hf", "mmpretrain" or "authors"."""
+    """Convert this project's tensors to the layout "timm", "hf", "mmpretrain" or "authors"."""
     layout = "native" if layout == "authors" else layout
     shape, renamed = architecture(state_dict), {}
     prefix = {"hf": "convnextv2." if shape["version"] == 2 else "convnext.", "mmpretrain": "backbone."}.get(layout, "")
@@ -184,7 +184,7 @@ def architecture(native: State) -> dict:
 
 
 def mlp_norm_of(native: State) -> str | None:
-    """What stands in GRN's place, a name in `experiments.norms.MLP_NORMS`: "grn" in V2, None in V1."""
+    """Name what stands in GRN's place, as in `experiments.norms.MLP_NORMS`: "grn" in V2, None in V1."""
     names = [key.split(".grn.")[1].split(".") for key in native if ".grn." in key]
     return next((variant[0] for variant in names if len(variant) > 1), "grn" if names else None)
 
@@ -196,7 +196,7 @@ def _model_name(depths: tuple, dims: tuple, version: int, **_) -> str:
 
 @value_errors_are_the_users()
 def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
-    """A network that fits the tensors, with them as weights, or with initial ones (`start`: arguments of ConvNeXt)."""
+    """Build a network that fits the tensors, with them as weights, or initial ones (`start`: arguments of ConvNeXt)."""
     net = _with_norm(ConvNeXt(**architecture(native), **start), mlp_norm_of(native))
     if load:
         load_weights(net, native)
@@ -205,7 +205,7 @@ def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
 
 @value_errors_are_the_users()
 def make_encoder(args: argparse.Namespace) -> ConvNeXt:
-    """The encoder that the flags of detect.py or segment.py describe."""
+    """Build the encoder that the flags of detect.py or segment.py describe."""
     encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
     encoder.checkpoint_activations(args.checkpoint_activations)
     return _with_norm(encoder, args.mlp_norm)
@@ -270,7 +270,7 @@ def _parts_to_skip(model: ConvNeXt, native: State, replace_mlp_norm: bool) -> di
 
 
 def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """A stem's kernel (o, i, s, s) -> (o, in_chans, s, s) with the same response to images of equal channels.
+    """Adapt a stem's kernel (o, i, s, s) -> (o, in_chans, s, s): the same response to images of equal channels.
 
     Fewer channels take the sums of the old ones in turn; more repeat them, each divided by its number of copies.
     """
@@ -303,14 +303,14 @@ def read_content(path: str | Path) -> dict:
 
 
 def read_config(path: str | Path) -> dict:
-    """The flags of the run that wrote a checkpoint of this project; empty for files that do not say."""
+    """Read the flags of the run that wrote a checkpoint of this project; empty for other files."""
     config = read_content(path).get("config")
     own = isinstance(config, dict) and isinstance(config.get("input_size", 0), int)  # timm's is [3, 224, 224]
     return config if own else {}
 
 
 def read_file(path: str | Path, ema: bool = False) -> State:
-    """The state dict in a file of any layout, with `ema` the averaged weights; a UPerNet's under our names."""
+    """Read the state dict in a file of any layout, with `ema` the averaged weights; a UPerNet's under our names."""
     content = read_content(path)
     top = ", ".join(map(str, list(content)[:5])) or "nothing"
     if ema:
@@ -337,7 +337,7 @@ def write_file(path: Path, state_dict: State, top: str | None = None) -> None:
 
 
 def flags_of(path: str | Path, *more: str) -> dict:
-    """A file's values of flags: model, stem_stride, mlp_norm; and of its run's input_size and `more`."""
+    """Read a file's values of flags: model, stem_stride, mlp_norm; and of its run's input_size and `more`."""
     config = read_config(path)
     return _flags_of(to_native(read_file(path))) | {key: config[key] for key in ("input_size", *more) if key in config}
 
@@ -351,7 +351,7 @@ def _flags_of(native: State) -> dict:
 
 
 def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt], list[str] | None]:
-    """A checkpoint's classifiers, "model" and where there is one "model_ema", ready to evaluate; and class names."""
+    """Load a checkpoint's classifiers, "model" and perhaps "model_ema", ready to evaluate; and class names."""
     content, networks = read_content(path), {}
     for name in ("model", "model_ema") if content.get("model_ema") else ("model",):
         net = build(to_native(read_file(path, ema=name == "model_ema")))
@@ -383,7 +383,7 @@ def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[
 
 
 def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: torch.device) -> dict[str, nn.Module]:
-    """A checkpoint's networks, "model" and where there is one "model_ema", ready to evaluate; UserError if unfit."""
+    """Load a checkpoint's networks, "model" and perhaps "model_ema", ready to evaluate; UserError if unfit."""
     networks = {name: make().eval() for name in ("model", "model_ema") if content.get(name)}
     for name, net in networks.items():
         _load_strictly(net, content[name], f"{path} and the network that it describes differ")
@@ -435,7 +435,7 @@ def _own_modules(state_dict: State, layout: str, prefix: str) -> State:
 
 
 def upernet_names(state_dict: State) -> State:
-    """The tensors of transformers' UPerNet under the names of `segment.UPerNet`; anything else as it is."""
+    """Rename the tensors of transformers' UPerNet as in `segment.UPerNet`; anything else stays."""
     is_upernet = "decode_head.psp_modules.0.1.conv.weight" in state_dict
     return _own_modules(state_dict, "hf", "encoder.") if is_upernet else state_dict
 

@@ -180,7 +180,7 @@ def _run_lengths(text: str) -> list[int]:
 
 
 def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int, masks: bool) -> dict:
-    """An image's annotations -> boxes (n, 4) float32, labels (n,) int64 and, if asked for, masks (n, H, W) uint8.
+    """Convert annotations to boxes (n, 4) float32, labels (n,) int64 and, if asked for, masks (n, H, W) uint8.
 
     labels: of category ids. Boxes and masks are tv_tensors, which torchvision's transforms move with their image.
     """
@@ -198,7 +198,7 @@ def to_target(rows: list[dict], labels: dict[int, int], height: int, width: int,
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """A mask (H, W) -> a compressed run-length code that JSON can hold."""
+    """Encode a mask (H, W) as a compressed run-length code that JSON can hold."""
     code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
     return code | {"counts": code["counts"].decode()}
 
@@ -220,7 +220,7 @@ def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str,
 
 
 def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dict]:
-    """One image's boxes, labels, scores, and masks as probabilities (n, 1, H, W), in COCO's format of results."""
+    """Put an image's boxes, labels, scores and masks, probabilities (n, 1, H, W), into COCO's format of results."""
     boxes, rows = box_convert(output["boxes"].float(), "xyxy", "xywh"), []
     for box, label, score in zip(*(values.tolist() for values in (boxes, output["labels"], output["scores"]))):
         box = [round(x, 3) for x in box]
@@ -231,7 +231,7 @@ def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dic
 
 
 def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str, ...]) -> dict:
-    """COCO's numbers for detections, given by index of the image, on these images alone.
+    """Compute COCO's numbers for detections, given by index of the image, on these images alone.
 
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
     `kinds` say. Numbers are fractions of one, and None where there is no such object.
@@ -259,7 +259,7 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
 
 
 def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], square: int | None = None):
-    """An image with its objects' boxes, masks and, of several classes, names and scores, uint8 (3, H, W).
+    """Draw objects' boxes, masks and, of several classes, names and scores on an image, uint8 (3, H, W).
 
     rows: annotations or results; names: of category ids; square: side of a white square that the image is scaled to;
     without it, larger images are scaled to a screen.

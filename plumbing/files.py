@@ -101,7 +101,7 @@ def load_file(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text, such as names of classes, without blank ones and comments (#). UserError without a text."""
+    """Read the lines of a text, such as class names, without blank ones and comments (#). UserError without a text."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
@@ -110,7 +110,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
-    """A folder's `checkpoint-<epochs done>[-<updates of the next>].pth`, oldest first."""
+    """List a folder's `checkpoint-<epochs done>[-<updates of the next>].pth`, oldest first."""
     positions = {path: path.stem.split("-")[1:] for path in directory.glob("checkpoint-*.pth")}
     numbered = [path for path, position in positions.items() if "".join(position).isdecimal()]
     return sorted(numbered, key=lambda path: [*map(int, positions[path])])
@@ -123,7 +123,7 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
 
 
 def download(address: str) -> str:
-    """The path of a file at an address, in torch.hub's cache. UserError unless all of it comes; nothing then stays."""
+    """Download a file to torch.hub's cache; return its path. UserError unless all of it comes; nothing then stays."""
     url = urlparse(address)
     folder = Path(torch.hub.get_dir(), "checkpoints", f"{url.hostname}-{zlib.crc32(address.encode()):08x}")
     path = folder / (os.path.basename(url.path) or "weights.pth")
@@ -148,7 +148,7 @@ def download(address: str) -> str:
 
 
 def file_of_run(path: str, *order: str) -> str:
-    """A file as it is, or downloaded; of a run's folder the first in `order` that exists, "newest" a checkpoint."""
+    """Return a file, downloaded from an address; of a run's folder the first in `order` that exists."""
     if path.startswith(("http://", "https://")):
         return download(path)
     if not os.path.isdir(path):
@@ -161,7 +161,7 @@ def file_of_run(path: str, *order: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a result depends on besides this code."""
+    """Name what a result depends on besides this code."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

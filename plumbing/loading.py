@@ -27,7 +27,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 def mix_seed(purpose: str, *numbers: int) -> int:
-    """One well-mixed 63-bit seed from what it is for and where it is used, the same on every machine."""
+    """Mix one 63-bit seed from what it is for and where it is used, the same on every machine."""
     entropy = (zlib.crc32(purpose.encode()), len(numbers), *numbers)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
@@ -42,7 +42,7 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, its header read. Raises nearly anything if it is damaged, or over 178 million pixels."""
+    """Open an image file and read its header. Raises nearly anything if it is damaged, or over 178 million pixels."""
     if not os.path.isfile(path):  # reading a pipe would wait for ever
         raise FileNotFoundError("no such file")
     with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height that an opened image will have upright."""
+    """Return the width and height that an opened image will have upright."""
     with suppress(Exception):  # damaged metadata
         if image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # Pillow turns TIFF's
             return image.height, image.width
@@ -127,7 +127,7 @@ class EpochSampler:
 
 
 def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int]]]:
-    """Batches of (0, index), in order and the last one smaller: for evaluation, where every image counts once."""
+    """Divide indices into batches of (0, index), the last one smaller: in evaluation every image counts once."""
     return [[(0, index) for index in indices[k : k + batch_size]] for k in range(0, len(indices), batch_size)]
 
 
@@ -145,7 +145,7 @@ class Loader(DataLoader):
 
 
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader of (images, targets), joined by `samples.collate` if it has one, with workers that outlive the epoch."""
+    """Make a loader of (images, targets), joined by `samples.collate` if it has one; workers outlive the epoch."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
     more |= dict(num_workers=workers, pin_memory=pin_memory, collate_fn=getattr(samples, "collate", None))
     return Loader(samples, batch_sampler=batches, **more)

@@ -142,7 +142,7 @@ def paint(labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
 
 
 def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """The image in pale grey, wrong pixels in red, and black where none count: uint8 (3, H, W)."""
+    """Draw the image in pale grey, wrong pixels in red, and black where none count: uint8 (3, H, W)."""
     grey = 160 + 0.35 * image.float().mean(dim=0, keepdim=True)  # (3, H, W) -> (1, H, W)
     red = torch.tensor([214.0, 39.0, 40.0]).view(3, 1, 1)
     marked = torch.where(prediction == truth, grey, red)  # (1, H, W) -> (3, H, W)
@@ -181,7 +181,7 @@ def draw_with_legend(path: Path, columns: dict, labels: torch.Tensor, classes: C
 
 
 def scaled(example: Sequence[torch.Tensor], side: int) -> list[torch.Tensor]:
-    """An image (3, H, W) and label maps (H, W), uint8, scaled to a long side of `side`, before anything is drawn."""
+    """Scale an image (3, H, W) and label maps (H, W), uint8, to a long side of `side`, before anything is drawn."""
     height, width = example[0].shape[1:]
     size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
     nearest = v2.InterpolationMode.NEAREST_EXACT

@@ -113,6 +113,6 @@ def predictions(paths: Sequence[str], logits: torch.Tensor, classes: Sequence[st
 
 
 def describe_prediction(row: dict) -> str:
-    """A row of `predictions` as a line to print."""
+    """Put a row of `predictions` into words."""
     path, *values = row.values()
     return f"{path}: {', '.join(f'{name} {value:.1%}' for name, value in zip(values[::2], values[1::2]))}"

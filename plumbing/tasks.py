@@ -174,7 +174,7 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
 
 
 def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
-    """Weights (K,) of classes in the loss, from their counts: fractions (at least .01%) to the power of `-balance`.
+    """Weight classes (K,) in the loss by their counts: fractions (at least .01%) to the power of `-balance`.
 
     The mean over what was counted is 1.
     """
