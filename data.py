@@ -307,7 +307,7 @@ def split_holdout(images: Images, fraction: float) -> tuple[Images, Images]:
     by_class = shuffled_by_class(images, mix_seed("holdout"))
     held = sorted(index for indices in by_class for index in indices[: round(fraction * len(indices))])
     if not held and fraction * len(images) >= 1:  # classes of a few images each: a fraction of all
-        held = sorted(sum(by_class, [])[:: round(1 / fraction)])
+        held = sorted([index for indices in by_class for index in indices][:: round(1 / fraction)])
     if not 0 < len(held) < len(images):
         raise UserError(f"--holdout {fraction} of {len(images)} images is {len(held)}; hold out some, and not all")
     return images.subset(sorted(set(range(len(images))) - set(held))), images.subset(held)
