@@ -1,6 +1,6 @@
 """Run lesson.ipynb from top to bottom and keep its outputs: `python tests/lesson.py`, minutes.
 
-With the README's two runs in runs/ (`python pretrain.py`; `python pretrain.py --model convnext_yocto --output_dir runs/pretrain_v1`)
+With two runs in runs/ (`python pretrain.py`; `python pretrain.py --model convnext_yocto --output_dir runs/pretrain_v1`)
 the figures of its sixth and seventh sections are of those, as the text there says.
 
 The notebook keeps a digest of the code cells that its outputs are of, and a test compares it. The digest does not cover the files that
