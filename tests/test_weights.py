@@ -345,7 +345,7 @@ def test_every_flag_for_weights_takes_an_address_and_downloads_it_once(tmp_path,
     args = finetune.get_args(["--predict", "cat.jpg", "--resume", address])
     assert args.output_dir == "runs/finetune"  # not beside the cached file
     assert analyze.get_args(["collapse", "--checkpoint", address, "--data_path", folder]).checkpoint[0].name == "a.pth"
-    weights.main(weights.get_args([address, str(tmp_path / "b.pth"), "--to", "timm"]))
+    weights.main(weights.get_args([address, str(tmp_path / "b.pth"), "--to", "hf"]))
     assert capsys.readouterr().out.count("downloading") == 1
     other = serve("other/a.pth", b"text")  # another file of the same name
     with user_error("damaged"):
