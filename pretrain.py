@@ -21,7 +21,6 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
-import weights
 from data import DATA_SETS, Images, center_transform, denormalise, load_images, normalise, pretrain_transform
 from fast import speed_up
 from fcmae import BACKENDS, FCMAE, random_mask
@@ -31,7 +30,6 @@ from plumbing.files import file_of_run, save_tensors, value_errors_are_the_users
 from plumbing.loading import mix_seed
 from plumbing.optim import parameter_groups
 from plumbing.plots import curves_of, draw_curves, new_figure, plot_panels, save_figure
-from plumbing.recipes import PAPER
 from plumbing.run import Batch, Run
 from plumbing.shapes import DRAWN
 from sparse import upsample_mask
@@ -45,6 +43,7 @@ DEFAULTS = {
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
+PAPER = dict(epochs=800, blr=1.5e-4)  # Tab. 8
 SMALL = 20_000  # images of a folder below which the schedule is not the paper's
 
 
@@ -83,6 +82,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.take(f"{count:,} images, few for the paper's schedule (--recipe paper)", short)
     start = args.init_weight and file_of_run(args.init_weight, "newest", "encoder.pth", "checkpoint-best.pth")
     if start:
+        import weights
+
         decoder = "decoder", "decoder_depth", "decoder_embed_dim", "norm_pix_loss"
         parser.take(start, weights.flags_of(start, *decoder))
     args = parser.parse_args(argv)
@@ -120,14 +121,16 @@ def main(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     mae = speed_up(make_autoencoder(args))
-    report = weights.load_parts(mae, mae.encoder, args.init_weight, "autoencoder") if args.init_weight else []
+    if args.init_weight:
+        import weights
+
+        for line in weights.load_parts(mae, mae.encoder, args.init_weight, "autoencoder"):
+            dist.say(line)
     dist.to_device(mae, device)
     optimizer = torch.optim.AdamW(parameter_groups(mae, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     grid = args.input_size // mae.patch_size
     patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
-    for line in report:
-        dist.say(line)
     dist.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
     dist.say(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
     samples = sample_images(val or images, args.input_size) if dist.rank() == 0 else None

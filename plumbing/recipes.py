@@ -13,8 +13,6 @@ def _value(word: str) -> bool | int | float | str:
     return word if word in ("single", "group") else ast.literal_eval(word)
 
 
-PAPER = dict(epochs=800, blr=1.5e-4)  # pre-training's schedule, Tab. 8, where small data sets have another
-
 # ImageNet-1K from FCMAE weights, Tab. 9-11. Where Tab. 11 prints a blr of 6.25e-3, the released commands have 6.25e-4.
 IN1K = """
                    atto    femto   pico    nano    tiny    base     large    huge
