@@ -569,11 +569,11 @@ def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], s
     save_json(directory / "detections.json", [row for index in sorted(detections) for row in detections[index]])
     columns = {"ground truth": [], "detections": []}
     for index in sorted(detections)[:: -(-len(detections) // 8)]:
-        likely = [row for row in detections[index] if row["score"] >= 0.3]
+        likely = [row for row in detections[index] if row["score"] >= 0.5]
         for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
             columns[title].append(coco.draw_objects(scenes.read(index)[0], rows, scenes.names, 512) / 255)
     columns = {title: torch.stack(images) for title, images in columns.items()}
-    plot_panels(directory / "detections.png", columns, "detections: with a score of at least 0.3", inches=3)
+    plot_panels(directory / "detections.png", columns, "detections: with a score of at least 0.5", inches=3)
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
