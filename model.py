@@ -27,9 +27,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.channels_first:
             return super().forward(x)
-        return (
-            super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        )  # (N, C, H, W) -> (N, H, W, C) -> (N, C, H, W)
+        x = super().forward(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+        return x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
 class GRN(nn.Module):

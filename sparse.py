@@ -59,9 +59,8 @@ class Sites:
     @cached_property
     def neighbours(self) -> torch.Tensor:
         """(A, 49) int64: the row under each tap of a 7x7 window, A where that site is hidden or outside."""
-        windows = (
-            F.pad(self.rows, (3, 3, 3, 3), value=len(self.cell)).unfold(1, 7, 1).unfold(2, 7, 1)
-        )  # (N, H, W, 7, 7), a view
+        rows = F.pad(self.rows, (3, 3, 3, 3), value=len(self.cell))
+        windows = rows.unfold(1, 7, 1).unfold(2, 7, 1)  # (N, H, W, 7, 7), a view
         return windows[torch.unravel_index(self.cell, self.grid)].flatten(1)
 
 
