@@ -174,7 +174,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     if args.data_set == "folder":
         name = "training" if split == "train" or args.holdout else args.val_split
         names = [name, *OTHER_NAMES.get(name, ()), *[""] * bool(args.holdout)]
-        items, labels = list_pairs(args.data_path, names)
+        items, labels = list_pairs(args.data_path or ".", names)
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
@@ -212,7 +212,7 @@ def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | 
     if args.data_set == "embedded":
         return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
     names = () if args.nb_classes else ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
-    path = args.classes or next((path for name in names if (path := Path(args.data_path, name)).is_file()), None)
+    path = args.classes or next((path for name in names if (path := Path(args.data_path or ".", name)).is_file()), None)
     return maps.read_classes(path) if path else None
 
 
@@ -479,7 +479,7 @@ def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -
         view = normalise(view.flip(2) if flip else view, STATISTICS[args.statistics], image.device)
         logits = slide(net, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
         outputs.append(logits.flip(3) if flip else logits)
-    # What `resize` would make of the logits at the image's size, at these centres of pixels, from -1 to 1.
+    # Bilinear as in `resize`, at the centres of the image's pixels, which are numbered from -1 to 1.
     y, x = ((2 * torch.arange(side, device=image.device) + 1) / side - 1 for side in (height, width))
     for rows in y.split(max(1, STRIP // (width * outputs[0].shape[1]))):
         grid = torch.stack(torch.meshgrid(x, rows, indexing="xy"), dim=-1)[None]  # (1, h, W, 2)

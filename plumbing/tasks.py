@@ -36,7 +36,7 @@ def add_transfer_flags(add: Callable) -> None:
     add("--opt_betas", type=cli.fraction, default=(0.9, 0.999), nargs=2, help="betas of Adam and AdamW")
     add("--momentum", type=cli.fraction, default=0.9, help="Nesterov momentum of SGD")
     add("--model_ema", action=cli.BoolFlag, default=False, help="keep an exponential moving average of the weights")
-    add("--model_ema_decay", type=cli.fraction, default=0.9999, help="at update t at most (1 + t) / (10 + t)")
+    add("--model_ema_decay", type=cli.fraction, default=0.9999, help="decay; at most (1 + t) / (10 + t) at update t")
     add("--model_ema_eval", action=cli.BoolFlag, default=True, help="evaluate the average too")
     add("--use_amp", action=cli.BoolFlag, help="the authors' flag for --amp")
     add("--eval_freq", type=cli.count, default=1, help="epochs between evaluations")

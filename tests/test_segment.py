@@ -112,6 +112,15 @@ def test_losses_and_gradients_are_those_of_transformers_in_training(nets):
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-6 * gradient.abs().max().item() + 1e-9)
 
 
+def test_dropout_takes_whole_channels_before_both_classifiers():
+    net, inputs = UPerNet(small_encoder(), 5, 64, 64, dropout=0.5).train(), []
+    for classifier in (net.classifier, net.auxiliary[1]):
+        classifier.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    net(torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
+    dropped = [(features == 0).all(dim=(2, 3)).double().mean().item() for features in inputs]
+    assert dropped == pytest.approx([0.5, 0.5], abs=0.15)
+
+
 @pytest.mark.parametrize(("depths", "dims", "millions"), [((3, 3, 9, 3), 96, 60.29), ((3, 3, 27, 3), 128, 122.23)])
 def test_parameters_are_those_of_the_published_segmenters_and_have_the_documented_names(depths, dims, millions):
     with torch.device("meta"):
@@ -267,6 +276,7 @@ REFUSED = {  # message -> flags, or what makes a folder of six training maps and
     "image size 8 x 8 is below the patch size 16": dict(window=8),
     "--classes contradicts --nb_classes": dict(classes="a.txt", nb_classes=3),
     "cannot read the classes nowhere.txt": dict(classes="nowhere.txt"),
+    "the folder images/training does not exist; .* --holdout 0.2": dict(data_path=None, holdout=0.2),
     "6 training images and --batch_size 1; BatchNorm needs at least 2": dict(batch_size=1),
     "0 of 6 classes have pixels in 6 label maps of labels 255,": lambda root: relabel(root, lambda x: np.full_like(x, 255)),
     "1 of 6 classes have pixels in 6 label maps of labels 1, 255,": lambda root: relabel(root, lambda x: np.where(x, 1, 255).astype(x.dtype)),
@@ -293,7 +303,7 @@ REFUSED = {  # message -> flags, or what makes a folder of six training maps and
 def test_mistakes_get_one_line_at_the_start(folder, message, capsys):
     flags = REFUSED[message] if isinstance(REFUSED[message], dict) else REFUSED[message](folder) or {}
     with pytest.raises(SystemExit) as caught:
-        segment.main(arguments(folder, **flags))
+        segment.main(arguments(**dict(data_path=folder) | flags))
     line = str(caught.value) if caught.type is UserError else capsys.readouterr().err
     assert re.search(message, line) and len(line.strip().splitlines()) == 1
 
