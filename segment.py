@@ -30,7 +30,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 
 import weights
-from data import GREY, STATISTICS, Images, find_images, list_images, normalise, open_rgb, split_holdout
+from data import GREY, STATISTICS, Images, find_images, list_images, normalise, split_holdout
 from fast import speed_up
 from model import MODELS, ConvNeXt, LayerNorm, check_size
 from plumbing import cli, dist, maps, tasks
@@ -84,8 +84,7 @@ class UPerNet(nn.Module):
         """(N, 3, H, W) -> logits (N, K, H, W); in training also the auxiliary ones. ValueError below one patch."""
         stages = self.encoder.forward_stages(imgs)  # (N, 3, H, W) -> four (N, C_i, H / s_i, W / s_i)
         *lower, top = features = [norm(stage) for norm, stage in zip(self.norms, stages)]
-        pooled = [conv(F.adaptive_avg_pool2d(top, n)) for n, conv in zip(self.bins, self.ppm)]  # (N, C, n, n)
-        pooled = [resize(context, top) for context in pooled]
+        pooled = [resize(conv(F.adaptive_avg_pool2d(top, n)), top) for n, conv in zip(self.bins, self.ppm)]
         levels = [self.bottleneck(torch.cat([top, *pooled], dim=1))]  # (N, C_4 + 4 C, ...) -> (N, C, H / s_4, W / s_4)
         for lateral, stage in zip(reversed(self.lateral), reversed(lower)):  # top-down; the finest level comes first
             levels.insert(0, lateral(stage) + resize(levels[0], stage))
@@ -149,16 +148,17 @@ class LabelledImages(Images):
     image and label map together; without one both come as they are. Class k has `numbers[k]` in files.
     """
 
+    crop = None  # files are not cropped while decoding
     numbers: Sequence[int] = range(IGNORED)
     pixels: Counter  # of each number, and below a map that has it; `load_images` counts them
     files: dict[int, str]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Decode an image and its labels (H, W)."""
-        item, labels = self.items[index], None if self.labels is None else self.labels[index]
-        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
-        if labels is None:
-            labels = np.full((image.height, image.width), IGNORED, dtype=np.uint8)
+        image = super().read(index)
+        if self.labels is None:
+            return image, np.full((image.height, image.width), IGNORED, dtype=np.uint8)
+        labels = self.labels[index]
         return image, labels if isinstance(labels, np.ndarray) else maps.read_labels(labels, self.numbers)
 
     def augment(self, sample: tuple[Image.Image, np.ndarray], index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,7 +174,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     if args.data_set == "folder":
         name = "training" if split == "train" or args.holdout else args.val_split
         names = [name, *OTHER_NAMES.get(name, ()), *[""] * bool(args.holdout)]
-        items, labels = list_pairs(args.data_path, names)
+        items, labels = list_pairs(args.data_path or ".", names)
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
@@ -184,8 +184,8 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
         images = split_holdout(images, args.holdout)[split == "val"]
     images.transform, images.image_max = Augmentation(args) if split == "train" else None, args.image_max
     if args.data_set == "folder":
-        counted = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
-        images.pixels, images.files = dist.gather(counted)[0]
+        counts = maps.count_labels([*zip(images.items, images.labels)]) if dist.rank() == 0 else None
+        images.pixels, images.files = dist.gather(counts)[0]
     else:
         images.pixels, images.files = Counter(images.labels[:: -(-len(images) // 500)].ravel().tolist()), {}
     return images
@@ -211,10 +211,8 @@ def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | 
     """Read names and colours of the data's classes, of a folder those in a file; None without one."""
     if args.data_set == "embedded":
         return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
-    path = args.classes
-    if not (path or args.nb_classes):
-        names = ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
-        path = next((file for name in names if (file := Path(args.data_path, name)).is_file()), None)
+    names = () if args.nb_classes else ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
+    path = args.classes or next((path for name in names if (path := Path(args.data_path or ".", name)).is_file()), None)
     return maps.read_classes(path) if path else None
 
 
@@ -222,14 +220,13 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
     """Return the classes that are listed, or that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
-    if len(labels) == 2 and labels[0] == 0 and 1 < labels[1] < 2**16 and not first and (count or 2) <= 2:
+    if len(labels) == 2 and labels[0] == 0 and labels[1] > 1 and not first and (count or 2) <= 2:
         dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
         names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
     else:
         if not count and (len(labels) > 100 or labels[-1] > IGNORED):
-            fix = "were the maps smoothed or compressed? Else name the classes, by --classes or --nb_classes"
             problem = f"the label maps of {args.data_path} have {len(labels)} labels up to {labels[-1]} without names"
-            raise UserError(f"{problem}: {fix}")
+            raise UserError(f"{problem}: were they smoothed or compressed? Else give --classes or --nb_classes")
         count = count or max((label for label in labels if label != IGNORED), default=first - 1) + 1 - first
         names, numbers = names or [f"class {k}" for k in range(count)], range(first, first + count)
     if first and names and names[0].strip("_ ").lower() in NOTHING:
@@ -274,8 +271,7 @@ class Augmentation:
         self.short, self.scale, self.most = args.test_size, args.scale, args.most
         fill = {Image.Image: GREY, tv_tensors.Mask: IGNORED}
         self.random_crop = v2.RandomCrop(args.input_size, pad_if_needed=True, fill=fill)
-        steps = [v2.RandomHorizontalFlip(), *([v2.RandomPhotometricDistort()] if args.photometric else [])]
-        self.transform = v2.Compose(steps)
+        self.transform = v2.Compose([v2.RandomHorizontalFlip(), *[v2.RandomPhotometricDistort()] * args.photometric])
 
     def __call__(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
         """Image and labels (H, W) -> both at --input_size."""
@@ -415,17 +411,15 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     groups = tasks.layer_groups(net, args.weight_decay, args.layer_decay, args.layer_decay_type, net.encoder.depths)
     optimizer = tasks.make_optimizer(args, groups)
 
-    for line in loaded or ["random initial weights"]:
-        dist.say(line)
+    dist.say("\n".join(loaded or ["random initial weights"]))
     dist.say(f"{args.model} with UPerNet: {sum(p.numel() for p in net.parameters()):,} parameters")
     sizes = f"crops of {args.input_size} px from a short side of {args.test_size}"
     dist.say(f"{args.data_set}: {len(images):,} images, {len(classes.names)} classes; {sizes}")
     dist.say(describe_pixels(images, pixels))
-    options = dict(schedule=make_schedule, iterations=args.iterations, classes=classes.names)
-    options |= dict(colours=[list(colour) for colour in classes.colours], numbers=list(classes.numbers))
-    score = partial(evaluate, images=val, args=args, device=device)
-    write = partial(write_scores, classes=classes)
-    with Run(args, images, device, net.train(), optimizer, "segment.py", ema, **options) as run:
+    score, write = partial(evaluate, images=val, args=args, device=device), partial(write_scores, classes=classes)
+    options = dict(schedule=make_schedule, iterations=args.iterations)
+    origin = dict(classes=classes.names, colours=classes.colours, numbers=list(classes.numbers))
+    with Run(args, images, device, net.train(), optimizer, "segment.py", ema, **options, **origin) as run:
         for epoch in run.epochs():
             for batch in run.batches(epoch):
                 with run.autocast:
@@ -445,19 +439,21 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def make_schedule(run: Run) -> Callable[[int], float]:
     """Map updates to learning rates: linear warm-up, then polynomial decay."""
-    warmup, args = run.args.warmup_updates, run.args
-    warmup = min(1500, run.total // 10) if warmup is None else warmup
+    args = run.args
+    warmup = min(1500, run.total // 10) if args.warmup_updates is None else args.warmup_updates
 
-    def rate(update: int) -> float:
+    def schedule(update: int) -> float:
         if update < warmup:
             return run.peak_lr * (update + 1) / (warmup + 1)
         left = (run.total - update) / max(run.total - warmup, 1)
         return args.min_lr + (run.peak_lr - args.min_lr) * left**args.power
 
-    return rate
+    return schedule
 
 
 # --- evaluation and prediction ----------------------------------------------------------------------------------------
+
+STRIP = 2**24  # probabilities computed at a time, so that large images fit the memory
 
 
 @torch.no_grad()
@@ -475,27 +471,20 @@ def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device
 
 
 def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """uint8 (3, H, W) -> classes' probabilities, means over scales and flips, in strips (K, h, W) to save memory."""
-    views, (height, width) = [], image.shape[1:]
+    """uint8 (3, H, W) -> classes' probabilities, means over scales and flips, in strips (K, h, W)."""
+    outputs, (height, width) = [], image.shape[1:]
     for scale, flip in product(args.test_scales, (False, True) if args.flip else (False,)):
         size = list(scaled_size(height, width, args.test_size * scale, least=net.encoder.patch_size))
         view = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR)  # (3, H, W) -> (3, h, w)
         view = normalise(view.flip(2) if flip else view, STATISTICS[args.statistics], image.device)
         logits = slide(net, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
-        views.append(logits.flip(3) if flip else logits)
-    rows = max(1, 2**24 // (width * views[0].shape[1]))
-    for top in range(0, height, rows):
-        strips = (resize_rows(logits[0], height, width, slice(top, top + rows)).softmax(dim=0) for logits in views)
-        yield sum(strips) / len(views)
-
-
-def resize_rows(logits: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:
-    """Rows of what `resize` makes of (K, h, w) at (height, width)."""
-    at = torch.arange(height, device=logits.device)[rows]
-    at = ((at + 0.5) * logits.shape[1] / height - 0.5).clamp(0, logits.shape[1] - 1)
-    low, part = at.floor().long(), (at % 1)[:, None]
-    strip = logits[:, low].lerp(logits[:, (low + 1).clamp(max=logits.shape[1] - 1)], part)  # (K, rows, w)
-    return F.interpolate(strip[None], size=(len(at), width), mode="bilinear", align_corners=False)[0]
+        outputs.append(logits.flip(3) if flip else logits)
+    # Bilinear as in `resize`, at the centres of the image's pixels, which are numbered from -1 to 1.
+    y, x = ((2 * torch.arange(side, device=image.device) + 1) / side - 1 for side in (height, width))
+    for rows in y.split(max(1, STRIP // (width * outputs[0].shape[1]))):
+        grid = torch.stack(torch.meshgrid(x, rows, indexing="xy"), dim=-1)[None]  # (1, h, W, 2)
+        strips = (F.grid_sample(logits, grid, padding_mode="border", align_corners=False)[0] for logits in outputs)
+        yield sum(strip.softmax(dim=0) for strip in strips) / len(outputs)
 
 
 def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | None) -> torch.Tensor:
@@ -520,9 +509,8 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     chosen = {k * len(images) // 6 for k in range(6)}
     for index, image, truth, prediction in label(net, images, args, device):
-        for true, predicted in zip(truth.split(256), prediction.split(256)):  # rows
-            pairs = classes * true.long() + predicted
-            confusion += pairs[true != IGNORED].bincount(minlength=classes * classes)
+        pairs = classes * truth.long() + prediction
+        confusion += pairs[truth != IGNORED].bincount(minlength=classes * classes)
         count += 1
         if index in chosen:
             examples[index] = image, truth.cpu(), prediction.cpu()
@@ -549,12 +537,11 @@ def write_scores(folder: Path, results: tuple[dict, list], classes: maps.Classes
 def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], maps.Classes]:
     """Load the networks of --resume, "model" and, if there is one, "model_ema"; and their classes."""
     content, path = weights.read_content(args.resume), args.resume
-    if not {"classes", "colours", "model"} <= content.keys():
+    if not {"model", "classes", "colours", "numbers"} <= content.keys():
         raise UserError(f"{path} is no checkpoint of segment.py; train one with segment.py --finetune {path}")
-    names, first = content["classes"], int(args.reduce_zero_label)
-    numbers = content.get("numbers", range(first, first + len(names)))
-    nets = weights.load_saved(content, lambda: speed_up(make_segmenter(args, len(names))), path, device)
-    return nets, maps.Classes(names, [tuple(colour) for colour in content["colours"]], numbers)
+    classes = maps.Classes(content["classes"], content["colours"], content["numbers"])
+    nets = weights.load_saved(content, lambda: speed_up(make_segmenter(args, len(classes.names))), path, device)
+    return nets, classes
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:

@@ -30,20 +30,20 @@ class Classes(NamedTuple):
     numbers: Sequence[int]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files and classes ------------------------------------------------------------------------------------------------
 
 
 def read_map(path: str | Path) -> np.ndarray:
-    """Read an image of integers (H, W), or a grey one in RGB. ValueError for colours, UserError for a JPEG file."""
+    """Read an image of numbers 0 to 65535 (H, W), or a grey one in RGB. ValueError for others, UserError for a JPEG."""
     with opened(path) as image:
         if image.format == "JPEG":
             raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
-        values = np.asarray(upright(image))
-    channels = values[..., : 1 if image.mode == "LA" else 3] if values.ndim == 3 else values[..., None]  # without alpha
-    if values.dtype.kind not in "bui" or (channels != channels[..., :1]).any():
-        fix = "save labels as numbers, in a palette or greyscale PNG"
-        raise ValueError(f"{path} is an image in colours ({image.mode}), not a label map; {fix}")
-    return channels[..., 0] + np.uint8(0)  # bits as numbers
+        values = np.atleast_3d(upright(image))[..., : 1 if image.mode == "LA" else 3]  # (H, W, channels), without alpha
+    labels = values[..., 0].astype(np.uint16)
+    if (values != labels[..., None]).any():
+        fix = "save labels as numbers 0 to 65535, in a palette or greyscale PNG"
+        raise ValueError(f"{path} is no label map (mode {image.mode}); {fix}")
+    return labels
 
 
 def read_labels(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
@@ -68,40 +68,31 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
 
     UserError for a map in JPEG or of another size than its image, and if no map can be read: single ones are left out.
     """
+    pixels, files, errors = Counter(), {}, []
 
-    def count(pair):
+    def count(pair: tuple[str, str]) -> dict[int, int]:
         image, path = pair
         try:
             with opened(image) as file:
                 size = upright_size(file)
             values = read_map(path)
         except Exception as error:  # damaged files raise nearly anything
-            return error
+            errors.append(error)
+            return {}
         if values.shape[::-1] != size:
-            sizes = (
-                f"{image} is {size[0]} x {size[1]} pixels, and its label map {path} {values.shape[1]} x {len(values)}"
-            )
-            turned = "lies on its side: images are turned upright by their EXIF orientation"
-            raise UserError(f"{sizes}; one of them {turned if values.shape == size else 'was resized or cropped'}")
-        fast = values.dtype.kind == "u"  # without sorting
-        counts = enumerate(np.bincount(values.ravel())) if fast else zip(*np.unique(values, return_counts=True))
-        return {int(label): int(n) for label, n in counts if n}
+            sizes = " x ".join(map(str, size)), " x ".join(map(str, values.shape[::-1]))
+            problem = f"{image} is {sizes[0]} pixels, and its label map {path} {sizes[1]}"
+            raise UserError(f"{problem}; one of them was resized, cropped or turned (EXIF orientations are applied)")
+        return {label: n for label, n in enumerate(np.bincount(values.ravel()).tolist()) if n}
 
-    pixels, files, errors = Counter(), {}, []
     with ThreadPoolExecutor() as pool:
         results = tqdm(pool.map(count, pairs), "label maps", len(pairs), disable=None, leave=False)
         for (_, path), counts in zip(pairs, results):
-            if isinstance(counts, Exception):
-                errors.append(counts)
-            else:
-                pixels.update(counts)
-                files |= dict.fromkeys(counts, path)
+            pixels.update(counts)
+            files |= dict.fromkeys(counts, path)
     if not pixels:
         raise UserError(f"none of {len(pairs)} label maps can be read ({errors[0]})")
     return pixels, files
-
-
-# --- classes ----------------------------------------------------------------------------------------------------------
 
 
 def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
@@ -111,12 +102,9 @@ def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
         lines = [line.split("\t")[-1] for line in lines[1:]]
     matches = [re.fullmatch(r"(.*\S)[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]
     names = [match[1].rstrip(",") for match in matches] if all(matches) else lines
-    if not 1 <= len(set(names)) == len(names) <= IGNORED:
-        counts = f"{len(names)} classes, {len(set(names))} different"
-        raise UserError(f"{path} names {counts}; name 1 to {IGNORED}, each once")
-    if not all(matches):
-        return names, class_colours(len(names))
-    colours = [tuple(map(int, match.groups()[1:])) for match in matches]
+    if not 1 <= (count := len(set(names))) == len(names) <= IGNORED:
+        raise UserError(f"{path} names {len(names)} classes, {count} different; name 1 to {IGNORED}, each once")
+    colours = [tuple(map(int, match.groups()[1:])) for match in matches] if all(matches) else class_colours(count)
     if max(map(max, colours)) > 255:
         raise UserError(f"{path} has the colour {max(colours, key=max)}; red, green and blue end at 255")
     return names, colours
@@ -163,8 +151,7 @@ def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, clas
     """Draw an image beside its prediction, laid over it."""
     image, prediction = scaled((image, prediction), 480)
     overlay = (0.4 * image + 0.6 * paint(prediction, classes.colours)).round()
-    columns = {"image": [image], "labels": [overlay]}
-    draw_with_legend(path, columns, prediction.flatten(), classes, 4)
+    draw_with_legend(path, {"image": [image], "labels": [overlay]}, prediction.flatten(), classes, 4)
 
 
 def draw_with_legend(path: Path, columns: dict, labels: torch.Tensor, classes: Classes, inches: float) -> None:
@@ -184,6 +171,5 @@ def scaled(example: Sequence[torch.Tensor], side: int) -> list[torch.Tensor]:
     """Scale an image (3, H, W) and label maps (H, W), uint8, to a long side of `side`, before anything is drawn."""
     height, width = example[0].shape[1:]
     size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    parts = [part if part.ndim == 3 else part[None] for part in example]
-    return [v2.functional.resize(part, size, nearest).view(*old.shape[:-2], *size) for part, old in zip(parts, example)]
+    parts = [part.reshape(-1, height, width) for part in example]  # (3, H, W) or (H, W) -> (3 or 1, H, W)
+    return [v2.functional.resize(part, size, v2.InterpolationMode.NEAREST_EXACT).squeeze(0) for part in parts]

@@ -77,38 +77,36 @@ def write_by_class(directory: Path, outcomes: torch.Tensor, classes: Sequence[st
 
 def draw_confusion(path: Path, confusion: torch.Tensor, names: list[str]) -> None:
     """Draw counts (true, predicted) as percent of each true class's images; `names` are the classes'."""
-    n = len(names)
-    percent = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    n, images = len(names), confusion.sum(dim=1)
+    percent = 100 * confusion / images[:, None].clamp(min=1)
     side = min(10, 4 + 0.25 * n)  # inches
-    figure, axes = new_figure(1, 1, side + 1.6, side)
+    figure, [[axis]] = new_figure(1, 1, side + 1.6, side)
     from matplotlib.colors import PowerNorm  # as matplotlib in `new_figure`, only when it is needed
 
     root = PowerNorm(0.5, vmin=0, vmax=100)  # a linear scale would show what is rarely confused as white, like zero
-    image = axes[0, 0].imshow(percent.numpy(), cmap="Blues", norm=root)
-    figure.colorbar(image, label="% of the true class's images", shrink=0.8)
-    axes[0, 0].set(xlabel="predicted class", ylabel="true class (images)")
+    shades = axis.imshow(percent.numpy(), cmap="Blues", norm=root)
+    figure.colorbar(shades, label="% of the true class's images", shrink=0.8)
+    axis.set(xlabel="predicted class", ylabel="true class (images)")
     if n <= 40:  # more names would not be legible; ticks then number the rows of classes.csv, from 0
         short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
         short = [name.encode(errors="backslashreplace").decode() for name in short]  # folders' may be no Unicode
-        axes[0, 0].set_xticks(range(n), short, rotation=90)
-        axes[0, 0].set_yticks(range(n), [f"{name} ({count})" for name, count in zip(short, confusion.sum(1).tolist())])
+        axis.set_xticks(range(n), short, rotation=90)
+        axis.set_yticks(range(n), [f"{name} ({count})" for name, count in zip(short, images.tolist())])
     if n <= 15:
         for i, j in confusion.nonzero().tolist():
             colour = "white" if percent[i, j] > 30 else "black"
-            axes[0, 0].text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", color=colour)
+            axis.text(j, i, f"{percent[i, j]:.0f}", ha="center", va="center", color=colour)
     save_figure(figure, path)
 
 
 def predictions(paths: Sequence[str], logits: torch.Tensor, classes: Sequence[str], topk: int) -> list[dict]:
     """Rows of predictions.csv for paths and their logits (N, classes): file, class, probability, class_2, ..."""
     best = logits.softmax(dim=1).topk(topk)
-    rows = []
-    for path, probabilities, indices in zip(paths, best.values.tolist(), best.indices.tolist()):
-        row = {"file": path}
+    rows = [{"file": path} for path in paths]
+    for row, probabilities, indices in zip(rows, best.values.tolist(), best.indices.tolist()):
         for rank, (probability, index) in enumerate(zip(probabilities, indices), 1):
             suffix = f"_{rank}" if rank > 1 else ""
             row |= {f"class{suffix}": classes[index], f"probability{suffix}": probability}
-        rows.append(row)
     return rows
 
 

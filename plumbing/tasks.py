@@ -24,8 +24,7 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
     either = group.add_mutually_exclusive_group().add_argument
     either("--eval", action=cli.BoolFlag, default=False, help="only evaluate --resume")
     either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders by --resume")
-    recipe = "published settings for the model's size"
-    group.add_argument("--recipe", choices=recipes, help=recipe)
+    group.add_argument("--recipe", choices=recipes, help="published settings for the model's size")
     return group.add_argument
 
 
@@ -37,25 +36,20 @@ def add_transfer_flags(add: Callable) -> None:
     add("--opt_betas", type=cli.fraction, default=(0.9, 0.999), nargs=2, help="betas of Adam and AdamW")
     add("--momentum", type=cli.fraction, default=0.9, help="Nesterov momentum of SGD")
     add("--model_ema", action=cli.BoolFlag, default=False, help="keep an exponential moving average of the weights")
-    decay = "its decay; min(this, (1 + t) / (10 + t)) at update t"
-    add("--model_ema_decay", type=cli.fraction, default=0.9999, help=decay)
+    add("--model_ema_decay", type=cli.fraction, default=0.9999, help="decay; at most (1 + t) / (10 + t) at update t")
     add("--model_ema_eval", action=cli.BoolFlag, default=True, help="evaluate the average too")
     add("--use_amp", action=cli.BoolFlag, help="the authors' flag for --amp")
     add("--eval_freq", type=cli.count, default=1, help="epochs between evaluations")
     add("--disable_eval", action=cli.BoolFlag, default=False, help="do not evaluate while training")
 
 
-# --- defaults ---------------------------------------------------------------------------------------------------------
-
-
 def start_of(args: argparse.Namespace, parser: cli.Parser) -> str | None:
     """Find the weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
-    only_use = args.eval or args.predict
-    if only_use and not args.resume:
+    if not (args.eval or args.predict):
+        return args.finetune and file_of_run(args.finetune, "checkpoint-best.pth", "encoder.pth", "newest")
+    if not args.resume:
         parser.error(f"--{'eval' if args.eval else 'predict'} needs --resume FILE, a checkpoint to use")
-    path = args.resume if only_use else args.finetune
-    encoder = [] if only_use else ["encoder.pth"]
-    return file_of_run(path, "checkpoint-best.pth", *encoder, "newest") if path else None
+    return file_of_run(args.resume, "checkpoint-best.pth", "newest")
 
 
 def take_recipe(parser: cli.Parser, args: argparse.Namespace, recipes: Mapping[str, Mapping[str, dict]]) -> None:
@@ -106,30 +100,25 @@ def settle(
     return args
 
 
-# --- optimisers, layer-wise learning rates and averages ---------------------------------------------------------------
+# --- training: layer-wise learning rates, optimisers, averages, memory ------------------------------------------------
 
 
 def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
     """Return the layer that a parameter belongs to, 0 nearest to the input.
 
-    "single" counts every block; "group" takes the blocks of stage 3 by threes, as do the authors' fine-tuning of Base
-    and ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
+    "single" counts every block; "group" takes the blocks of stage 3 by threes, as the authors' fine-tuning of Base and
+    ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
     """
-    last = last_layer(depths, kind)
+    last = sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
     part, *place = name.removeprefix("backbone.").removeprefix("encoder.").split(".")
     if part not in ("downsample_layers", "stages"):
         return last + 1
-    i, first = int(place[0]), sum(depths[: int(place[0])])
+    stage, block = int(place[0]), int(place[1]) if part == "stages" else 0
     if kind == "single":
-        return first + 1 + (int(place[1]) if part == "stages" else 0)
+        return sum(depths[:stage]) + 1 + block
     if part == "downsample_layers":
-        return (0, 2, 3, last)[i]
-    return (1, 2, 3 + int(place[1]) // 3, last)[i]
-
-
-def last_layer(depths: tuple[int, ...], kind: str) -> int:
-    """Return the encoder's last layer; for "group" and depths 3, 3, 27, 3 it is 12."""
-    return sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
+        return (0, 2, 3, last)[stage]
+    return (1, 2, 3 + block // 3, last)[stage]
 
 
 def layer_groups(
@@ -137,9 +126,10 @@ def layer_groups(
 ) -> list[dict]:
     """Make optimiser groups, `lr_scale` = layer_decay ** (layers above); `depths`: the encoder's, if not `net`'s."""
     depths, groups = depths or net.depths, {}
+    head = layer_id("head", depths, kind)
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            scale = layer_decay ** (last_layer(depths, kind) + 1 - layer_id(name, depths, kind))
+            scale = layer_decay ** (head - layer_id(name, depths, kind))
             decay = weight_decay if optim.has_weight_decay(name, parameter) else 0.0
             group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
             group["params"].append(parameter)
@@ -183,22 +173,19 @@ def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
     return (powers / (powers * fractions).sum()).float()
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
 def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.device, fix: str) -> None:
     """UserError if training needs more memory than the device, or the machine or container, has.
 
     It needs what `step`, forward pass and loss, keeps for the backward pass, halved by mixed precision, and four times
     the weights. On the meta device that is known without any work.
     """
-    kept, limits = {}, [math.inf]
+    storages, limits = {}, [math.inf]
 
-    def note(tensor):
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
     if device.type == "cuda":
         limits.append(torch.cuda.mem_get_info(device)[0])
@@ -206,10 +193,11 @@ def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         with suppress(ValueError, OSError):  # no container, or without a limit
             limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    activations = sum(storage.nbytes() for storage in kept.values()) / (2 if dist.autocast(amp, device)._enabled else 1)
-    needed = activations + 16 * sum(p.numel() for p in net.parameters())
-    if needed > min(limits):
-        memory = f"{needed / 2**30:.1f} GiB of memory, and there are {min(limits) / 2**30:.1f}"
+    activations = sum(storage.nbytes() for storage in storages.values())
+    activations *= dist.autocast(amp, device).fast_dtype.itemsize / 4
+    needed, available = activations + 16 * sum(p.numel() for p in net.parameters()), min(limits)
+    if needed > available:
+        memory = f"{needed / 2**30:.1f} GiB of memory, and there are {available / 2**30:.1f}"
         raise UserError(f"training needs {memory}; {fix}")
 
 
@@ -232,7 +220,6 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
     values = {name: scores[metric] for name, (scores, _) in results.items()}
     ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN is no best
     winner = max(ranks, key=ranks.get)
-    details = results[winner][1]
     improved, run.best = ranks[winner] > run.best, max(run.best, ranks[winner])
     record = {"epoch": epoch + 1, "update": run.done, f"best_{metric}": run.best}
     for name, (scores, _) in results.items():
@@ -240,7 +227,7 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
     words = "  ".join(f"{name} {describe(scores)}" for name, (scores, _) in results.items())
     run.record(record, f"epoch {epoch + 1}/{run.last_epoch + 1}  {words}  best {run.best:.4g}")
     if improved:
-        run.write("", write, details)
+        run.write("", write, results[winner][1])
         if run.args.save_ckpt:
             best = {"model": networks[winner].state_dict(), "epoch": epoch + 1, metric: run.best}
             run.write("checkpoint-best.pth", save_tensors, best | run.origin)
