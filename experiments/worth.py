@@ -53,7 +53,8 @@ class Jobs:
     def epochs(self, seconds: float, name: str, *command: str | int | Path) -> int:
         """Count the epochs that fit into `seconds` by a run of one, and keep that number."""
         trial = self.run(name, "checkpoint-1.pth", *command, "--epochs", 1)
-        fitting = 1 + max(0, int((seconds - self.state["seconds"][name]) / last(trial, "seconds")))
+        epoch = max(0.1, last(trial, "seconds"))  # the log rounds to tenths: a short epoch takes 0.0
+        fitting = 1 + max(0, int((seconds - self.state["seconds"][name]) / epoch))
         epochs = self.state.setdefault(f"epochs after {name}", fitting)
         save_json(self.path, self.state)
         return epochs

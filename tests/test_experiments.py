@@ -289,6 +289,8 @@ def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
     monkeypatch.setattr(worth.subprocess, "run", in_this_process)
     monkeypatch.setattr(worth, "time", SimpleNamespace(time=lambda: 10 * len(commands)))  # seconds for each job
     monkeypatch.setattr(worth, "LEAST", 2)
+    last = worth.last  # an epoch takes five seconds of the clock above, however fast the machine is
+    monkeypatch.setattr(worth, "last", lambda run, key: max(last(run, key), 5 if key == "seconds" else 0))
     start = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
     torch.save(start.state_dict(), tmp_path / "a.pth")
     flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1.25)
@@ -333,12 +335,12 @@ def test_the_verdict_weighs_the_gain_against_the_spread_of_the_seeds(here, publi
 
 
 def test_epochs_fit_into_the_time_by_the_trial_and_are_kept(tmp_path, monkeypatch):
-    for seconds, epochs in ((5, 1), (10, 1), (14, 2), (26, 5)):
+    for seconds, logged, epochs in ((5, 4, 1), (10, 4, 1), (14, 4, 2), (26, 4, 5), (11, 0.0, 11)):
         jobs = worth.Jobs(tmp_path / str(seconds), [])
         monkeypatch.setattr(jobs, "run", lambda name, output, *_, jobs=jobs: jobs.directory / name / output)
         (jobs.directory / "trial").mkdir()
-        (jobs.directory / "trial/log.jsonl").write_text('{"seconds": 4}')
-        jobs.state["seconds"]["trial"] = 10  # six seconds to start, four for an epoch
+        (jobs.directory / "trial/log.jsonl").write_text(f'{{"seconds": {logged}}}')
+        jobs.state["seconds"]["trial"] = 10  # of the job: to start, and for an epoch of four seconds, or less than 0.05
         assert [jobs.epochs(time, "trial", "x.py") for time in (seconds, 1000)] == [epochs, epochs]
     with pytest.raises(UserError, match="choose another --output_dir"):
         worth.Jobs(tmp_path / "5", ["--input_size", "16"])
