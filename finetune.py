@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt classifier, from pre-trained weights or scratch; evaluate; predict (paper App. A.1, Tab. 9-13).
+"""Fine-tune a ConvNeXt classifier, evaluate it, predict with it (paper App. A.1, Tab. 9-13).
 
     python finetune.py                                                        # drawn images, minutes on a laptop
     python finetune.py --recipe in1k --model convnextv2_base --finetune encoder.pth --data_path IMAGENET
@@ -65,21 +65,18 @@ def make_parser() -> cli.Parser:
     add = cli.add_model_flags(parser, MODELS, start)
     add("--scratch", action=cli.BoolFlag, default=False, help=f"start from random weights, not {OURS}")
     add("--nb_classes", type=cli.count, help="number of classes (the data's)")
-    head_init_scale = "factor on a new head's weights (0.001 with --finetune, else 1)"
-    add("--head_init_scale", type=cli.nonnegative, help=head_init_scale)
+    add("--head_init_scale", type=cli.nonnegative, help="factor on a new head (0.001 with --finetune, else 1)")
     add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")
     add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py")
 
     data_path = "folder with train/ and val/, or where CIFAR lies"
     add = cli.add_data_flags(parser, data.DATA_SETS, data_path, DRAWN, synonyms=SYNONYMS)
     add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (DIR/val)")
-    names = "--eval, --predict: names of the outputs, one per line in their order"
-    add("--class_names", metavar="FILE", help=names)
+    add("--class_names", metavar="FILE", help="--eval, --predict: names of the outputs, one per line in order")
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--labels_per_class", type=cli.count, help="train on this many images per class")
-    add("--dist_eval", action=cli.BoolFlag, default=True, help="divide the validation images among processes")
-    crop_pct = "evaluation: fraction of the sides kept (224/256)"
-    add("--crop_pct", type=cli.number(float, 0.1, 1), help=crop_pct)
+    add("--dist_eval", action=cli.BoolFlag, default=True, help="divide validation images among processes")
+    add("--crop_pct", type=cli.number(float, 0.1, 1), help="fraction of sides evaluated (224/256)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--min_crop", type=cli.fraction, default=0.08, help="smallest area of a random crop")
@@ -88,22 +85,20 @@ def make_parser() -> cli.Parser:
     interpolations = ("bicubic", "bilinear", "nearest")
     add("--train_interpolation", choices=interpolations, default="bicubic", help="interpolation of random crops")
     add("--reprob", type=cli.fraction, default=0.0, help="probability of random erasing")
-    remode = "what erases"
-    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help=remode)
+    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help="what erases")
     add("--recount", type=cli.count, default=1, help="rectangles to erase")
     add("--mixup", type=cli.nonnegative, default=0.0, help="MixUp's alpha; 0: off")
     add("--cutmix", type=cli.nonnegative, default=0.0, help="CutMix's alpha; 0: off")
     add("--mixup_prob", type=cli.fraction, default=1.0, help="probability of mixing a batch at all")
     add("--mixup_switch_prob", type=cli.fraction, default=0.5, help="probability of CutMix when both are on")
-    balance = "weights of classes in the loss: their fraction of the images to the power of minus this"
+    balance = "weights of classes in the loss: (fraction of images) ** -this"
     add("--class_balance", type=cli.fraction, default=0.0, help=balance)
     add("--smoothing", type=cli.fraction, default=0.1, help="label smoothing")
 
     add = cli.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup=20)
     tasks.add_transfer_flags(add)
     add("--best_by", choices=("top1", "balanced"), default="top1", help="accuracy that decides on the best checkpoint")
-    kinds = "what a layer is: a block, or up to three"
-    add("--layer_decay_type", choices=("single", "group"), default="single", help=kinds)
+    add("--layer_decay_type", choices=("single", "group"), default="single", help="layers of one block, or up to three")
     cli.add_run_flags(parser, "runs/finetune")
     return parser
 
