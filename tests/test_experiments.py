@@ -1,6 +1,5 @@
 """Claims about GRN's alternatives, other decoders, and the benchmarks, of which no time is ever asserted."""
 
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from experiments.norms import MLP_NORMS, replace_norm
 from fast import FastBlock
 from fcmae import FCMAE
 from model import SIZES, ConvNeXt
-from plumbing.files import UserError, save_csv
+from plumbing.files import UserError
 from sparse import sparse_stages
 
 C = 32
@@ -101,16 +100,14 @@ def test_cbam_gates_channels_then_sites_by_mean_and_maximum():
 
 
 @pytest.mark.parametrize(("name", "millions"), [("se", 109), ("cbam", 109), ("none", 89), ("ln", 89), ("grn", 89)])
-def test_base_models_have_the_papers_millions_of_parameters(name, millions):
+def test_base_models_have_the_papers_millions_of_parameters_and_initial_weights(name, millions):
     with torch.device("meta"):
         net = replace_norm(ConvNeXt(*SIZES["base"]), name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == pytest.approx(millions, abs=1)
-
-
-def test_replacements_start_with_the_networks_initial_weights():
-    net = replace_norm(ConvNeXt(**TINY), "se")
-    linears = [module for module in net.stages[3][0].grn.modules() if isinstance(module, torch.nn.Linear)]
-    assert len(linears) == 2 and all(not layer.bias.any() and 0.01 < layer.weight.std() < 0.03 for layer in linears)
+    modules = replace_norm(ConvNeXt(**TINY), name).stages[3][0].grn.modules()
+    linears = [layer for layer in modules if isinstance(layer, torch.nn.Linear) and layer.weight.numel() > 100]
+    assert len(linears) == 2 * (millions == 109)
+    assert all(not layer.bias.any() and 0.01 < layer.weight.std() < 0.03 for layer in linears)
 
 
 def make_classifier(name: str, seed: int = 0) -> ConvNeXt:
@@ -257,20 +254,6 @@ def test_times_are_medians_and_memory_counts_a_storage_once(monkeypatch):
     assert bench.memory(lambda: (x * x).sum().backward(), CPU) == pytest.approx(1)
 
 
-def test_two_checkouts_are_compared_by_the_medians_of_their_processes(tmp_path, monkeypatch):
-    programs = {bench.ROOT: ["-m", "experiments.bench"], tmp_path / "old": ["bench.py"]}
-    ms = {bench.ROOT: iter([10, 30, 11]), tmp_path / "old": iter([20, 22, 90])}
-
-    def measured(command, cwd, **_):
-        assert command[1 : command.index("step")] == programs[cwd]
-        row = dict(model="m", amp="none", candidate="sparse", ms=next(ms[cwd]), MiB=4)
-        save_csv(Path(command[-1], "step.csv"), [row])
-
-    monkeypatch.setattr(subprocess, "run", measured)
-    time, memory = bench_rows("step", tmp_path, against=tmp_path / "old", processes=3)
-    assert float(time["here / there"]) == 0.5 and float(memory["here / there"]) == 1
-
-
 # --- is pre-training worth it? ----------------------------------------------------------------------------------------
 
 
@@ -317,19 +300,15 @@ def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
     assert "minutes of pre-training brought" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("here", "published", "words"),
-    [
-        (
-            [50, 52],
-            [40, 42],
-            "Pre-train on these images: 7.0 minutes of pre-training brought +10.0 points over published",
-        ),
-        ([30, 32], [40, 42], "Fine-tune from published weights"),
-        ([40, 50], [40, 48], "Not decided"),
-        ([60], [40], "Not decided: 7.0 minutes of pre-training brought +20.0 points over published weights (twice the"),
-    ],
-)
+VERDICTS = [  # top-1 from weights pre-trained here and from published ones, by seed; the sentence begins so
+    ([50, 52], [40, 42], "Pre-train on these images: 7.0 minutes of pre-training brought +10.0 points over published"),
+    ([30, 32], [40, 42], "Fine-tune from published weights"),
+    ([40, 50], [40, 48], "Not decided"),
+    ([60], [40], "Not decided: 7.0 minutes of pre-training brought +20.0 points over published weights (twice the"),
+]
+
+
+@pytest.mark.parametrize(("here", "published", "words"), VERDICTS)
 def test_the_verdict_weighs_the_gain_against_the_spread_of_the_seeds(here, published, words):
     top1 = {"random": [10] * len(here), "published": published, "pre-trained": here}
     assert worth.verdict(top1, 7).startswith(words)

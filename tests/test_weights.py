@@ -1,9 +1,7 @@
 """Claims about weights.py: layouts, loading, files, the command; and about networks in the hands of other tools."""
 
 import argparse
-import copy
 import http.server
-import pickle
 import re
 import threading
 from pathlib import Path
@@ -12,7 +10,6 @@ import pytest
 import timm
 import torch
 from helpers import CPU, TINY, Killed, assert_equal, image_folder, kill, randomised, save_noise, words
-from torch.optim.swa_utils import AveragedModel
 
 import analyze
 import data
@@ -21,7 +18,6 @@ import finetune
 import pretrain
 import segment
 import weights
-from fast import speed_up
 from fcmae import FCMAE
 from model import MODELS, SIZES, ConvNeXt
 from plumbing.files import UserError, download
@@ -425,30 +421,6 @@ def test_small_folders_get_a_schedule_of_their_own(tmp_path, monkeypatch, capsys
 
 
 # --- in the hands of other tools --------------------------------------------------------------------------------------
-
-SMALL = dict(depths=(1, 1, 1, 1), stem_stride=1)
-IMAGES = torch.randn(4, 3, 16, 24, generator=torch.Generator().manual_seed(0))
-COPIES = [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), torch.nn.DataParallel, AveragedModel]
-
-
-@pytest.mark.parametrize("wrap", COPIES)
-@pytest.mark.parametrize("version", [1, 2])
-def test_copies_and_wrappers_of_faster_networks_train_the_same(version, wrap):
-    models = speed_up(net(**SMALL, version=version)).train(), wrap(speed_up(net(**SMALL, version=version)).train())
-    for model in models:
-        model(IMAGES).square().sum().backward()
-    torch.testing.assert_close(*([p.grad for p in model.parameters()] for model in models), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("forward", ["forward", "forward_stages"])
-@pytest.mark.parametrize("version", [1, 2])
-@torch.no_grad()
-def test_an_exported_network_computes_the_same_for_another_number_of_images(version, forward):
-    model = speed_up(net(**SMALL, version=version))
-    model.forward = getattr(model, forward)
-    batch = ({0: torch.export.Dim("batch")},)
-    outputs = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=batch).module()(IMAGES)
-    torch.testing.assert_close(outputs, model(IMAGES), rtol=1e-5, atol=1e-5)
 
 
 def write_checkpoint(path: Path, num_classes: int, **config) -> ConvNeXt:
