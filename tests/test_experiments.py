@@ -125,7 +125,7 @@ def test_weights_are_known_by_their_norm_and_load_into_no_other_unasked(name, ot
     with pytest.raises(UserError, match="do not fit"):
         weights.load_weights(model, native)
     initial = {key: value.clone() for key, value in model.state_dict().items()}
-    weights.load_weights(model, native, replace_mlp_norm=True)
+    weights.load_weights(model, native, other_norm=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, (initial if ".grn." in key else native)[key])
     if name != "grn":
