@@ -5,14 +5,13 @@
     python analyze.py curves runs/*
 
 Each command writes a figure and, as CSV, its numbers to --output_dir. Features are those of the dense network on whole,
-unmasked images. In a notebook, use the functions of the first three sections.
+unmasked images. In a notebook, use the functions of the first two sections.
 
 Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimensions.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, product
 from pathlib import Path
@@ -99,8 +98,7 @@ def selectivity(activity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Class selectivity index of each channel: activity (N, C), not negative, and labels (N,) -> (C,).
 
     (mu_max - mu_rest) / (mu_max + mu_rest): mu_max is the highest class mean of the activity, mu_rest the mean over the
-    other classes. 1 for a channel that answers to one class only, 0 for one that answers to all alike, NaN for a silent
-    one. Raises ValueError for fewer than two classes.
+    other classes. 1: active for one class only, 0: for all alike, NaN: silent. ValueError for fewer than two classes.
     """
     classes = labels.unique()
     if len(classes) < 2:
@@ -127,9 +125,6 @@ def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
     mae = make_autoencoder(argparse.Namespace(**weights.read_config(path)))
     mae.load_state_dict(state)
     return mae.to(device).eval()
-
-
-# --- features ---------------------------------------------------------------------------------------------------------
 
 
 def batches(
@@ -202,18 +197,6 @@ def images_to_show(args: argparse.Namespace, usual: int) -> dict[int, torch.Tens
     return {index: image for index, image in pixels.items() if not images.unreadable[index]}
 
 
-def choose_both(args: argparse.Namespace) -> tuple[tuple[Images, list[int]], tuple[Images, list[int]]]:
-    """Choose labelled training images, at most --bank_images, and validation images of the same classes."""
-    if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
-        raise UserError(f"{args.command} compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
-    queries = choose_images(args, args.num_images, usual=1000)
-    bank = choose_images(args, None, args.bank_images, split="train")
-    for images, _ in (bank, queries):
-        data.check_labels(images)
-    data.check_classes(bank[0].classes, queries[0].classes)
-    return bank, queries
-
-
 def study(args: argparse.Namespace, subject: Subject, images: Images, indices: list[int], where, measure: Callable):
     """`collect_features` of one subject on chosen images."""
     device = next(subject.model.parameters()).device
@@ -241,9 +224,8 @@ def reconstruct(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
         names.append((f"{subject.label}\n" if len(subjects) > 1 else "") + f"{mae.mask_ratio:.0%} hidden")
         row = dict(checkpoint=subject.label, image=index, mask_ratio=mae.mask_ratio)
         rows.append(row | dict(hidden_patches=mask.sum().item(), patches=mask.numel(), loss=loss.item()))
-    caption = ""
-    if any(subject.model.norm_pix_loss for subject in subjects):
-        caption = "each patch's true mean and contrast are given,\nits structure is predicted (normalised pixels)"
+    normalised = any(subject.model.norm_pix_loss for subject in subjects)
+    caption = "each patch's true mean and contrast are given,\nits structure is predicted" if normalised else ""
     return draw_panels({title: torch.cat(parts) for title, parts in columns.items()}, caption, names), rows
 
 
@@ -314,12 +296,10 @@ def activations(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 
 def class_selectivity(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
-    """Class selectivity index of every block's output channels, as histograms (paper App. B)."""
+    """Class selectivity index of every block's output channels; histograms of the stages' last (paper App. B)."""
     images, indices = choose_images(args, args.num_images, usual=1000)
     data.check_labels(images)
-    panels = min(12, max(sum(subject.model.depths) for subject in subjects))  # evenly spaced; the table has all blocks
-    lines = -(-panels // 4)
-    (figure, axes), rows, bins = new_figure(lines, 4, 13, 1.4 + 2.3 * lines), [], np.linspace(0, 1, 21)
+    (figure, axes), rows, bins = new_figure(1, 4, 13, 3.7), [], np.linspace(0, 1, 21)
     for subject in subjects:
         activity, labels = study(args, subject, images, indices, "block", mean_activity)
         with value_errors_are_the_users():
@@ -327,19 +307,12 @@ def class_selectivity(args: argparse.Namespace, subjects: list[Subject]) -> tupl
         for name, values in index.items():
             row = dict(checkpoint=subject.label, layer=name)
             rows += [row | dict(channel=c, class_selectivity_index=v) for c, v in enumerate(values.tolist())]
-        names = list(index)
-        for axis, place in zip(axes.flat, np.linspace(0, 1, panels)):
-            name = names[round(place * (len(names) - 1))]
+        for stage, (axis, name) in enumerate(zip(axes[0], frozen.stage_ends(subject.model)), 1):
             values = index[name][~index[name].isnan()].numpy()
             style = dict(bins=bins, weights=np.full(len(values), 100 / max(len(values), 1)), color=subject.colour)
             axis.hist(values, histtype="step", linewidth=2, label=subject.label, **style)
             axis.axvline(values.mean(), color=subject.colour, linestyle=":", linewidth=2)
-            tidy(axis, "", "", name if subject is subjects[0] else axis.get_title())
-    for axis in axes.flat[panels:]:
-        axis.set_axis_off()
-    for axis in axes[-1]:
-        axis.set_xlabel("class selectivity index", fontsize=12)
-    figure.supylabel("output channels of the block (%)", fontsize=13)
+            tidy(axis, "class selectivity index", "output channels (%)", f"stage {stage}, last block")
     scale = "0: active for all classes alike, 1: for one class only; dotted: mean"
     return finish(figure, f"{scale} ({len(labels):,} images of {len(labels.unique()):,} classes)"), rows
 
@@ -372,15 +345,19 @@ def grn(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
     for axis, title in zip(axes.flat, titles):
         tidy(axis, DEPTH_LABEL, title)
     for axis in (axes[0, 0], axes[1, 1]):
-        axis.set_yscale("log", subs=(2, 5))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set_yscale("log")
     return finish(figure, f"median, 25-75% and 5-95% of the channels, over {len(indices):,} images"), rows
 
 
 def probe(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
     """Linear probe of frozen features, in closed form, on each stage and on the last two, whose 10 nearest vote too."""
-    bank, queries = choose_both(args)
+    if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
+        raise UserError(f"probe compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
+    queries = choose_images(args, args.num_images, usual=1000)
+    bank = choose_images(args, None, args.bank_images, split="train")
+    for images, _ in (bank, queries):
+        data.check_labels(images)
+    data.check_classes(bank[0].classes, queries[0].classes)
     figure, [[axis]] = new_figure(1, 1, 7, 4.8)
     names, rows, width = [*(f"stage {i}" for i in range(1, 5)), "stages 3, 4", "10 nearest"], [], 0.8 / len(subjects)
     for k, subject in enumerate(subjects):
@@ -409,14 +386,13 @@ def features(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
         return x if x.ndim == 2 else mean_and_std(x)  # (B, D) or (B, H, W, C)
 
     for subject in subjects:
-        ends = frozen.stage_ends(subject.model)
-        vectors, _ = study(args, subject, images, indices, [*ends, "norm"], measure)
+        layers = [*frozen.stage_ends(subject.model)[2:], "norm"]
+        *ends, pooled = study(args, subject, images, indices, layers, measure)[0].values()
         if subject is subjects[0]:
-            chosen = vectors[ends[args.stage - 1]].chunk(2, dim=1)[0] if args.stage else vectors["norm"]
-            np.save(Path(args.output_dir, "features.npy"), chosen.numpy())
+            np.save(Path(args.output_dir, "features.npy"), pooled.numpy())
             indices = [index for index in indices if not images.unreadable[index]]
             queries = [k * len(indices) // 8 for k in range(8)]
-        units = F.normalize(frozen.standardised(torch.cat([vectors[end] for end in ends[2:]], dim=1))[0], dim=1)
+        units = F.normalize(frozen.standardised(torch.cat(ends, dim=1))[0], dim=1)
         similarity = units[queries] @ units.T  # (8, N)
         similarity[range(8), queries] = 2  # the image itself comes first
         for rank, nearest in enumerate(similarity.topk(min(6, len(units))).indices.T.tolist()):
@@ -432,41 +408,37 @@ def features(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 def curves(args: argparse.Namespace) -> tuple:
     """Loss and accuracy of several runs, from their log.jsonl."""
-    paths = [os.path.dirname(path) or "." if os.path.isfile(path) else path for path in args.runs + args.checkpoint]
-    paths = paths or ["runs/pretrain"]
-    runs = [Path(path) for path in paths if os.path.exists(f"{path}/log.jsonl")]
+    runs = [run for run in map(Path, args.runs) if (run / "log.jsonl").exists()]
     if not runs:
-        raise UserError(f"no log.jsonl in {', '.join(paths)}; run `python pretrain.py` first, or name run directories")
+        fix = "run `python pretrain.py` first, or name run directories"
+        raise UserError(f"no log.jsonl in {', '.join(args.runs)}; {fix}")
     if args.label and len(args.label) != len(runs):
         raise UserError(f"{len(args.label)} --label for {len(runs)} runs with a log.jsonl; give one each")
     panels, rows = {}, []
     for run, label in zip(runs, args.label or map(str, runs)):
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         config = json.loads((run / "config.json").read_text())
-        scale = config["images"] if args.x == "images" else 1
         for key in dict.fromkeys(key for record in records for key in record):
-            points = [(record["epoch"] * scale, record[key]) for record in records if record.get(key) is not None]
+            points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
             if points and (panel := panel_of(key, config)):
                 panels.setdefault(panel, []).append((label if key == "loss" else f"{label}, {key}", points))
-                rows += [{"run": label, "quantity": key, args.x: x, "value": value} for x, value in points]
+                rows += [dict(run=label, quantity=key, epoch=epoch, value=value) for epoch, value in points]
     if not panels:
         raise UserError(f"no loss or accuracy in {', '.join(map(str, runs))} yet; wait for the log's first lines")
     figure, axes = new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
     for axis, (panel, lines) in zip(axes[0], panels.items()):
         for k, (name, points) in enumerate(lines):
             plot(axis, *zip(*points), name, COLOURS[k % 8], ("-", "--", ":")[k // 8 % 3])
-        tidy(axis, {"epoch": "epochs", "images": "images seen"}[args.x], panel)
+        tidy(axis, "epochs", panel)
         axis.legend(fontsize=10)
     return finish(figure, ""), rows
 
 
 def panel_of(key: str, config: dict) -> str | None:
     """Return the y axis on which a key of the log is drawn; None for the others."""
-    if key.endswith("loss") and "mask_ratio" in config:
-        return "pre-training loss\n(squared error on hidden patches)"
     if key.endswith("loss"):
-        kind = " (cross-entropy)" if "smoothing" in config else ""  # a detector's and a segmenter's have parts
-        return f"{'training' if key == 'loss' else 'validation'} loss{kind}"
+        kind = "pre-training" if "mask_ratio" in config else "training" if key == "loss" else "validation"
+        return f"{kind} loss" + (" (cross-entropy)" if "smoothing" in config else "")  # other scripts' have parts
     if key in ("val_box_AP", "val_mask_AP", "val_mIoU"):
         return "validation AP or mIoU"
     return "validation accuracy (%)" if "top1" in key or key in ("probe", "knn") else None
@@ -483,10 +455,7 @@ def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, 
 
 def tidy(axis, x_label: str, y_label: str, title: str = "") -> None:
     """Label one panel."""
-    axis.set_xlabel(x_label, fontsize=12)
-    axis.set_ylabel(y_label, fontsize=12)
-    axis.set_title(title, fontsize=12)
-    axis.tick_params(labelsize=11)
+    axis.set(xlabel=x_label, ylabel=y_label, title=title)
     axis.grid(alpha=0.3)
 
 
@@ -544,16 +513,13 @@ def add_flags(parser: cli.Parser, command: str) -> None:
     add("--label", nargs="+", metavar="NAME", help="names in the legend, one per checkpoint or run")
     if command == "curves":
         runs = "run directories; those without a log.jsonl are left out (default: runs/pretrain)"
-        add("runs", nargs="*", metavar="DIR", help=runs)
-        add("--checkpoint", default=[], **files, help="more of them, or checkpoints in them")
-        add("--x", choices=("epoch", "images"), default="epoch", help="align runs by epochs or by images seen")
+        add("runs", nargs="*", default=["runs/pretrain"], metavar="DIR", help=runs)
         return
     parser.set_defaults(images=None, untrained=False, image_max=None)
     add("--checkpoint", default=["runs/pretrain"], **files, help="weights in any layout, or run directories")
     add("--data_set", choices=data.DATA_SETS, metavar="NAME", help=", ".join(data.DATA_SETS))
     add("--data_path", metavar="DIR", help="folder of images, or where CIFAR lies (default: as in training)")
-    size = "pixels per side of the network's input (default: as in training)"
-    add("--input_size", type=cli.number(int, 8, 4096), help=size)
+    add("--input_size", type=cli.number(int, 8, 4096), help="pixels per side of the input (default: as in training)")
     add("--num_images", type=cli.count, help="images to use (default: a few to show, up to 1,000 to measure)")
     add("--batch_size", type=cli.count, default=32, help="images per forward pass; lower it when memory runs out")
     add("--device", help="cuda, cpu or mps (default: cuda if there is one, else cpu)")
@@ -565,13 +531,10 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         hide = "fractions of patches to hide, such as 0.3,0.6,0.9; a row per ratio (default: as in training)"
         add("--mask_ratio", "--mask_ratios", **ratios, help=hide)
     else:
-        untrained = "add the first checkpoint's network with random weights"
-        add("--untrained", action=cli.BoolFlag, default=command == "features", help=untrained)
+        untrained = command == "features"
+        add("--untrained", action=cli.BoolFlag, default=untrained, help="add the first network with random weights")
     if command == "activations":
         add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
-    if command == "features":
-        stage = "of this stage, averaged over space (default: forward_features)"
-        add("--stage", type=int, choices=range(1, 5), help=stage)
     if command == "probe":
         add("--bank_images", type=cli.count, default=4000, help="training images to compare with, at most")
 

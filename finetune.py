@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt classifier, from pre-trained weights or scratch; evaluate; predict (paper App. A.1, Tab. 9-13).
+"""Fine-tune a ConvNeXt classifier, evaluate it, predict with it (paper App. A.1, Tab. 9-13).
 
     python finetune.py                                                        # drawn images, minutes on a laptop
     python finetune.py --recipe in1k --model convnextv2_base --finetune encoder.pth --data_path IMAGENET
@@ -61,25 +61,21 @@ def make_parser() -> cli.Parser:
     add("--topk", type=cli.count, default=5, help="classes that --predict prints for each image")
     add("--linear_probe", action=cli.BoolFlag, default=False, help="train the head alone, as MoCo v3 does")
 
-    start = "weights in any layout that weights.py reads, or a run's folder"
-    add = cli.add_model_flags(parser, MODELS, start)
+    add = cli.add_model_flags(parser, MODELS, "weights in any layout that weights.py reads, or a run's folder")
     add("--scratch", action=cli.BoolFlag, default=False, help=f"start from random weights, not {OURS}")
     add("--nb_classes", type=cli.count, help="number of classes (the data's)")
-    head_init_scale = "factor on a new head's weights (0.001 with --finetune, else 1)"
-    add("--head_init_scale", type=cli.nonnegative, help=head_init_scale)
+    add("--head_init_scale", type=cli.nonnegative, help="factor on a new head (0.001 with --finetune, else 1)")
     add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")
     add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py")
 
     data_path = "folder with train/ and val/, or where CIFAR lies"
     add = cli.add_data_flags(parser, data.DATA_SETS, data_path, DRAWN, synonyms=SYNONYMS)
     add("--eval_data_path", metavar="DIR", help="validation images, one folder per class (DIR/val)")
-    names = "--eval, --predict: names of the outputs, one per line in their order"
-    add("--class_names", metavar="FILE", help=names)
+    add("--class_names", metavar="FILE", help="--eval, --predict: names of the outputs, one per line in order")
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--labels_per_class", type=cli.count, help="train on this many images per class")
-    add("--dist_eval", action=cli.BoolFlag, default=True, help="divide the validation images among processes")
-    crop_pct = "evaluation: fraction of the sides kept (224/256)"
-    add("--crop_pct", type=cli.number(float, 0.1, 1), help=crop_pct)
+    add("--dist_eval", action=cli.BoolFlag, default=True, help="divide validation images among processes")
+    add("--crop_pct", type=cli.number(float, 0.1, 1), help="fraction of sides evaluated (224/256)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--min_crop", type=cli.fraction, default=0.08, help="smallest area of a random crop")
@@ -88,22 +84,19 @@ def make_parser() -> cli.Parser:
     interpolations = ("bicubic", "bilinear", "nearest")
     add("--train_interpolation", choices=interpolations, default="bicubic", help="interpolation of random crops")
     add("--reprob", type=cli.fraction, default=0.0, help="probability of random erasing")
-    remode = "what erases"
-    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help=remode)
+    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help="what erases")
     add("--recount", type=cli.count, default=1, help="rectangles to erase")
     add("--mixup", type=cli.nonnegative, default=0.0, help="MixUp's alpha; 0: off")
     add("--cutmix", type=cli.nonnegative, default=0.0, help="CutMix's alpha; 0: off")
     add("--mixup_prob", type=cli.fraction, default=1.0, help="probability of mixing a batch at all")
     add("--mixup_switch_prob", type=cli.fraction, default=0.5, help="probability of CutMix when both are on")
-    balance = "weights of classes in the loss: their fraction of the images to the power of minus this"
-    add("--class_balance", type=cli.fraction, default=0.0, help=balance)
+    add("--class_balance", type=cli.fraction, default=0.0, help="classes' loss weights: (fraction of images) ** -this")
     add("--smoothing", type=cli.fraction, default=0.1, help="label smoothing")
 
     add = cli.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup=20)
     tasks.add_transfer_flags(add)
     add("--best_by", choices=("top1", "balanced"), default="top1", help="accuracy that decides on the best checkpoint")
-    kinds = "what a layer is: a block, or up to three"
-    add("--layer_decay_type", choices=("single", "group"), default="single", help=kinds)
+    add("--layer_decay_type", choices=("single", "group"), default="single", help="layers of one block, or up to three")
     cli.add_run_flags(parser, "runs/finetune")
     return parser
 
@@ -127,8 +120,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--eval_data_path alone has no images to train on; give --data_path DIR")
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])
     if start:
-        values = weights.flags_of(start, "image_max")
-        parser.take(start, values | (as_trained(start, args, data_set) if only_use else {}))
+        names = ["image_max"] + ["crop_pct"] * only_use + ["holdout"] * is_held_out(args, start, data_set)
+        values = weights.flags_of(start, *names)
+        if only_use and "://" not in args.resume:
+            values["output_dir"] = os.path.dirname(start) or "."
+        parser.take(start, values)
         args = parser.parse_args(argv)
     if args.linear_probe:
         parser.take("--linear_probe", LINEAR_PROBE | (SHORT_PROBE if data_set == "embedded" else {}))
@@ -146,23 +142,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def as_trained(path: str, args: argparse.Namespace, data_set: str) -> dict:
-    """Read what --eval and --predict take from a checkpoint: output folder, crop, and held-out images."""
-    config, downloaded = weights.read_config(path), "://" in args.resume
-    values = {} if downloaded else {"output_dir": os.path.dirname(path) or "."}
-    values |= {"crop_pct": config["crop_pct"]} if "crop_pct" in config else {}
-    whole = args.eval and data_set == "folder" and not args.eval_data_path
-    if whole and not data.split_folder(args.data_path, "val"):
-        same = data.same_images(trained_on(path), (data_set, args.data_path))
-        values |= {"holdout": config["holdout"]} if same and config.get("holdout") else {}
-    return values
-
-
 def trained_on(path: str) -> tuple[str, str | None]:
     """Read a checkpoint's data set and its path: a folder without a path if the file does not say."""
     config = weights.read_config(path)
     known = config.get("data_set") in data.DATA_SETS
     return (config["data_set"], config.get("data_path")) if known else ("folder", None)
+
+
+def is_held_out(args: argparse.Namespace, path: str, data_set: str) -> bool:
+    """Tell whether --eval is of what the checkpoint's training held out: of the same folder, which has no val/."""
+    if not args.eval or data_set != "folder" or args.eval_data_path or data.split_folder(args.data_path, "val"):
+        return False
+    return data.same_images(trained_on(path), (data_set, args.data_path))
 
 
 # --- data and model ---------------------------------------------------------------------------------------------------
@@ -171,26 +162,23 @@ def trained_on(path: str) -> tuple[str, str | None]:
 def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | None]:
     """Load training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
     train = val = None
-    evaluation = data.evaluation_transform(args.input_size, args.crop_pct)
+    size, source = args.input_size, (args.data_set, args.data_path)
     if not args.eval or args.holdout:
-        source, more = (args.data_set, args.data_path), (args.seed, args.embedded_images[0], args.image_max)
-        train = load_images(*source, "train", None, *more)
-        if args.data_set == "folder" and not data.split_folder(args.data_path, "train"):
-            whole = f"{args.data_path} has no train/<class>/ folders"
-            if not (args.holdout or args.eval_data_path or args.disable_eval):
-                fix = "if it holds class folders, evaluate on a fraction of them: --holdout 0.2"
-                raise UserError(f"--data_path {whole}; {fix}")
-            dist.say(f"{whole}: all of it is used, and the {len(train.classes or ())} folders in it are the classes")
-        data.check_labels(train)
         crop, erasing = (args.min_crop, args.train_interpolation), (args.reprob, args.remode, args.recount)
-        train.transform = augmentation.training_transform(
-            args.input_size, train.statistics, *crop, args.aa, args.color_jitter, *erasing
-        )
+        more = *crop, args.aa, args.color_jitter, *erasing
+        transform = augmentation.training_transform(size, data.STATISTICS[args.data_set], *more)
+        train = load_images(*source, "train", transform, args.seed, args.embedded_images[0], args.image_max)
+        no_split = args.data_set == "folder" and not data.split_folder(args.data_path, "train")
+        if no_split and not (args.holdout or args.eval_data_path or args.disable_eval):
+            fix = "if it holds class folders, evaluate on a fraction of them: --holdout 0.2"
+            raise UserError(f"--data_path {args.data_path} has no train/<class>/ folders; {fix}")
+        data.check_labels(train)
+    evaluation = data.evaluation_transform(size, args.crop_pct)
     if args.holdout:
         train, val = data.split_holdout(train, args.holdout)
         val.transform = evaluation
     elif args.eval or not args.disable_eval:
-        source = ("folder", args.eval_data_path) if args.eval_data_path else (args.data_set, args.data_path)
+        source = ("folder", args.eval_data_path) if args.eval_data_path else source
         val = load_images(*source, "val", evaluation, count=args.embedded_images[1], image_max=args.image_max)
         data.check_labels(val)
     if train and val:
@@ -206,11 +194,7 @@ def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvN
     start |= dict(layer_scale_init_value=args.layer_scale_init_value)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
     net.checkpoint_activations(args.checkpoint_activations)
-    if args.mlp_norm:
-        from experiments.norms import replace_norm
-
-        with value_errors_are_the_users():
-            replace_norm(net, args.mlp_norm)
+    weights.replace_mlp_norm(net, args.mlp_norm)
     report = ["random initial weights"]
     if args.finetune:
         state_dict = weights.read_file(args.finetune)
@@ -256,8 +240,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     class_weights = tasks.class_weights(by_class, args.class_balance).to(device) if args.class_balance else None
 
     parameters, trained = sum(p.numel() for p in net.parameters()), sum(p.numel() for g in groups for p in g["params"])
-    for line in (*report, f"{args.model}: {parameters:,} parameters, {trained:,} of them trained"):
-        dist.say(line)
+    dist.say("\n".join([*report, f"{args.model}: {parameters:,} parameters, {trained:,} of them trained"]))
     uneven = f"{by_class[: len(classes)].min():.0f} to {by_class.max():.0f} a class"
     dist.say(f"{args.data_set}: {len(images):,} images of {len(classes)} classes at {args.input_size} px, {uneven}")
     net.train(not args.linear_probe)
@@ -274,7 +257,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
             if val and run.evaluation_due(epoch):
                 tasks.evaluate(run, epoch, score, args.best_by, describe, write)
-                run.write("accuracy.png", draw, run.records)
+                curves = {"weights": "val_top1", "moving average": "val_ema_top1"}
+                run.write("accuracy.png", plot_evaluations, run.records, curves, "top-1, %", "Validation accuracy")
             if run.save_due(epoch):
                 run.save(epoch + 1)
     best = f"checkpoint-best.pth ({args.best_by} {run.best:.2f}%), classes.csv, confusion.png" if val else "checkpoints"
@@ -314,12 +298,6 @@ def describe(scores: dict[str, float]) -> str:
     return f"top-1 {top1:.2f}%, balanced {balanced:.2f}%, top-5 {top5:.2f}%, loss {loss:.4f}"
 
 
-def draw(path: Path, records: list[dict]) -> None:
-    """Write accuracy.png from the log's records."""
-    curves = {"weights": "val_top1", "moving average": "val_ema_top1"}
-    plot_evaluations(path, records, curves, "top-1 accuracy, %", "Validation accuracy")
-
-
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluate the checkpoint of --resume, its moving average too; write the better one's accuracy by class."""
     networks, names = weights.load_classifier(args.resume, device)
@@ -333,8 +311,6 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     data.check_classes(names, val.classes, all=False)
     number = {name: k for k, name in enumerate(names)}
     val.labels = [number[val.classes[label]] for label in val.labels]
-    if len(val.classes) < len(names):
-        dist.say(f"the images have {len(val.classes)} of the {len(names)} classes that {args.resume} tells apart")
     held = f" ({args.holdout:.0%} of each class, held out)" if args.holdout else ""
     prepared = data.describe_evaluation(args.input_size, args.crop_pct, data_set)
     where = f"{args.eval_data_path or args.data_path or args.data_set}{held}, {prepared}"
@@ -350,29 +326,26 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Print the likeliest classes of every image, in the order given, and write them to predictions.csv."""
-    networks, classes = weights.load_classifier(args.resume, device)
-    net, classes = networks.get("model_ema", networks["model"]), classes or []
-    classes = read_lines(args.class_names) if args.class_names else classes
-    classes = [*classes, *(f"class {k}" for k in range(len(classes), net.num_classes))]
+    """Write the likeliest classes of every image, in the order given, to predictions.csv, and print them."""
+    networks, names = weights.load_classifier(args.resume, device)
+    net = networks.get("model_ema", networks["model"])
+    names = read_lines(args.class_names) if args.class_names else names or []
+    classes = [*names, *(f"class {k}" for k in range(len(names), net.num_classes))]
     paths, (data_set, _) = data.find_images(args.predict, image_max=args.image_max), trained_on(args.resume)
     transform = data.evaluation_transform(args.input_size, args.crop_pct)
     images = Images(paths, range(len(paths)), None, transform, data.STATISTICS[data_set])  # labels are positions
     images.image_max = args.image_max
     dist.say(f"{len(paths):,} images {data.describe_evaluation(args.input_size, args.crop_pct, data_set)}")
-    batches, rows, topk = divided(range(len(paths)), args.batch_size), [], min(args.topk, len(classes))
-    mine = batches[dist.rank() :: dist.world_size()]  # so that one batch of each process is a stretch of the order
-    results = classify(net, images, mine, args, device)
-    parts = (
-        predictions([paths[k] for k in positions.tolist()], logits, classes, topk) for logits, positions in results
-    )
-    for _ in range(0, len(batches), dist.world_size()):
-        for row in chain(*dist.gather(next(parts, []))):
-            rows.append(row)
-            dist.say(describe_prediction(row))
+    part, rows = -(-len(paths) // dist.world_size()), []
+    batches = divided(range(len(paths))[dist.rank() * part :][:part], args.batch_size)
+    for logits, positions in classify(net, images, batches, args, device):
+        rows += predictions([paths[k] for k in positions.tolist()], logits, classes, min(args.topk, len(classes)))
+    rows = [*chain(*dist.gather(rows))]
     if dist.rank() == 0:
         make_directory(args.output_dir)
         save_csv(Path(args.output_dir, "predictions.csv"), rows)
+        for row in rows:
+            print(describe_prediction(row))
         print(f"in {args.output_dir}: predictions.csv of {len(rows):,} images")
 
 

@@ -5,8 +5,7 @@
     python weights.py IN OUT.onnx             # or OUT.pt2, for torch.export
 
 In code: `load_weights(model, to_native(read_file(path)))`, or `build(to_native(read_file(path)))` for a network that
-fits. "Native" is this project's layout, which the authors' released files have too. Other libraries compute the same
-logits, but the final norm of transformers has its configuration's `layer_norm_eps` of 1e-12; set it to 1e-6.
+fits. "Native" is this project's layout, which the authors' released files have too.
 
 Shapes: C channels, o and i a convolution's output and input channels, k x k = K kernel taps.
 """
@@ -92,17 +91,16 @@ def detect_layout(state_dict: State) -> str:
     for layout in LAYOUTS:
         if any(_rename(key, layout, "native") == "stages.0.0.dwconv.weight" for key in state_dict):
             return layout
-    raise UserError(
-        f"no layout is known for these {len(state_dict)} tensors ({shorten(', '.join(state_dict), 100)}); known are "
-        "ConvNeXt V1 and V2 of this project, its authors, timm, Hugging Face transformers and mmpretrain"
-    )
+    known = "ConvNeXt V1 and V2 of this project, its authors, timm, Hugging Face transformers and mmpretrain"
+    names = shorten(", ".join(state_dict), 100)
+    raise UserError(f"no layout is known for these {len(state_dict)} tensors ({names}); known are {known}")
 
 
 def to_native(state_dict: State) -> State:
-    """Tensors of any known layout under this project's names and in its shapes.
+    """Tensors of any known layout under this project's names and in its shapes; of larger networks, the encoder's.
 
-    Prefixes of wrappers are removed, and whatever an FCMAE, detector or segmenter has besides its encoder is left out
-    (`describe` counts it). UserError for an unknown layout, and for tensors that are no part of a classifier.
+    UserError for an unknown layout, and for tensors that are no part of a classifier or of an FCMAE, detector or
+    segmenter of this project.
     """
     layout, native, foreign = detect_layout(state_dict), {}, []
     for key, value in state_dict.items():
@@ -112,10 +110,8 @@ def to_native(state_dict: State) -> State:
         elif layout != "native" or not HEADS.fullmatch(WRAPPERS.sub("", key)):
             foreign.append(key)
     if foreign:
-        raise UserError(
-            f"{len(foreign)} of {len(state_dict)} tensors are no part of a ConvNeXt in the {layout} layout "
-            f"({shorten(', '.join(foreign), 100)}); give a classifier or encoder"
-        )
+        part = f"{len(foreign)} of {len(state_dict)} tensors are no part of a ConvNeXt in the {layout} layout"
+        raise UserError(f"{part} ({shorten(', '.join(foreign), 100)}); give a classifier or encoder")
     return native
 
 
@@ -197,49 +193,55 @@ def _model_name(depths: tuple, dims: tuple, version: int, **_) -> str:
 @value_errors_are_the_users()
 def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
     """Build a network that fits the tensors, with them as weights, or initial ones (`start`: arguments of ConvNeXt)."""
-    net = _with_norm(ConvNeXt(**architecture(native), **start), mlp_norm_of(native))
+    net = replace_mlp_norm(ConvNeXt(**architecture(native), **start), mlp_norm_of(native))
     if load:
         load_weights(net, native)
     return net
 
 
-@value_errors_are_the_users()
 def make_encoder(args: argparse.Namespace) -> ConvNeXt:
     """Build the encoder that the flags of detect.py or segment.py describe."""
     encoder = MODELS[args.model](num_classes=0, stem_stride=args.stem_stride, drop_path_rate=args.drop_path)
     encoder.checkpoint_activations(args.checkpoint_activations)
-    return _with_norm(encoder, args.mlp_norm)
+    return replace_mlp_norm(encoder, args.mlp_norm)
 
 
-def _with_norm(net: ConvNeXt, mlp_norm: str | None) -> ConvNeXt:
-    if mlp_norm in (None, "grn"):
+@value_errors_are_the_users()
+def replace_mlp_norm(net: ConvNeXt, name: str | None) -> ConvNeXt:
+    """Replace GRN as --mlp_norm says; None leaves it. UserError for an unknown name, and for V1."""
+    if name is None or (name == "grn" and net.version == 2):
         return net
     from experiments.norms import replace_norm
 
-    return replace_norm(net, mlp_norm)
+    return replace_norm(net, name)
 
 
-def load_weights(model: ConvNeXt, native: State, replace_mlp_norm: bool = False) -> list[str]:
+def load_weights(model: ConvNeXt, native: State, other_norm: bool = False) -> list[str]:
     """Copy native tensors into `model`, strictly; return a report, line by line.
 
-    Exceptions: `_parts_to_skip`, and a stem for images of other channels is adapted (`adapt_stem`). UserError for
-    another stem stride, and for whatever else is missing, unexpected or of another shape.
+    Exceptions: a stem for images of other channels is adapted (`adapt_stem`). The model's initial values stay in final
+    norm and head where the model or the file has none, in a head for other classes, and with `other_norm` in GRN's
+    place. UserError for another stem stride, and for whatever else is missing, unexpected or of another shape.
     """
     source, tensors, own, report = architecture(native), dict(native), model.state_dict(), []
     if source["in_chans"] != model.in_chans:
         tensors[STEM] = adapt_stem(native[STEM], model.in_chans)
         report.append(f"stem adapted from {source['in_chans']} to {model.in_chans} input channels")
-    initial = {}
-    for part, reason in _parts_to_skip(model, native, replace_mlp_norm).items():
-        left_out, kept = ([name for name in state if re.match(part, name)] for state in (tensors, own))
-        report += [f"left out {shorten(', '.join(left_out), 200)}: {reason}"] if left_out else []
-        report += [f"at their initial values: {shorten(', '.join(kept), 200)}"] if kept else []
-        tensors = {name: value for name, value in tensors.items() if name not in left_out}
-        initial |= {name: own[name] for name in kept}
-    names = _model_name(**source), _model_name(model.depths, model.dims, model.version)
-    strides = source["stem_stride"], model.stem_stride
-    fit = [f"{name} with --stem_stride {stride}" for name, stride in zip(names, strides)]
-    _load_strictly(model, tensors | initial, f"the weights, of {fit[0]}, do not fit the model, {fit[1]}")
+    new = {"norm", "head"} - ({key.split(".")[0] for key in native} & {key.split(".")[0] for key in own})
+    if source["num_classes"] not in (0, model.num_classes):
+        new.add("head")
+
+    def is_new(key):
+        return key.split(".")[0] in new or (other_norm and ".grn." in key)
+
+    left_out, kept = [*filter(is_new, native)], [*filter(is_new, own)]
+    for what, keys in (("left out", left_out), ("at their initial values", kept)):
+        report += [f"{what}: {shorten(', '.join(keys), 200)}"] if keys else []
+    tensors = {key: value for key, value in tensors.items() if not is_new(key)}
+    theirs = f"{_model_name(**source)} with --stem_stride {source['stem_stride']}"
+    ours = f"{_model_name(model.depths, model.dims, model.version)} with --stem_stride {model.stem_stride}"
+    problem = f"the weights, of {theirs}, do not fit the model, {ours}"
+    _load_strictly(model, tensors | {key: own[key] for key in kept}, problem)
     return [f"loaded {len(tensors)} of the model's {len(own)} tensors", *report]
 
 
@@ -248,25 +250,6 @@ def _load_strictly(net: nn.Module, state_dict: State, problem: str) -> None:
         net.load_state_dict(state_dict)
     except RuntimeError as error:
         raise UserError(f"{problem}: {shorten(str(error).split(':', 1)[1], 300)}") from None
-
-
-def _parts_to_skip(model: ConvNeXt, native: State, replace_mlp_norm: bool) -> dict[str, str]:
-    """Parts (patterns of names) that are left out of the file and keep their initial values in the model, with reasons.
-
-    Norm and head where the model has no classes, or the file, as of pre-trained encoders, has neither; a head for
-    another number of classes; on demand what stands in GRN's place.
-    """
-    classes, parts = architecture(native)["num_classes"], {}
-    has_norm, has_head = (any(name.startswith(part) for name in native) for part in ("norm.", "head."))
-    if model.num_classes == 0:
-        parts["(norm|head)[.]"] = "the model has no classes"
-    elif not has_head:
-        parts["head[.]" if has_norm else "(norm|head)[.]"] = "the file has none"
-    elif classes not in (0, model.num_classes):
-        parts["head[.]"] = f"{classes} classes in the file, {model.num_classes} in the model"
-    if replace_mlp_norm:
-        parts[".+[.]grn[.]"] = f"{mlp_norm_of(native)} is replaced by {mlp_norm_of(model.state_dict())}"
-    return parts
 
 
 def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
@@ -284,10 +267,7 @@ def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def read_content(path: str | Path) -> dict:
-    """Everything in a checkpoint of plain types, or the tensors of a .safetensors file; code in it is never run.
-
-    A detector of mmdetection comes as detect.py would have saved it.
-    """
+    """Read a checkpoint or a .safetensors file, of plain types; mmdetection's detector as detect.py would save it."""
     if Path(path).suffix == ".safetensors":
         import safetensors.torch  # an optional package
 
@@ -369,17 +349,12 @@ def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[
     """
     tensors, own = {WRAPPERS.sub("", name): value for name, value in read_file(path).items()}, net.state_dict()
     report = [f"{path}: {describe(tensors)}", *load_weights(encoder, to_native(tensors))]
-    heads = {name: value for name, value in tensors.items() if HEADS.fullmatch(name) and name in own}
-    if heads:
-        fitting = {name: value for name, value in heads.items() if value.shape == own[name].shape}
-        net.load_state_dict(fitting, strict=False)
-        initial = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads if name not in fitting}))
-        kept = f"; at their initial values: {initial}" if initial else ""
-        report.append(f"loaded {len(fitting)} of the {what}'s other tensors{kept}")
-    else:
-        parts = {name.split(".")[0] for name in own} - {"encoder", "backbone"}
-        report.append(f"new in the {what}: {', '.join(sorted(parts))}")
-    return report
+    heads = [name for name in own if HEADS.fullmatch(name)]
+    fitting = {name: tensors[name] for name in heads if name in tensors and tensors[name].shape == own[name].shape}
+    net.load_state_dict(fitting, strict=False)
+    initial = ", ".join(sorted({name.rsplit(".", 1)[0] for name in heads if name not in fitting}))
+    kept = f"; at their initial values: {shorten(initial, 200)}" if initial else ""
+    return [*report, f"loaded {len(fitting)} of the {what}'s {len(heads)} other tensors{kept}"]
 
 
 def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: torch.device) -> dict[str, nn.Module]:
@@ -507,15 +482,14 @@ def write_folder(directory: Path, native: State, layout: str, config: dict, clas
         files.save_json(directory / "preprocessor_config.json", processor)
 
 
-def export(path: Path, native: State, size: int) -> None:
+def export(path: Path, net: ConvNeXt, size: int) -> None:
     """Write a program for any number of square images: .onnx, or torch.export's .pt2."""
-    net = build(native).eval()
     images, batch = (torch.randn(2, net.in_chans, size, size),), ({0: torch.export.Dim("batch")},)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(net, images, dynamic_shapes=batch), path)
     else:
-        large = sum(value.nbytes for value in native.values()) > 2**30  # protocol buffers hold 2 GiB
+        large = sum(p.nbytes for p in net.parameters()) > 2**30  # protocol buffers hold 2 GiB
         names = dict(input_names=["images"], output_names=["logits" if net.num_classes else "features"])
         torch.onnx.export(net, images, path, dynamo=True, dynamic_shapes=batch, external_data=large, **names)
 
@@ -554,10 +528,9 @@ def main(args: argparse.Namespace) -> None:
     size, stride = config.get("input_size", 224), architecture(native)["stem_stride"]
     if args.to == "timm" and stride == 2:
         raise UserError("timm's ConvNeXt with a stem of stride 2 downsamples once more than ours; try --to hf")
-    with torch.device("meta"):  # checks that nothing is missing, at no cost
-        build({key: value.to("meta") for key, value in native.items()})
+    net = build(native).eval()  # checks that nothing is missing
     if program:
-        export(out, native, size)
+        export(out, net, size)
     elif folder:
         write_folder(out, native, args.to, config, content.get("classes"))
     else:

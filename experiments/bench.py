@@ -4,19 +4,13 @@
     python -m experiments.bench step            # the whole pre-training step, optimiser included
     python -m experiments.bench sweep           # the encoder against the fraction of visible patches
     python -m experiments.bench finetune        # the dense training step against timm's model
-    python -m experiments.bench --against DIR   # this checkout of the repository against another
 
 Prints a table, and writes it and for `encoder` and `sweep` a figure to --output_dir.
 """
 
 import argparse
-import csv
-import math
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -40,7 +34,6 @@ try:
 except ImportError:
     timm = None
 
-ROOT = Path(__file__).parent.parent
 SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05)  # fractions of hidden patches
 
 
@@ -61,8 +54,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action=cli.BoolFlag, default=False, help="torch.compile encoders, autoencoders and classifiers")
     add("--checkpoint_activations", action=cli.BoolFlag, default=False, help="in our networks")
     add("--repeats", type=cli.count, default=9, help="interleaved rounds, of which medians are reported")
-    add("--against", metavar="DIR", help="checkout of the repository, perhaps an older one, to compare this one with")
-    add("--processes", type=cli.count, default=5, help="processes of each checkout, with --against")
     add("--device", help="cuda, cpu or mps (default: cuda if there is one, else cpu)")
     add("--output_dir", default="runs/bench", metavar="DIR", help="where table and figure go")
     return parser.parse_args(argv)
@@ -138,31 +129,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 if "visible" in columns:
                     row["of limit"] = round(seconds[name] / unmasked / columns["visible"], 3)
                 rows.append(row | {"MiB": round(memory(call, device))})
-    return rows
-
-
-def compare(args: argparse.Namespace) -> list[dict]:
-    """Run the task in this checkout and in --against's, in random order; medians over processes, and their ratios."""
-    words, values = [args.task], {}
-    for name, value in vars(args).items():
-        if value and name not in ("task", "against", "processes", "output_dir"):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    checkouts = {"here": ROOT, "there": Path(args.against)}
-    for name in [name for _ in range(args.processes) for name in random.sample(list(checkouts), 2)]:
-        module = (checkouts[name] / "experiments/bench.py").exists()
-        command = [sys.executable, *(["-m", "experiments.bench"] if module else ["bench.py"]), *words]
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([*command, "--output_dir", folder], cwd=checkouts[name], stdout=subprocess.PIPE, check=True)
-            with open(Path(folder, f"{args.task}.csv"), newline="") as file:
-                for row in csv.DictReader(file):
-                    case = row.get("visible") if args.task == "sweep" else row.get("task")
-                    for column in [name for name in ("ms", "MiB") if name in row]:
-                        key = row["model"], row["amp"], case or "", row["candidate"], column
-                        values.setdefault(key, {}).setdefault(name, []).append(float(row[column]))
-    rows = [dict(zip(("model", "amp", "case", "candidate", "measure"), key)) for key in values]
-    for row, numbers in zip(rows, values.values()):
-        row |= {name: round(statistics.median(numbers.get(name, [math.nan])), 1) for name in checkouts}
-        row["here / there"] = round(row["here"] / row["there"], 3) if row["there"] else ""
     return rows
 
 
@@ -290,14 +256,13 @@ def main(args: argparse.Namespace) -> None:
     """Measure what `args` (from `get_args`) ask for."""
     device = dist.setup(args.device)
     with value_errors_are_the_users():
-        rows = compare(args) if args.against else measure(args, device)
+        rows = measure(args, device)
     print_table(rows)
     path = Path(args.output_dir, f"{args.task}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_csv(path, rows)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    draw = {"encoder": draw_bars, "sweep": draw_sweep}.get(args.task)
-    if draw and not args.against:
+    if draw := {"encoder": draw_bars, "sweep": draw_sweep}.get(args.task):
         draw(path.with_suffix(".png"), rows, f"Encoder, forward and backward, {hardware}")
     print(f"{hardware}, torch {torch.__version__}; medians of {args.repeats} rounds; {path}")
 

@@ -58,8 +58,7 @@ class UNetMAE(FCMAE):
         super().__init__(*args, **kwargs)
         self.decoder = UNet(self.proj.out_channels, len(self.decoder), self.encoder.dims if self.skip else (0, 0, 0, 0))
         self.pred = nn.Conv2d(self.decoder.dims[-1], self.encoder.stem_stride**2 * self.in_chans, kernel_size=1)
-        for module in (self.decoder, self.pred):
-            module.apply(init_weights)
+        nn.ModuleList([self.decoder, self.pred]).apply(init_weights)
 
     def forward_decoder(self, features: torch.Tensor | list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """Decode the last stage's map, or with `skip` all four: mask (N, h, w) -> patches (N, L, p * p * in_chans)."""
@@ -93,9 +92,8 @@ class UNet(nn.Module):
         self.ups, self.merges, self.levels = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k, width in enumerate(self.dims):
             if k > 0:
-                self.ups.append(
-                    nn.Sequential(nn.Conv2d(self.dims[k - 1], 4 * width, kernel_size=1), nn.PixelShuffle(2))
-                )
+                wider = nn.Conv2d(self.dims[k - 1], 4 * width, kernel_size=1)
+                self.ups.append(nn.Sequential(wider, nn.PixelShuffle(2)))
                 skip = encoder_dims[3 - k]
                 self.merges.append(nn.Conv2d(width + skip, width, kernel_size=1) if skip else nn.Identity())
             self.levels.append(nn.Sequential(*(Block(width) for _ in range(depth))))

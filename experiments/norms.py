@@ -1,8 +1,7 @@
 """Alternatives to GRN, between GELU and the second layer of the MLP (paper Sec. 4, Tab. 2 and 3), for `--mlp_norm`.
 
-Each maps channels-last features (N, H, W, C) to the same shape, C = 4 * dim, and pools over the sites of one image at
-most; batch normalisation alone pools over all images. So they run unchanged on the dense maps of fine-tuning and on the
-visible sites of the sparse encoder, (N, 1, A / N, C).
+Each maps channels-last features (N, H, W, C) to the same shape, C = 4 * dim, and all but batch normalisation pool over
+the sites of one image at most. So they run unchanged on dense maps and on visible sites, (N, 1, A / N, C).
 
 "none" in a V2 block is neither V1 nor V2: no GRN, and no LayerScale. The paper's "nothing" is V1 with LayerScale.
 """
@@ -17,6 +16,8 @@ from torch import nn
 
 from model import GRN, ConvNeXt, LayerNorm, init_weights
 
+EPS = 1e-6  # as in GRN
+
 
 class ResponseNorm(nn.Module):
     """GRN with one part replaced (paper Tab. 2): gamma * x * N(G(x)) + beta + x.
@@ -27,11 +28,9 @@ class ResponseNorm(nn.Module):
     skip: whether x is added. Without it gamma starts at one, since the block would start at zero otherwise.
     """
 
-    def __init__(
-        self, dim: int, aggregate: str = "l2", normalise: str = "relative", skip: bool = True, eps: float = 1e-6
-    ):
+    def __init__(self, dim: int, aggregate: str = "l2", normalise: str = "relative", skip: bool = True):
         super().__init__()
-        self.aggregate, self.normalise, self.skip, self.eps = aggregate, normalise, skip, eps
+        self.aggregate, self.normalise, self.skip = aggregate, normalise, skip
         self.gamma = nn.Parameter(torch.full((1, 1, 1, dim), 0.0 if skip else 1.0))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
@@ -43,10 +42,10 @@ class ResponseNorm(nn.Module):
             g = torch.linalg.vector_norm(x, int(self.aggregate[1]), dim=(1, 2), keepdim=True, dtype=wide)
         if self.normalise == "standardise":
             std, mean = torch.std_mean(g, dim=-1, keepdim=True, correction=0)
-            n = (g - mean) / (std + self.eps)
+            n = (g - mean) / (std + EPS)
         else:
             numerator = g if self.normalise == "relative" else 1.0
-            n = numerator / (g.abs().mean(dim=-1, keepdim=True) + self.eps)
+            n = numerator / (g.abs().mean(dim=-1, keepdim=True) + EPS)
         return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * n + float(self.skip)).to(x.dtype))
 
 
@@ -74,9 +73,9 @@ class LocalResponseNorm(nn.Module):
 class SqueezeExcite(nn.Module):
     """Channels gated by their means over the image (Hu et al. 2018). Reduction 16 gives the paper's 109M parameters."""
 
-    def __init__(self, dim: int, reduction: int = 16):
+    def __init__(self, dim: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, dim // reduction), nn.Linear(dim // reduction, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, dim // 16), nn.Linear(dim // 16, dim)
 
     def gate(self, pooled: torch.Tensor) -> torch.Tensor:
         """(N, 1, 1, C) -> (N, 1, 1, C), before the sigmoid."""
@@ -87,14 +86,10 @@ class SqueezeExcite(nn.Module):
 
 
 class CBAM(SqueezeExcite):
-    """Channels, then sites, gated by their means and maxima (Woo et al. 2018).
+    """Channels, then sites, gated by their means and maxima (Woo et al. 2018), by a 1x1 where CBAM has a 7x7 kernel."""
 
-    A simplification: a 1x1 convolution of a site's mean and maximum over channels gates it, where CBAM has a 7x7 one.
-    So it needs no neighbours.
-    """
-
-    def __init__(self, dim: int, reduction: int = 16):
-        super().__init__(dim, reduction)
+    def __init__(self, dim: int):
+        super().__init__(dim)
         self.site = nn.Linear(2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,8 +131,7 @@ MLP_NORMS = {"grn": GRN} | {name: _under(name, make) for name, make in _ALTERNAT
 def replace_norm(net: ConvNeXt, name: str) -> ConvNeXt:
     """Replace GRN by `MLP_NORMS[name]`, with its initial values, in every block of `net`, which is returned.
 
-    Raises ValueError for an unknown name, for a V1 network, which has no GRN, and for batch normalisation in blocks
-    that are computed twice, since its running statistics would count every image twice.
+    Raises ValueError for an unknown name, for a V1 network, and for batch normalisation in blocks computed twice.
     """
     if name not in MLP_NORMS:
         raise ValueError(f"--mlp_norm {name} is not one of {', '.join(MLP_NORMS)}")

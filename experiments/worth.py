@@ -4,73 +4,58 @@
     python -m experiments.worth --data_path DIR --minutes 30 --init_weight FILE_OR_URL
 
 DIR holds train/<class>/ and val/<class>/. A third of the time goes to pre-training, from the given weights or random
-ones. Then every start is fine-tuned for the same epochs, with up to three seeds. The same command continues where it
-was stopped, and adds seeds. Writes worth.csv and worth.png.
+ones. Then every start is fine-tuned for the same epochs, with three seeds or, in little time, fewer. The same command
+continues where it was stopped. Writes worth.csv and worth.png.
 """
 
 import argparse
 import csv
 import json
 import math
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean, stdev, variance
 
 import weights
 from plumbing import cli
-from plumbing.files import UserError, file_of_run, make_directory, save_csv, save_json
+from plumbing.files import UserError, file_of_run, load_file, make_directory, save_csv
 from plumbing.plots import COLOURS, new_figure, save_figure
 
 LEAST, MOST = 10, 50  # epochs of fine-tuning
 
 
-class Jobs:
-    """Ordinary runs in processes of their own; worth.json keeps the seconds that they took, and chosen epochs."""
-
-    def __init__(self, directory: Path, flags: list[str]):
-        self.directory, self.path = make_directory(directory), directory / "worth.json"
-        self.state = json.loads(self.path.read_text()) if self.path.exists() else {"flags": flags, "seconds": {}}
-        if self.state["flags"] != flags:
-            raise UserError(f"{directory} is of {' '.join(self.state['flags'])}; choose another --output_dir")
-
-    def run(self, name: str, output: str, *command: str | int | Path) -> Path:
-        """Run or continue a job, unless its output is there; return that file. UserError if it fails."""
-        folder = make_directory(self.directory / name)
-        if not (folder / output).exists():
-            print(f"{name}: {' '.join(map(str, command))}", flush=True)
-            script, start = Path(__file__).parents[1] / command[0], time.time()
-            command = [*map(str, (sys.executable, script, *command[1:], "--output_dir", folder))]
-            with open(folder / "output.txt", "a") as file:
-                status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-            self.state["seconds"][name] = self.state["seconds"].get(name, 0) + time.time() - start
-            save_json(self.path, self.state)
-            if status:
-                raise UserError(f"{name} failed: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
-        return folder / output
-
-    def epochs(self, seconds: float, name: str, *command: str | int | Path) -> int:
-        """Count the epochs that fit into `seconds` by a run of one, and keep that number."""
-        trial = self.run(name, "checkpoint-1.pth", *command, "--epochs", 1)
-        fitting = 1 + max(0, int((seconds - self.state["seconds"][name]) / last(trial, "seconds")))
-        epochs = self.state.setdefault(f"epochs after {name}", fitting)
-        save_json(self.path, self.state)
-        return epochs
+def run_job(folder: Path, output: str, *command: str | int | Path) -> float:
+    """Run or continue a job, unless its output is in its folder; return the seconds it took. UserError if it fails."""
+    script, *flags = map(str, (*command, "--output_dir", make_directory(folder)))
+    clock, start = folder / "seconds.txt", time.time()
+    seconds = float(clock.read_text()) if clock.exists() else 0.0
+    if not (folder / output).exists():
+        print(f"{folder.name}: {script} {' '.join(flags)}", flush=True)
+        with open(folder / "output.txt", "a") as file:
+            command = [sys.executable, str(Path(__file__).parents[1] / script), *flags]
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        seconds += time.time() - start
+        clock.write_text(str(seconds))
+        if status:
+            raise UserError(f"{folder.name} failed: {(folder / 'output.txt').read_text().strip().splitlines()[-1]}")
+    return seconds
 
 
-def last(checkpoint: Path, key: str) -> float:
-    """Return the last value of `key` in the log of a run."""
-    records = map(json.loads, checkpoint.with_name("log.jsonl").read_text().splitlines())
-    return [record[key] for record in records if key in record][-1]
+def fitting_epochs(seconds: float, folder: Path, *command: str | int | Path) -> int:
+    """Count the epochs that fit into `seconds`, by a job of one."""
+    whole = run_job(folder, "checkpoint-1.pth", *command, "--epochs", 1, "--disable_eval")
+    epoch = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
+    return 1 + max(0, int((seconds - whole) / max(epoch, 0.1)))  # the log rounds to tenths: a short epoch takes 0.0
 
 
 def verdict(top1: dict[str, list[float]], minutes: float) -> str:
     """Advise by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
     *before, (_, here) = top1.items()
-    best, values = max(before, key=lambda item: statistics.fmean(item[1]))
-    gain, seeds = statistics.fmean(here) - statistics.fmean(values), len(here)
-    error = 2 * ((statistics.variance(here) + statistics.variance(values)) / seeds) ** 0.5 if seeds > 1 else math.inf
+    best, values = max(before, key=lambda item: fmean(item[1]))
+    gain, seeds = fmean(here) - fmean(values), len(here)
+    error = 2 * ((variance(here) + variance(values)) / seeds) ** 0.5 if seeds > 1 else math.inf
     advice = "Pre-train on these images" if gain > 0 else f"Fine-tune from {best} weights"
     result = f"{minutes:.1f} minutes of pre-training brought {gain:+.1f} points over {best} weights"
     return f"{advice if abs(gain) > error else 'Not decided'}: {result} (twice the standard error: {error:.1f})."
@@ -79,15 +64,11 @@ def verdict(top1: dict[str, list[float]], minutes: float) -> str:
 def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
     """Draw a dot for each seed, and a line at the mean."""
     figure, [[axis]] = new_figure(1, 1, 2 + 2 * len(rows), 4)
-    for k, row in enumerate(rows):
-        axis.hlines(row["top1"], k - 0.2, k + 0.2, COLOURS[k], linewidth=3)
-        axis.plot([k] * row["seeds"], top1[row["start"]], "o", color=COLOURS[k], alpha=0.6)
-    texts = ("{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows)
-    axis.set_xticks(range(len(rows)), texts)
-    top = 1.15 * max(map(max, top1.values()))
-    axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, top or 1), ylabel="top-1 on val/, %")
-    axis.set_title("Accuracy by start: a line at the mean, a dot for each seed")
-    axis.grid(axis="y", alpha=0.3)
+    for k, (row, values, colour) in enumerate(zip(rows, top1.values(), COLOURS)):
+        axis.hlines(row["top1"], k - 0.2, k + 0.2, colour, linewidth=3)
+        axis.plot([k] * len(values), values, "o", color=colour, alpha=0.6)
+    axis.set_xticks(range(len(rows)), ["{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows])
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, None), ylabel="top-1 on val/, %", title="line: mean; dot: a seed")
     save_figure(figure, path)
 
 
@@ -95,55 +76,53 @@ def main(args: argparse.Namespace) -> None:
     """Run what is left of the comparison, and write the table and the picture."""
     given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
     taken = [f"--{name}={value}" for name, value in weights.flags_of(given).items()] if given else []
-    flags = ["--data_path", args.data_path, *taken, *args.flags, "--save_ckpt_num", "1"]
-    jobs, begin, total = Jobs(Path(args.output_dir), flags), time.time(), 60 * args.minutes
+    flags, start = ["--data_path", args.data_path, *taken, *args.flags], ["--init_weight", given] if given else []
+    directory, total = make_directory(args.output_dir), 60 * args.minutes
+    file, line = directory / "flags.txt", " ".join([*flags, *start, f"--minutes={args.minutes}"])
+    if file.exists() and file.read_text() != line:
+        raise UserError(f"{directory} is of {file.read_text()}; choose another --output_dir")
+    file.write_text(line)
 
-    start = ["--init_weight", given] if given else []
     pretrain = "pretrain.py", *flags, *start, "--disable_eval", "--batch_size", 16, "--lr", 5e-4
-    epochs = jobs.epochs(total / 3, "trial_pretrain", *pretrain)
-    encoder = jobs.run("pretrain", f"checkpoint-{epochs}.pth", *pretrain, "--epochs", epochs).with_name("encoder.pth")
-    starts = {"random": None} | ({"published": given} if given else {}) | {"pre-trained": encoder}
+    epochs = fitting_epochs(total / 3, directory / "trial_pretrain", *pretrain)
+    pretraining = run_job(directory / "pretrain", f"checkpoint-{epochs}.pth", *pretrain, "--epochs", epochs)
+    starts = {"random": None} | ({"published": given} if given else {})
+    starts["pre-trained"] = directory / "pretrain/encoder.pth"
     names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the size of images from it
     probe = "--checkpoint", *map(starts.get, names), "--label", *names, "--untrained", "--data_path", args.data_path
-    table = csv.DictReader(jobs.run("probe", "probe.csv", "analyze.py", "probe", *probe).read_text().splitlines())
+    run_job(directory / "probe", "probe.csv", "analyze.py", "probe", *probe)
+    table = csv.DictReader((directory / "probe/probe.csv").read_text().splitlines())
     frozen = {(row["checkpoint"], row["features"]): float(row["accuracy"]) for row in table}
 
-    finetune, took = ("finetune.py", *flags, "--recipe", "few", "--eval_freq", MOST), 0
-    epochs = jobs.epochs(0.6 * total / len(starts) / 3, "trial_finetune", *finetune, "--scratch")
-    epochs, top1 = min(MOST, max(LEAST, epochs)), {start: [] for start in starts}
-    for seed in range(3):
-        now = time.time()
-        if seed and now + took > begin + total and f"random-{seed}" not in jobs.state["seconds"]:
-            break
-        for start, path in starts.items():
-            more = *(["--finetune", path] if path else ["--scratch"]), "--epochs", epochs, "--seed", seed
-            run = jobs.run(f"{start}-{seed}", f"checkpoint-{epochs}.pth", *finetune, *more)
-            top1[start].append(last(run, "best_top1"))
-        took = time.time() - now
-
-    rows, seconds = [], jobs.state["seconds"]
-    for start, values in top1.items():
-        label, seeds = start.replace("random", "untrained"), len(values)
+    finetune, budget = ("finetune.py", *flags, "--recipe", "few", "--eval_freq", MOST), 0.6 * total / (3 * len(starts))
+    fitting, rows, top1 = fitting_epochs(budget, directory / "trial_finetune", *finetune, "--scratch"), [], {}
+    epochs, seeds = min(MOST, max(LEAST, fitting)), min(3, max(1, 3 * fitting // LEAST))
+    for start, path in starts.items():
+        source, seconds = ["--finetune", path] if path else ["--scratch"], []
+        for seed in range(seeds):
+            folder, command = directory / f"{start}-{seed}", (*finetune, *source, "--epochs", epochs, "--seed", seed)
+            seconds.append(run_job(folder, f"checkpoint-{epochs}.pth", *command))
+            top1.setdefault(start, []).append(load_file(folder / "checkpoint-best.pth")["top1"])
+        label, std = start.replace("random", "untrained"), stdev(top1[start]) if seeds > 1 else math.nan
         row = dict(start=start, knn=frozen[label, "10 nearest"], probe=frozen[label, "stages 3, 4"], seeds=seeds)
-        row |= dict(top1=statistics.fmean(values), std=statistics.stdev(values) if seeds > 1 else math.nan)
-        spent = statistics.fmean(seconds[f"{start}-{seed}"] for seed in range(seeds))
-        rows.append(row | dict(minutes=(spent + seconds["pretrain"] * (start == "pre-trained")) / 60))
-    save_csv(jobs.directory / "worth.csv", rows)
-    draw(jobs.directory / "worth.png", rows, top1)
+        minutes = (fmean(seconds) + (pretraining if start == "pre-trained" else 0)) / 60
+        rows.append(row | dict(top1=fmean(top1[start]), std=std, minutes=minutes))
+    save_csv(directory / "worth.csv", rows)
+    draw(directory / "worth.png", rows, top1)
     for row in (dict(zip(rows[0], rows[0])), *rows):
         print("".join(f"{value:12.1f}" if isinstance(value, float) else f"{value:>12}" for value in row.values()))
-    print(f"{verdict(top1, seconds['pretrain'] / 60)}\nin {jobs.directory}: worth.csv and worth.png")
+    print(f"{verdict(top1, pretraining / 60)}\nin {directory}: worth.csv and worth.png")
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data_path", required=True, metavar="DIR", help="folder with train/<class>/ and val/<class>/")
-    parser.add_argument("--init_weight", metavar="PATH", help="weights to go on from: a file, a run or an address")
-    parser.add_argument("--minutes", type=cli.positive, default=30, help="budget of time")
-    parser.add_argument("--output_dir", default="runs/worth", metavar="DIR", help="where everything is written")
-    more = "the rest of the line goes to pretrain.py and finetune.py, such as --flags --input_size 64"
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], metavar="...", help=more)
+    add, more = parser.add_argument, "given to pretrain.py and finetune.py, such as --flags --input_size 64"
+    add("--data_path", required=True, metavar="DIR", help="folder with train/<class>/ and val/<class>/")
+    add("--init_weight", metavar="PATH", help="weights to go on from: a file, a run or an address")
+    add("--minutes", type=cli.positive, default=30, help="budget of time")
+    add("--output_dir", default="runs/worth", metavar="DIR", help="where everything is written")
+    add("--flags", nargs=argparse.REMAINDER, default=[], metavar="...", help=f"the rest of the line, {more}")
     return parser.parse_args(argv)
 
 

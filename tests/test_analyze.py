@@ -54,8 +54,8 @@ def test_selectivity_is_its_formula():
 def test_means_stds_and_norms_are_over_space():
     features = torch.randn(2, 3, 4, 5)
     flat = features.flatten(1, 2)
-    mean, std = flat.mean(dim=1), flat.std(dim=1, correction=0)
-    torch.testing.assert_close(frozen.mean_and_std(features), torch.cat([mean, std], dim=1))
+    moments = torch.cat([flat.mean(dim=1), flat.std(dim=1, correction=0)], dim=1)
+    torch.testing.assert_close(frozen.mean_and_std(features), moments)
     torch.testing.assert_close(analyze.mean_activity(features), flat.clamp(min=0).mean(dim=1))
     torch.testing.assert_close(analyze.channel_norms(features), flat.square().sum(dim=1).sqrt())
 
@@ -223,10 +223,6 @@ def test_features_are_those_of_every_image_and_neighbours_the_nearest(runs, tmp_
             title = f"tuned\n{rank}" if rank else "image"
             assert torch.equal(panels[0][0][title][k], images[0, index][0] / 255)
     assert "untrained\n5" in panels[0][0]
-    run("features", tmp_path, "--checkpoint", runs / "v2", "--stage", 2, "--num_images", 9, table="files")
-    maps, chosen = analyze.load_network(runs / "v2/encoder.pth").forward_stages(x), frozen.choose(18, 9)
-    saved = torch.from_numpy(np.load(tmp_path / "features.npy"))
-    torch.testing.assert_close(saved, maps[1].mean((2, 3))[chosen], rtol=1e-4, atol=1e-4)
 
 
 def test_grn_tabulates_percentiles_over_channels(runs, tmp_path):
@@ -248,23 +244,20 @@ def test_selectivity_tabulates_every_channel_of_a_deep_network(runs, tmp_path):
     assert {name: sum(row["checkpoint"] == name for row in rows) for name in channels} == channels
 
 
-def test_curves_aligns_runs_of_both_stages_and_leaves_out_other_folders(runs, tmp_path):
-    rows = run("curves", tmp_path, *sorted(runs.iterdir()))
-    points = sorted((Path(row["run"]).name, row["quantity"], round(24 * float(row["epoch"]), 2)) for row in rows)
-    assert {("v1", "loss"), ("v2", "loss"), ("tuned", "loss"), ("tuned", "val_top1")} <= {point[:2] for point in points}
-    files = ("--checkpoint", runs / "tuned/checkpoint-best.pth", runs / "v1", runs / "v2")
-    rows = run("curves", tmp_path, *files, "--x", "images", "--label", "tuned", "v1", "v2")
-    assert points == sorted((row["run"], row["quantity"], round(float(row["images"]), 2)) for row in rows)
-
-
-def test_curves_of_a_detector_have_its_scores_and_no_cross_entropy(tmp_path):
-    (tmp_path / "log.jsonl").write_text(
-        '{"epoch": 1, "loss": 2.0}\n{"epoch": 1, "val_box_AP": 0.25, "val_box_AR1": 0.5}'
-    )
-    (tmp_path / "config.json").write_text('{"images": 4, "fpn_dim": 32}')
-    assert {(row["quantity"], row["value"]) for row in run("curves", tmp_path, tmp_path)} == {
-        ("loss", "2"),
-        ("val_box_AP", "0.25"),
+def test_curves_are_those_of_the_logs_and_leave_out_other_folders(runs, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "loss": 2}\n{"epoch": 1, "val_box_AP": 0.25, "val_box_AR1": 0.5}')
+    (tmp_path / "config.json").write_text('{"images": 4, "fpn_dim": 32}')  # of a detector, which has no cross-entropy
+    rows = run("curves", tmp_path, *sorted(runs.iterdir()), tmp_path, "--label", "tuned", "v1", "v2", "detector")
+    points = {(row["run"], row["quantity"], row["epoch"], row["value"]) for row in rows}
+    for name in ("tuned", "v1", "v2"):
+        records = helpers.read_log(runs / name)
+        expected = {
+            (key, f"{r['epoch']:.6g}", f"{r[key]:.6g}") for r in records for key in ("loss", "val_top1") if key in r
+        }
+        assert {(name, *point) for point in expected} <= points and len(expected) == len(records)
+    assert {point[1:] for point in points if point[0] == "detector"} == {
+        ("loss", "1", "2"),
+        ("val_box_AP", "1", "0.25"),
     }
     assert analyze.panel_of("loss", {}) == "training loss"
 

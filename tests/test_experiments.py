@@ -1,6 +1,5 @@
 """Claims about GRN's alternatives, other decoders, and the benchmarks, of which no time is ever asserted."""
 
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from experiments.norms import MLP_NORMS, replace_norm
 from fast import FastBlock
 from fcmae import FCMAE
 from model import SIZES, ConvNeXt
-from plumbing.files import UserError, save_csv
+from plumbing.files import UserError
 from sparse import sparse_stages
 
 C = 32
@@ -101,16 +100,14 @@ def test_cbam_gates_channels_then_sites_by_mean_and_maximum():
 
 
 @pytest.mark.parametrize(("name", "millions"), [("se", 109), ("cbam", 109), ("none", 89), ("ln", 89), ("grn", 89)])
-def test_base_models_have_the_papers_millions_of_parameters(name, millions):
+def test_base_models_have_the_papers_millions_of_parameters_and_initial_weights(name, millions):
     with torch.device("meta"):
         net = replace_norm(ConvNeXt(*SIZES["base"]), name)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == pytest.approx(millions, abs=1)
-
-
-def test_replacements_start_with_the_networks_initial_weights():
-    net = replace_norm(ConvNeXt(**TINY), "se")
-    linears = [module for module in net.stages[3][0].grn.modules() if isinstance(module, torch.nn.Linear)]
-    assert len(linears) == 2 and all(not layer.bias.any() and 0.01 < layer.weight.std() < 0.03 for layer in linears)
+    modules = replace_norm(ConvNeXt(**TINY), name).stages[3][0].grn.modules()
+    linears = [layer for layer in modules if isinstance(layer, torch.nn.Linear) and layer.weight.numel() > 100]
+    assert len(linears) == 2 * (millions == 109)
+    assert all(not layer.bias.any() and 0.01 < layer.weight.std() < 0.03 for layer in linears)
 
 
 def make_classifier(name: str, seed: int = 0) -> ConvNeXt:
@@ -128,7 +125,7 @@ def test_weights_are_known_by_their_norm_and_load_into_no_other_unasked(name, ot
     with pytest.raises(UserError, match="do not fit"):
         weights.load_weights(model, native)
     initial = {key: value.clone() for key, value in model.state_dict().items()}
-    weights.load_weights(model, native, replace_mlp_norm=True)
+    weights.load_weights(model, native, other_norm=True)
     for key, value in model.state_dict().items():
         assert torch.equal(value, (initial if ".grn." in key else native)[key])
     if name != "grn":
@@ -257,88 +254,83 @@ def test_times_are_medians_and_memory_counts_a_storage_once(monkeypatch):
     assert bench.memory(lambda: (x * x).sum().backward(), CPU) == pytest.approx(1)
 
 
-def test_two_checkouts_are_compared_by_the_medians_of_their_processes(tmp_path, monkeypatch):
-    programs = {bench.ROOT: ["-m", "experiments.bench"], tmp_path / "old": ["bench.py"]}
-    ms = {bench.ROOT: iter([10, 30, 11]), tmp_path / "old": iter([20, 22, 90])}
-
-    def measured(command, cwd, **_):
-        assert command[1 : command.index("step")] == programs[cwd]
-        row = dict(model="m", amp="none", candidate="sparse", ms=next(ms[cwd]), MiB=4)
-        save_csv(Path(command[-1], "step.csv"), [row])
-
-    monkeypatch.setattr(subprocess, "run", measured)
-    time, memory = bench_rows("step", tmp_path, against=tmp_path / "old", processes=3)
-    assert float(time["here / there"]) == 0.5 and float(memory["here / there"]) == 1
-
-
 # --- is pre-training worth it? ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("given", "minutes", "seeds"), [(False, 1.25, 1), (True, 4.0, 2)])
 def test_the_comparison_runs_each_job_once_from_the_starts_that_it_names(
-    tmp_path, monkeypatch, capsys, small_models, given
+    tmp_path, monkeypatch, capsys, small_models, given, minutes, seeds
 ):
     folder, commands = image_folder(tmp_path / "images", train=12, val=6), []
 
     def in_this_process(command, stdout, stderr):
         commands.append(command)
-        script = {"pretrain.py": pretrain, "finetune.py": finetune, "analyze.py": analyze}[Path(command[1]).name]
+        script, output = Path(command[1]).stem, Path(command[-1])
+        script = {"pretrain": pretrain, "finetune": finetune, "analyze": analyze}[script]
         script.main(script.get_args(command[2:]))
+        if "trial" in output.name:  # as on a slow machine, whatever this one is
+            (output / "log.jsonl").write_text('{"seconds": 5.0}')
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(worth.subprocess, "run", in_this_process)
     monkeypatch.setattr(worth, "time", SimpleNamespace(time=lambda: 10 * len(commands)))  # seconds for each job
-    monkeypatch.setattr(worth, "LEAST", 2)
+    monkeypatch.setattr(worth, "LEAST", 3)
     start = ConvNeXt((1, 1, 1, 1), (8, 8, 16, 16), num_classes=0, stem_stride=1)
     torch.save(start.state_dict(), tmp_path / "a.pth")
-    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=1.25)
+    flags = words(data_path=folder, output_dir=tmp_path / "worth", minutes=minutes)
     flags += words(init_weight=tmp_path / "a.pth") if given else []
     flags += ["--flags", *words(input_size=16, num_workers=0, stem_stride=1)]
-    for seeds in (1, 3, 3):  # the second call adds what fits into as much time again, the third has nothing to do
+    for _ in range(2):  # the second time has nothing to do
         worth.main(worth.get_args(flags))
-        rows = read_table(tmp_path / "worth" / "worth.csv")
-        assert len(commands) == 4 + seeds * (2 + given) and {row["seeds"] for row in rows} == {str(seeds)}
+        assert len(commands) == 4 + seeds * (2 + given)
+    with pytest.raises(UserError, match="choose another --output_dir"):
+        worth.main(worth.get_args([*flags, "--layer_decay=0.9"]))
+    rows = read_table(tmp_path / "worth" / "worth.csv")
     starts = ["random", *["published"] * given, "pre-trained"]
-    assert [row["start"] for row in rows] == starts
+    assert [(row["start"], row["seeds"]) for row in rows] == [(start, str(seeds)) for start in starts]
     for start, row in zip(starts, rows):
-        config = [weights.read_config(tmp_path / "worth" / f"{start}-{k}" / "checkpoint-2.pth") for k in range(3)]
-        assert [c["seed"] for c in config] == [0, 1, 2] and {c["epochs"] for c in config} == {2}
+        folders = [tmp_path / "worth" / f"{start}-{k}" for k in range(seeds)]
+        config = [weights.read_config(folder / "checkpoint-3.pth") for folder in folders]
+        assert [(c["seed"], c["epochs"]) for c in config] == [(seed, 3) for seed in range(seeds)]
         source = dict(random=None, published=tmp_path / "a.pth").get(start, tmp_path / "worth/pretrain/encoder.pth")
         assert {c["finetune"] for c in config} == {source and str(source)}
-        best = [torch.load(tmp_path / "worth" / f"{start}-{k}" / "checkpoint-best.pth")["top1"] for k in range(3)]
-        assert float(row["top1"]) == pytest.approx(sum(best) / 3, abs=1e-3)
+        best = [torch.load(folder / "checkpoint-best.pth")["top1"] for folder in folders]
+        assert float(row["top1"]) == pytest.approx(sum(best) / seeds, abs=1e-3)
+        assert float(row["minutes"]) == pytest.approx((10 + 10 * (start == "pre-trained")) / 60, rel=1e-4)
     assert "minutes of pre-training brought" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("here", "published", "words"),
-    [
-        (
-            [50, 52],
-            [40, 42],
-            "Pre-train on these images: 7.0 minutes of pre-training brought +10.0 points over published",
-        ),
-        ([30, 32], [40, 42], "Fine-tune from published weights"),
-        ([40, 50], [40, 48], "Not decided"),
-        (
-            [60],
-            [40],
-            "Not decided: 7.0 minutes of pre-training brought +20.0 points over published weights (twice the standard error: inf",
-        ),
-    ],
-)
+VERDICTS = [  # top-1 from weights pre-trained here and from published ones, by seed; the sentence begins so
+    ([50, 52], [40, 42], "Pre-train on these images: 7.0 minutes of pre-training brought +10.0 points over published"),
+    ([30, 32], [40, 42], "Fine-tune from published weights"),
+    ([40, 50], [40, 48], "Not decided"),
+    ([60], [40], "Not decided: 7.0 minutes of pre-training brought +20.0 points over published weights (twice the"),
+]
+
+
+@pytest.mark.parametrize(("here", "published", "words"), VERDICTS)
 def test_the_verdict_weighs_the_gain_against_the_spread_of_the_seeds(here, published, words):
     top1 = {"random": [10] * len(here), "published": published, "pre-trained": here}
     assert worth.verdict(top1, 7).startswith(words)
 
 
-def test_epochs_fit_into_the_time_by_the_trial_and_are_kept(tmp_path, monkeypatch):
-    for seconds, epochs in ((5, 1), (10, 1), (14, 2), (26, 5)):
-        jobs = worth.Jobs(tmp_path / str(seconds), [])
-        monkeypatch.setattr(jobs, "run", lambda name, output, *_, jobs=jobs: jobs.directory / name / output)
-        (jobs.directory / "trial").mkdir()
-        (jobs.directory / "trial/log.jsonl").write_text('{"seconds": 4}')
-        jobs.state["seconds"]["trial"] = 10  # six seconds to start, four for an epoch
-        assert [jobs.epochs(time, "trial", "x.py") for time in (seconds, 1000)] == [epochs, epochs]
-    with pytest.raises(UserError, match="choose another --output_dir"):
-        worth.Jobs(tmp_path / "5", ["--input_size", "16"])
+# Of a trial of ten seconds: the budget, the seconds of the trial's epoch in the log, and the epochs that fit.
+@pytest.mark.parametrize(("budget", "epoch", "count"), [(5, 4, 1), (10, 4, 1), (14, 4, 2), (26, 4, 5), (11, 0.0, 11)])
+def test_epochs_fit_into_the_time_by_the_trial(tmp_path, monkeypatch, budget, epoch, count):
+    (tmp_path / "log.jsonl").write_text(f'{{"seconds": {epoch}}}')
+    monkeypatch.setattr(worth, "run_job", lambda *_: 10.0)
+    assert worth.fitting_epochs(budget, tmp_path, "x.py") == count
+
+
+def test_a_job_that_fails_is_named_and_its_time_counts_when_it_continues(tmp_path, monkeypatch):
+    status, clock = iter([1, 0]), iter([0, 5, 10, 12])
+
+    def ended(command, stdout, stderr):
+        stdout.write("the reason\n")
+        return SimpleNamespace(returncode=next(status))
+
+    monkeypatch.setattr(worth.subprocess, "run", ended)
+    monkeypatch.setattr(worth, "time", SimpleNamespace(time=lambda: next(clock)))
+    with pytest.raises(UserError, match="job failed: the reason"):
+        worth.run_job(tmp_path / "job", "out", "x.py")
+    assert worth.run_job(tmp_path / "job", "out", "x.py") == 7
