@@ -386,13 +386,14 @@ def features(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
         return x if x.ndim == 2 else mean_and_std(x)  # (B, D) or (B, H, W, C)
 
     for subject in subjects:
-        layers = [*frozen.stage_ends(subject.model)[2:], "norm"]
-        *ends, pooled = study(args, subject, images, indices, layers, measure)[0].values()
+        ends = frozen.stage_ends(subject.model)
+        vectors, _ = study(args, subject, images, indices, [*ends, "norm"], measure)
         if subject is subjects[0]:
+            pooled = vectors[ends[args.stage - 1]].chunk(2, dim=1)[0] if args.stage else vectors["norm"]
             np.save(Path(args.output_dir, "features.npy"), pooled.numpy())
             indices = [index for index in indices if not images.unreadable[index]]
             queries = [k * len(indices) // 8 for k in range(8)]
-        units = F.normalize(frozen.standardised(torch.cat(ends, dim=1))[0], dim=1)
+        units = F.normalize(frozen.standardised(torch.cat([vectors[end] for end in ends[2:]], dim=1))[0], dim=1)
         similarity = units[queries] @ units.T  # (8, N)
         similarity[range(8), queries] = 2  # the image itself comes first
         for rank, nearest in enumerate(similarity.topk(min(6, len(units))).indices.T.tolist()):
@@ -455,7 +456,10 @@ def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, 
 
 def tidy(axis, x_label: str, y_label: str, title: str = "") -> None:
     """Label one panel."""
-    axis.set(xlabel=x_label, ylabel=y_label, title=title)
+    axis.set_xlabel(x_label, fontsize=12)
+    axis.set_ylabel(y_label, fontsize=12)
+    axis.set_title(title, fontsize=12)
+    axis.tick_params(labelsize=11)
     axis.grid(alpha=0.3)
 
 
@@ -535,6 +539,8 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         add("--untrained", action=cli.BoolFlag, default=untrained, help="add the first network with random weights")
     if command == "activations":
         add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
+    if command == "features":
+        add("--stage", type=int, choices=range(1, 5), help="of this stage, averaged over space (default: pooled)")
     if command == "probe":
         add("--bank_images", type=cli.count, default=4000, help="training images to compare with, at most")
 

@@ -135,7 +135,7 @@ class Run:
             changes = [f"{DERIVED.get(name, f'--{name}')} {before.get(name)} (now {now.get(name)})" for name in names]
             line = f"{path} was written with {', '.join(changes)}"
             if own:
-                fix = f"repeat these to continue it, or start a run with --output_dir NEW, from there by --resume {path}"
+                fix = f"repeat these to continue it, or start anew with --output_dir NEW, from there by --resume {path}"
                 raise UserError(f"{line}; {fix}")
             dist.say(line)
         self.net.load_state_dict(state["model"])
