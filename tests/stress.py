@@ -7,7 +7,6 @@ SIGKILL goes to all processes of a run at once, uniformly over the time that it 
 
 import argparse
 import importlib
-import json
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
-from helpers import image_folder, write_coco, write_maps
+from helpers import image_folder, read_log, write_coco, write_maps
 
 from plumbing.files import load_file
 
@@ -64,9 +63,9 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
             try:
                 os.setpgid(0, pids[0] if pids else 0)
                 os.chdir(directory)
-                output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
+                sys.stdout = sys.stderr = output = open("output.txt", "a", buffering=1)  # noqa: SIM115 until the end
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
                 if processes > 1:
                     os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
                 work()
@@ -107,12 +106,8 @@ def untimed(records: Iterable[dict]) -> list[dict]:
 
 
 def contents(directory: Path) -> dict:
-    """All that a run left, without times: weights, moments, logs and settings as Python objects, pictures as bytes."""
-
-    def parse(text):
-        return untimed(map(json.loads, text.splitlines()))
-
-    readers = {".pth": load_file, ".jsonl": lambda path: parse(path.read_text())}
+    """All that a run left, without times: weights, moments and logs as Python objects, settings and pictures as bytes."""
+    readers = {".pth": load_file, ".jsonl": lambda path: untimed(read_log(path.parent))}
     return {path.name: readers.get(path.suffix, Path.read_bytes)(path) for path in (directory / "run").iterdir()}
 
 
