@@ -77,10 +77,7 @@ def write_coco(root: Path, split: str, count: int, seed: int, size: int = 48, ch
 def write_maps(root: Path, split: str, count: int, seed: int, size: int = 48) -> tuple[np.ndarray, np.ndarray]:
     """Drawn images and their maps of labels in ADE20K's layout under `root`: uint8 (n, S, S, 3) and (n, S, S)."""
     images, kinds, masks = draw_scenes(count, seed, size)
-    labels = np.zeros(masks.shape[::2] + masks.shape[3:], dtype=np.uint8)
-    for layer in range(3):
-        for kinds_of, mask, label in zip(kinds, masks, labels):
-            label[mask[layer]] = kinds_of[layer] + 1
+    labels = np.sum((kinds[:, :, None, None] + 1) * masks, axis=1).astype(np.uint8)  # masks do not overlap
     for kind, arrays in (("images", images), ("annotations", labels)):
         folder = root / kind / split
         folder.mkdir(parents=True)

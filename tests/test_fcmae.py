@@ -1,4 +1,4 @@
-"""Claims about fcmae.py: mask, encode, decode, loss."""
+"""Claims about fcmae.py: mask, encode, decode, loss; and about the errors of model.py and fcmae.py."""
 
 import pytest
 import torch
@@ -133,6 +133,12 @@ def test_panels_show_pixels_where_visible_and_predictions_where_hidden():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: ConvNeXt(**TINY, stem_stride=3), "stem_stride 3"),
+        (lambda: ConvNeXt(**TINY, in_chans=0), "in_chans 0"),
+        (lambda: ConvNeXt(**TINY, num_classes=-1), "num_classes -1"),
+        (lambda: ConvNeXt(**TINY)(torch.randn(1, 3, 16, 64)), "16 x 64"),
+        (lambda: ConvNeXt(**TINY)(torch.randn(1, 1, 64, 64)), "(1, 1, 64, 64)"),
+        (lambda: ConvNeXt(**TINY)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), "uint8"),
         (lambda: FCMAE(ConvNeXt(**TINY)), "num_classes=0"),
         (lambda: make_mae(backend="dense"), "backend 'dense'"),
         (lambda: make_mae(mask_ratio=1.5), "mask_ratio 1.5"),
@@ -140,12 +146,8 @@ def test_panels_show_pixels_where_visible_and_predictions_where_hidden():
         (lambda: make_mae(decoder_embed_dim=0), "decoder_embed_dim 0"),
         (lambda: make_mae()(torch.randn(1, 3, 20, 32)), "image size 20 is not a multiple of the patch size 8; try"),
         (lambda: make_mae()(torch.randn(1, 4, 32, 32)), "(1, 4, 32, 32)"),
-        (lambda: make_mae()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "uint8"),
-        (lambda: make_mae()(torch.ones(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool)), "hides no patch"),
-        (
-            lambda: make_mae()(torch.ones(1, 3, 32, 32), torch.ones(1, 4, 4, dtype=torch.bool)),
-            "leaves no patch visible",
-        ),
+        (lambda: make_mae()(torch.ones(1, 3, 32, 32), torch.zeros(1, 4, 4).bool()), "hides no patch"),
+        (lambda: make_mae()(torch.ones(1, 3, 32, 32), torch.ones(1, 4, 4).bool()), "leaves no patch visible"),
     ],
 )
 def test_errors_are_one_line_that_names_the_value(call, words):

@@ -21,7 +21,7 @@ import analyze
 import data
 import pretrain
 from model import MODELS
-from plumbing.files import find_checkpoints, load_file
+from plumbing.files import load_file
 from plumbing.loading import mix_seed
 from plumbing.run import Run
 
@@ -32,45 +32,32 @@ def images(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"), size=48, train=12)
 
 
+@pytest.fixture(scope="module")
+def all_images(tmp_path_factory) -> Path:
+    """Images for every stage."""
+    return stress.images_in(tmp_path_factory.mktemp("all"))
+
+
 run = partial(run_script, pretrain)
 
 
-# --- interruptions, all stages ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> Path:
-    """Images for every stage, and each stage's uninterrupted run."""
-    root = tmp_path_factory.mktemp("everything")
-    stress.images_in(root / "images")
-    return root
-
-
-def train(stage: str, root: Path, name: str) -> dict:
-    """The outputs of a run of a stage, without config.json, in which the folders' names differ."""
-    script, output_dir = importlib.import_module(stage), root / stage / name / "run"
-    line = [*stress.STAGES[stage].split(), *words(data_path=root / "images", batch_size=4, save_ckpt_num=9)]
-    script.main(script.get_args([*line, "--output_dir", str(output_dir)]))
-    outputs = stress.contents(output_dir.parent)
-    del outputs["config.json"]
-    for content in outputs.values():
-        if isinstance(content, dict):
-            content.pop("config")
-    return outputs
-
-
 @pytest.mark.parametrize("stage", stress.STAGES)
-def test_a_killed_run_continues_as_if_nothing_had_happened(everything, monkeypatch, stage):
-    whole = train(stage, everything, "whole")
+def test_a_killed_run_of_any_stage_continues_as_if_nothing_had_happened(all_images, tmp_path, monkeypatch, stage):
+    script = importlib.import_module(stage)
+    line = stress.STAGES[stage].split() + words(data_path=all_images, batch_size=4, save_ckpt_num=9)
+
+    def train(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        script.main(script.get_args(line))
+        return stress.contents(tmp_path / name)
+
+    whole = train("whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 6)  # the last update, two after a checkpoint inside the second epoch
-        train(stage, everything, "parts")
-    parts = train(stage, everything, "parts")
-    assert "checkpoint-2.pth" in whole and len(whole) >= 8
-    assert stress.difference(whole, parts) is None
-
-
-# --- pre-training -----------------------------------------------------------------------------------------------------
+        train("parts")
+    assert "checkpoint-2.pth" in whole and len(whole) >= 9
+    assert stress.difference(whole, train("parts")) is None
 
 
 def test_a_run_writes_what_the_readme_says(images, tmp_path, capsys, drawn):
@@ -95,16 +82,14 @@ def test_the_loss_falls_below_that_of_predicting_the_mean(images, tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_as_float32_does_and_resumes_exactly(images, tmp_path, monkeypatch, amp):
-    common = dict(model="convnextv2_yocto", clip_grad=1.0, input_size=16)
-    more = dict(common, amp=amp, save_every_steps=1)
-    whole = run(images, tmp_path / "whole", **more)
+    flags = dict(model="convnextv2_yocto", clip_grad=1.0, input_size=16, save_every_steps=1)
+    whole = run(images, tmp_path / "whole", **flags, amp=amp)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 5)
-        run(images, tmp_path / "parts", **more)
-    assert find_checkpoints(tmp_path / "parts")[-1].name == "checkpoint-1-1.pth"
-    parts = run(images, tmp_path / "parts", **more)
+        run(images, tmp_path / "parts", **flags, amp=amp)
+    parts = run(images, tmp_path / "parts", **flags, amp=amp)
     assert all(stress.difference(parts[name], whole[name]) is None for name in ("model", "optimizer", "scaler"))
-    float32 = run(images, tmp_path / "float32", **common)
+    float32 = run(images, tmp_path / "float32", **flags)
     losses = [log_of(tmp_path / name, "loss") for name in ("whole", "float32")]
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and stress.difference(whole["model"], float32["model"])
 

@@ -185,34 +185,28 @@ def test_a_killed_run_leaves_no_record_beyond_its_checkpoint(tmp_path):
     assert read_log(tmp_path, "update") == [[k] for k in range(1, 11)]
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("winner", ["model", "model_ema"])
 def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path, winner):
-    scores = {"model": iter([1.0, 3.0, 2.0]), "model_ema": iter([0.5, 2.5, 2.0])}
-    if winner == "model_ema":
-        scores["model"], scores["model_ema"] = scores["model_ema"], scores["model"]
-    written, states = [], []
+    better, worse = [1.0, 3.0, 2.0], [0.5, 2.5, 2.0]
+    scores = {name: iter(better if name == winner else worse) for name in ("model", "model_ema")}
+    written, weights = [], []
 
     def evaluate(this, epoch):
-        networks = {"model": this.net, "model_ema": this.ema.module}
-
         def score(net):
-            name = next(name for name, network in networks.items() if network is net)
+            name = "model" if net is this.net else "model_ema"
             return {"score": next(scores[name])}, f"{name} {epoch}"
 
-        states.append({name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()})
+        weights.append({"model": this.net.weight.clone(), "model_ema": this.ema.module.weight.clone()})
         tasks.evaluate(this, epoch, score, "score", str, lambda _, details: written.append((this.best, details)))
 
     train(tmp_path, evaluate, ema=0.9)
     assert written == [(1.0, f"{winner} 0"), (3.0, f"{winner} 1")]
     best = load_file(tmp_path / "checkpoint-best.pth")
-    assert_equal(best["model"], states[1][winner])
-    assert best["epoch"] == 2 and best["score"] == 3 and not torch.equal(*(s["weight"] for s in states[1].values()))
-    evaluations = [record for record in read_log(tmp_path) if "best_score" in record]
+    assert torch.equal(best["model"]["weight"], weights[1][winner]) and not torch.equal(*weights[1].values())
+    assert best["epoch"] == 2 and best["score"] == 3
     keys = ["val_score", "val_ema_score"] if winner == "model" else ["val_ema_score", "val_score"]
-    assert [[r[key] for key in (*keys, "best_score")] for r in evaluations] == [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
+    table = [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
+    assert [row for row in read_log(tmp_path, *keys, "best_score") if row[2] is not None] == table
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
