@@ -150,11 +150,10 @@ def kill() -> None:
 
 def call_at(monkeypatch, module, name: str, turn: int, act=kill) -> None:
     """Call `act()` before the `turn`-th call of module.name."""
-    original, calls = getattr(module, name), []
+    original, calls = getattr(module, name), itertools.count(1)
 
     def patched(*args, **kwargs):
-        calls.append(0)
-        if len(calls) == turn:
+        if next(calls) == turn:
             act()
         return original(*args, **kwargs)
 

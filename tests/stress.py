@@ -43,12 +43,12 @@ STAGES = {
 }
 
 
-def images_in(root: Path) -> Path:
-    """Images in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
-    for split, count in (("train", 12), ("val", 3)):
-        write_coco(root, split, count, seed=count, size=32)
-        write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
-    return image_folder(root, train=12, val=6)
+def images_in(root: Path, size: int = 32) -> Path:
+    """Images in `root` for every stage: in class folders, and with objects or maps of labels as COCO and ADE20K have them."""
+    for coco, ade20k, count in (("train", "training", 12), ("val", "validation", 3)):
+        write_coco(root, coco, count, seed=count, size=size)
+        write_maps(root, ade20k, count, seed=count, size=size)
+    return image_folder(root, train=12, val=6, size=size)
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import stress
 import torch
-from helpers import image_folder, read_log, words, write_coco, write_maps
+from helpers import read_log, words
 
 import data
 import detect
@@ -105,7 +105,7 @@ ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations 
 class Outcome(NamedTuple):
     """What a run leaves: the weights of the network and of its average, the log without times, the names of its files."""
 
-    weights: dict
+    weights: list
     log: list
     files: set
 
@@ -114,13 +114,8 @@ class Outcome(NamedTuple):
 def train(tmp_path_factory):
     """`train(script, **flags)` -> Outcome, in a folder with all that the rows name; equal runs are run once."""
     root = tmp_path_factory.mktemp("flags")
-    image_folder(root / "images", train=12, val=6, size=20)
-    image_folder(root / "others", train=12, val=6, size=24)
-    for name, seed in (("images", 0), ("others", 5)):
-        write_coco(root / name, "train", 12, seed, size=32)
-        write_coco(root / name, "val", 2, seed + 1, size=32)
-        write_maps(root / name, "training", 12, seed, size=32)
-        write_maps(root / name, "validation", 2, seed + 1, size=32)
+    stress.images_in(root / "images")
+    stress.images_in(root / "others", size=36)
     (root / "names.txt").write_text("\n".join(f"class {k}" for k in range(15)))
     small = {name: partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)) for name in MODELS}
     small["convnextv2_base"] = partial(ConvNeXt, (3, 3, 27, 3), (4, 4, 4, 4), version=2)
@@ -136,9 +131,8 @@ def train(tmp_path_factory):
     last = {}
 
     def finish(run, outputs):
-        networks = {"model": run.net} | ({"model_ema": run.ema.module} if run.ema else {})
-        states = {name: net.state_dict() for name, net in networks.items()}
-        last["weights"] = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        networks = [run.net, run.ema.module] if run.ema else [run.net]
+        last["weights"] = [net.state_dict() for net in networks]
         finished(run, outputs)
 
     @cache

@@ -26,9 +26,6 @@ from plumbing.optim import learning_rate
 HERE = Path(__file__).parent
 
 
-# --- the house --------------------------------------------------------------------------------------------------------
-
-
 def test_imports_point_inwards():
     """Ring 1 is the method, ring 2 what carries and uses it, ring 3 the experiments."""
     names, imports = {path.stem for path in HERE.parent.glob("*.py")} | {"plumbing", "experiments"}, {}
@@ -42,9 +39,6 @@ def test_imports_point_inwards():
     assert method.items() <= imports.items()
     assert dict(plumbing=set(), data={"plumbing"}, weights={"model", "plumbing"}).items() <= imports.items()
     assert "experiments" not in set.union(*imports.values())  # scripts import them when a flag asks for one
-
-
-# --- learning rates and seeds -----------------------------------------------------------------------------------------
 
 
 def test_learning_rate_at_its_corners():
@@ -107,9 +101,6 @@ def test_warm_up_workers_and_precision_are_derived(monkeypatch):
     assert [derive(use_amp=on).amp for on in (None, False)] == [None, "none"]
     assert derive(use_amp=True).amp == (None if torch.cuda.is_available() else "bf16")
     assert derive(use_amp=True, amp="fp16").amp == "fp16"
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -123,9 +123,6 @@ def test_defaults_follow_the_data_and_flags_win():
     assert pretrain.get_args([]).data_set == "embedded"
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
     """24 images to train on and 9 to validate, in class folders."""
@@ -186,8 +183,6 @@ def test_what_is_evaluated_follows_the_data(images, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="pip install tensorboard"):
         run(images, tmp_path / "c", log_dir=tmp_path)
 
-
-# --- the authors' commands --------------------------------------------------------------------------------------------
 
 COMMANDS = """
 pretrain --model convnextv2_base --batch_size 64 --update_freq 8 --blr 1.5e-4 --epochs 1600 --warmup_epochs 40

@@ -1,19 +1,16 @@
 """Claims about plumbing/run.py that hold for any stage: it equals a plain loop, from wherever it was stopped."""
 
-import os
 import signal
 import threading
 
 import pytest
 import torch
-from helpers import Killed, assert_equal, call_at, read_log, words
+from helpers import CPU, Killed, assert_equal, call_at, read_log, words
 
 from plumbing import cli, dist, run, tasks
 from plumbing.files import UserError, find_checkpoints, load_file
 from plumbing.loading import Samples, mix_seed
 from plumbing.run import Run
-
-CPU = torch.device("cpu")
 
 
 class Points(Samples):
@@ -36,24 +33,17 @@ class Points(Samples):
         return [point.to(device) for point in points], targets
 
 
-def flags(directory, **more):
+def new_run(directory, iterations=None, schedule=None, ema=None, device=CPU, **more) -> Run:
     parser = cli.Parser()
     cli.add_data_flags(parser, ["points"], "none", (1, 1))
     tasks.add_transfer_flags(cli.add_optimisation_flags(parser, epochs=3, blr=1.0, min_lr=0.0, warmup=0))
     cli.add_run_flags(parser, str(directory))
     values = dict(lr=0.1, warmup_epochs=0, batch_size=2, log_every=1, num_workers=0, data_set="points") | more
-    return parser.parse_args(words(**values))
-
-
-def new_run(directory, iterations=None, schedule=None, spoiled=(), ema=None, **more) -> Run:
-    net = torch.nn.Linear(3, 1, bias=False)
+    args, net = parser.parse_args(words(**values)), torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
-    ema = ema and tasks.averaged(net, ema)
-    optimizer, points = torch.optim.SGD(net.parameters()), Points()
-    for index in spoiled:
-        points.items[index] = float("nan")
+    optimizer, ema = torch.optim.SGD(net.parameters()), ema and tasks.averaged(net, ema)
     make_schedule = schedule and (lambda _: schedule)
-    return Run(flags(directory, **more), points, CPU, net, optimizer, "points.py", ema, make_schedule, iterations)
+    return Run(args, Points(), device, net, optimizer, "points.py", ema, make_schedule, iterations)
 
 
 def train(directory, evaluate=None, **more) -> torch.Tensor:
@@ -122,8 +112,7 @@ def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every
     assert find_checkpoints(tmp_path / "parts") and not (tmp_path / "parts/checkpoint-2.pth").exists()
     assert torch.equal(train(tmp_path / "parts", **more), whole)
     states = [load_file(find_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts")]
-    for name in ("model", "model_ema"):
-        assert_equal(states[0][name], states[1][name])
+    assert_equal(*(state["model_ema"] for state in states))
     keys = "update", "lr", "loss", "grad_norm"
     assert read_log(tmp_path / "parts", *keys) == read_log(tmp_path / "whole", *keys)
 
@@ -213,26 +202,28 @@ def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(tmp_path, monkeypatch, number, at_a_terminal):
+def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(tmp_path, monkeypatch, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal; a script in the background ignores it
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
-        call_at(patch, Points, "on_device", 3, lambda: os.kill(os.getpid(), number))
+        call_at(patch, Points, "on_device", 3, lambda: signal.raise_signal(number))
         train(tmp_path, **EIGHT)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-3.pth"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     torch.testing.assert_close(train(tmp_path, **EIGHT), train_plainly(STEPPED))
 
 
-def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path, monkeypatch, at_a_terminal):
+def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with new_run(tmp_path) as this:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert not this.signal and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # within a second: the same one, by way of torchrun
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # within a second: the same one, by way of torchrun
         this.received -= 2
         with pytest.raises(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_run_in_a_thread_trains_without_signals(tmp_path):
@@ -244,9 +235,9 @@ def test_a_run_in_a_thread_trains_without_signals(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match="not finite before update .*--clip_grad"):
-        train(tmp_path, spoiled=range(11), log_every=100, save_every_steps=1)
-    assert not find_checkpoints(tmp_path)
+    with pytest.raises(UserError, match="not finite before update 2; .*--clip_grad"):
+        train(tmp_path, lr=1e30, log_every=100, save_every_steps=1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-1.pth"]
 
 
 def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
@@ -268,13 +259,12 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loader_is_built_as_the_flags_say(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(run, "make_loader", lambda *args, pin_memory: asked.append((args[2], pin_memory)))
-    for device, workers in (("cuda", 0), ("cuda", 3), ("cpu", 3)):
-        args = flags(tmp_path, amp="none", num_workers=workers)
-        Run(args, Points(), torch.device(device), torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), "points.py")
-    assert asked == [(0, True), (3, True), (3, False)]
+def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "make_loader", lambda *args, pin_memory: calls.append((args[2], pin_memory)))
+    for device in ("cuda", "cpu"):
+        new_run(tmp_path, device=torch.device(device), amp="none", num_workers=3)
+    assert calls == [(3, True), (3, False)]
 
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
