@@ -1,8 +1,8 @@
-"""Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
+"""Kill training at random instants, start it again, and compare its outputs with an uninterrupted run's, bit for bit.
 
     python tests/stress.py --kills 50 --processes 2 --stage finetune
 
-SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
+SIGKILL goes to all processes of a run, uniformly over the time that it takes; a run is killed one to three times.
 """
 
 import argparse
@@ -30,21 +30,19 @@ from plumbing.files import load_file
 TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
-DETECT = (
-    COMMON + "--input_size 32 --fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2 "
-)
-SEGMENT = COMMON + "--input_size 32 --channels 8 --aux_channels 8 "
-COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
+SMALL = COMMON + "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
+LARGE = COMMON + "--input_size 32 --model_ema --drop_path 0.2 "
+HEADS = "--fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2"
 STAGES = {
-    "pretrain": COMMON + "--decoder_embed_dim 16",
-    "detect": DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3",
-    "segment": SEGMENT + "--model_ema --drop_path 0.2",
-    "finetune": COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25",
+    "pretrain": SMALL + "--decoder_embed_dim 16",
+    "detect": LARGE + HEADS + " --color_jitter 0.3",
+    "segment": LARGE + "--channels 8 --aux_channels 8",
+    "finetune": SMALL + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25 --amp fp16",
 }
 
 
 def images_in(root: Path, size: int = 32) -> Path:
-    """Images in `root` for every stage: in class folders, and with objects or maps of labels as COCO and ADE20K have them."""
+    """Images in `root` for every stage: in class folders, with objects as in COCO, with maps of labels as in ADE20K."""
     for coco, ade20k, count in (("train", "training", 12), ("val", "validation", 3)):
         write_coco(root, coco, count, seed=count, size=size)
         write_maps(root, ade20k, count, seed=count, size=size)
@@ -52,7 +50,7 @@ def images_in(root: Path, size: int = 32) -> Path:
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
-    """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
+    """Call `work` as a script in `directory`, in processes forked from this one, in a group that the first one leads."""
     with socket.create_server(("localhost", 0)) as server:
         names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
     pids = []
@@ -84,7 +82,7 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
 
 
 def wait(pids: list[int], seconds: float = float("inf")) -> bool:
-    """Whether all processes ended by themselves within `seconds`; otherwise they are killed. AssertionError when one failed."""
+    """Whether all processes ended within `seconds`; otherwise kill them. AssertionError when one failed."""
     end, running = time.monotonic() + seconds, set(pids)
     while running and time.monotonic() < end:
         for pid in list(running):
@@ -106,7 +104,7 @@ def untimed(records: Iterable[dict]) -> list[dict]:
 
 
 def contents(directory: Path) -> dict:
-    """All that a run left, without times: weights, moments and logs as Python objects, settings and pictures as bytes."""
+    """All outputs of a run, without times: weights, moments and logs as Python objects, the others as bytes."""
     readers = {".pth": load_file, ".jsonl": lambda path: untimed(read_log(path.parent))}
     return {path.name: readers.get(path.suffix, Path.read_bytes)(path) for path in (directory / "run").iterdir()}
 

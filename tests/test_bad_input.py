@@ -25,6 +25,10 @@ from model import MODELS, ConvNeXt
 SCRIPTS = {"pretrain": pretrain, "finetune": finetune, "detect": detect, "segment": segment}
 SCRIPTS |= {"analyze": analyze, "weights": weights}
 SMALL = "--input_size 16 --stem_stride 1 --epochs 2 --num_workers 0"
+BASE = {
+    "pretrain": f"{SMALL} --data_path images --model convnextv2_yocto --decoder_embed_dim 16",
+    "finetune": f"{SMALL} --data_path labelled --model convnextv2_atto",
+}
 
 TABLE = {
     # --- paths and folders
@@ -35,7 +39,7 @@ TABLE = {
     "pretrain: loop of links": ("--data_path loop", "no images under loop"),
     "pretrain: val without train": ("--data_path onlyval", "onlyval has a folder val and none named train; add it"),
     "pretrain: output is a file": ("--output_dir image.png", "cannot write to image.png", "choose another --output_dir"),
-    "finetune: no folder": ("--data_set folder", "--data_set folder needs --data_path DIR"),
+    "finetune: no folder": ("--data_set folder --data_path ''", "--data_set folder needs --data_path DIR"),
     "finetune: folder without classes": ("--data_path images", "images has no train/<class>/ folders", "--holdout 0.2"),
     "finetune: no classes held out": ("--data_path images --holdout 0.4", "lies in no class folder, and labels"),
     "finetune: two validations": ("--holdout 0.4 --eval_data_path labelled/val", "--holdout contradicts --eval_data_path"),
@@ -44,7 +48,7 @@ TABLE = {
     "finetune: class lacks in val": ("--data_path lacking", "lack the class b (1 in all); training and validation folders"),
     "finetune: class unknown in train": ("--data_path extra", "have an unknown class c (1 in all)"),
     "finetune: predict nothing there": ("--predict nowhere.jpg --resume tiny.pth", "--predict nowhere.jpg does not exist"),
-    "analyze: no such image": ("reconstruct --images nowhere.png", "nowhere.png"),
+    "analyze: no such image": ("reconstruct --checkpoint run --images nowhere.png", "nowhere.png"),
     "analyze: run without log": ("curves images", "no log.jsonl in images"),
     # --- images
     "pretrain: nothing readable": ("--data_path damaged", "none of 5 images tried can be read, such as damaged/dangling.png"),
@@ -64,8 +68,8 @@ TABLE = {
     "finetune: labels": ("--labels_per_class 7", "--labels_per_class 7 is more than the 3 images of class a; lower it"),
     "finetune: classes": ("--nb_classes 1", "--nb_classes 1 is fewer than the data's 2 classes; leave it out"),
     "finetune: image below the patch": ("--stem_stride 4", "image size 16 x 16 is below the patch size 32; enlarge it"),
-    "analyze: size off the grid": ("collapse --input_size 20", "image size 20 is not a multiple of the patch size 8"),
-    "analyze: nothing visible": ("reconstruct --mask_ratio 0.9", "leaves no patch visible of 2 x 2"),
+    "analyze: size off the grid": ("collapse --checkpoint run --input_size 20", "image size 20 is not a multiple of the patch size 8"),
+    "analyze: nothing visible": ("reconstruct --checkpoint run --mask_ratio 0.9", "leaves no patch visible of 2 x 2"),
     # --- names, and flags that contradict each other
     "pretrain: flag misspelt": ("--epoch 3", "unrecognized arguments: --epoch 3"),
     "pretrain: switch": ("--norm_pix_loss maybe", "--norm_pix_loss maybe: expected true or false"),
@@ -138,8 +142,7 @@ def things(tmp_path_factory) -> Path:
         (root / "other" / name).write_text("no image")
 
     torch.manual_seed(0)
-    line = [*SMALL.split(), "--data_path", "labelled", "--decoder_embed_dim", "16", "--model", "convnextv2_yocto"]
-    config = vars(pretrain.get_args(line)) | dict(images=6)
+    config = vars(pretrain.get_args(BASE["pretrain"].replace("images", "labelled").split())) | dict(images=6)
     encoder = MODELS["convnextv2_yocto"](num_classes=0, stem_stride=1)
     tiny = ConvNeXt(**TINY, num_classes=2, stem_stride=1)
     state, mae = tiny.state_dict(), FCMAE(encoder, decoder_embed_dim=16).state_dict()
@@ -189,21 +192,12 @@ def contents(folder: Path) -> dict:
 
 def command(script: str, row: str) -> list[str]:
     """The row's words, after flags that it needs and does not have itself: later ones win."""
-    line, base = shlex.split(row), []
-    if script == "weights":
+    line, base = shlex.split(row), BASE.get(script, "")
+    if script in ("analyze", "weights"):
         return line
-    if script == "analyze":
-        base = ["--output_dir", "new/out"] if line[0] != "curves" else []
-        base += ["--device", "cpu", *(() if "--checkpoint" in line else ("--checkpoint", "run"))] if base else []
-        return [line[0], *base, *line[1:]]
-    base = ["--device", "cpu", "--output_dir", "new/out"]
-    if script == "pretrain":
-        base += [*SMALL.split(), "--decoder_embed_dim", "16", "--model", "convnextv2_yocto"]
-    elif script == "finetune" and not {"--eval", "--predict"} & set(line):
-        base += [*SMALL.split(), "--model", "convnextv2_atto"]
-    if script in ("pretrain", "finetune") and not any(word.startswith(("--data_path", "--data_set")) for word in line):
-        base += ["--data_path", "images" if script == "pretrain" else "labelled"]
-    return [*base, *line]
+    if {"--eval", "--predict"} & set(line):  # which take the network's flags from the checkpoint
+        base = "--data_path labelled" if script == "finetune" else ""
+    return [*f"--device cpu --output_dir new/out {base}".split(), *line]
 
 
 @pytest.mark.parametrize("name", TABLE)

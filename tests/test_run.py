@@ -269,16 +269,9 @@ def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_pa
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
     calls = []
-
-    def compile(net):
-        compiled = torch.nn.Sequential(net)
-        compiled.register_forward_hook(lambda *_: calls.append(0))
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda net: lambda x: calls.append(0) or net(x))
     torch.testing.assert_close(train(tmp_path, compile=True, **EIGHT), train_plainly(STEPPED))
     assert len(calls) == 16  # one for each point
-    assert load_file(tmp_path / "checkpoint-1.pth")["model"].keys() == {"weight"}  # not the compiled wrapper's
 
 
 @pytest.mark.parametrize("terminal", [True, False])
