@@ -1,4 +1,4 @@
-"""What many tests need: small images on disk, short command lines, runs in the tests' own process, and ways to stop them."""
+"""What many tests need: small images on disk, short command lines, runs in the tests' process, and ways to stop them."""
 
 import csv
 import itertools
@@ -45,7 +45,7 @@ def save_noise(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", 
 
 
 def image_folder(root: Path, classes: tuple = ("stripes", "rings", "dots"), size: int = 32, **splits: int) -> Path:
-    """ROOT/<split>/<class>/<i>.png of drawn images, so many of each split (`train=12, val=7`), dealt to the classes in turn."""
+    """ROOT/<split>/<class>/<i>.png of drawn images, as many as `train=12, val=7` say, dealt to the classes in turn."""
     per_class = -(-sum(splits.values()) // len(classes)) + len(splits)
     images, labels = draw_images(50 * -(-per_class // 5), seed=0, size=size)  # 50 have 5 of each class
     drawn = {name: iter(images[labels == TEXTURES.index(name)]) for name in classes}
@@ -98,7 +98,7 @@ FLAGS = {
 
 
 def words(**flags) -> list[str]:
-    """A command line: `words(lr=0.1, opt_betas=(0.9, 0.99), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "0.99"]."""
+    """A command line: `words(lr=0.1, opt_betas=(0.9, 1), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "1"]."""
     line = []
     for name, value in flags.items():
         if isinstance(value, list | tuple):
@@ -132,8 +132,7 @@ def log_of(directory: Path, key: str) -> list:
 
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -163,9 +162,6 @@ def call_at(monkeypatch, module, name: str, turn: int, act=kill) -> None:
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def assert_equal(a: dict, b: dict, **tolerance) -> None:
+def assert_equal(a: dict, b: dict, rtol: float = 0, atol: float = 0) -> None:
     """The same names, and the same tensors: to the bit without a tolerance."""
-    assert a.keys() == b.keys()
-    for key in a:
-        limits = tolerance or dict(rtol=0, atol=0)
-        torch.testing.assert_close(a[key], b[key], **limits, msg=lambda text, key=key: f"{key}: {text}")
+    torch.testing.assert_close(dict(a), dict(b), rtol=rtol, atol=atol)

@@ -263,12 +263,11 @@ def test_links_are_followed_once_and_folders_that_cannot_be_read_are_named(tmp_p
 
 
 @pytest.mark.parametrize(("script", "flags"), [(pretrain, {}), (finetune, dict(holdout=0.34))])
-def test_the_same_command_continues_in_the_folder_of_its_images(tmp_path, monkeypatch, script, flags):
+def test_a_run_in_the_folder_of_its_images_adds_none_to_them(tmp_path, monkeypatch, script, flags):
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
         save_noise(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    for epochs in (1, 2):
-        assert run(script, ".", Path("."), epochs=epochs, **flags)["epoch"] == epochs
+    run(script, ".", Path("."), epochs=1, **flags)
     assert {path.parent.name for path in map(Path, data.list_images("."))} == {"a", "b"}
 
 
@@ -334,15 +333,6 @@ def test_cifar_comes_from_torchvision_with_its_own_statistics(name, monkeypatch)
 
 
 # --- randomness and loaders -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [None, 16, 40])
-def test_half_of_the_crops_are_mirrored(size):
-    transform = augmentation.training_transform(size, ()) if size else pretrain_transform(16)
-    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None], (1, 48, 48, 3))  # brighter to the right
-    images = Images(ramp, None, None, transform, IMAGENET)
-    crops = (images[epoch, 0][0] for epoch in range(400))
-    assert 150 < sum(bool(crop[..., :8].sum() > crop[..., -8:].sum()) for crop in crops) < 250  # five std of 10
 
 
 def test_any_number_of_workers_gives_the_same_batches_and_reports_the_same_replacements(tmp_path):
@@ -470,13 +460,10 @@ def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_pat
 # --- transforms -------------------------------------------------------------------------------------------------------
 
 
-def test_normalise_and_denormalise_are_inverse():
+def test_denormalise_is_the_inverse_of_normalise():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert data.STATISTICS["folder"] == IMAGENET
-    imgs, _ = Images([], None, None, None, IMAGENET).on_device(pixels, torch.arange(2), CPU)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-    torch.testing.assert_close(imgs, (pixels / 255 - mean) / std)
-    torch.testing.assert_close(data.denormalise(imgs, IMAGENET), pixels / 255, rtol=0, atol=1e-6)
+    imgs = data.denormalise(data.normalise(pixels, IMAGENET, CPU), IMAGENET)
+    torch.testing.assert_close(imgs, pixels / 255, rtol=0, atol=1e-6)
     assert data.denormalise(torch.full((1, 3, 1, 1), 99.0), IMAGENET).max() == 1
 
 

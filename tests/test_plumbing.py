@@ -57,26 +57,13 @@ def test_seeds_are_fixed_and_differ_with_purpose_position_and_length():
     assert len(seeds) == 1200
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-BOOLEANS = {"": True, "--x": True, "--no-x": False, "--x true": True, "--x False": False, "--x 0": False}
-
-
-@pytest.fixture
-def parser():
+def test_booleans_take_three_forms_defaults_come_weakest_first_and_help_shows_them(capsys):
     parser = cli.Parser({"folder": dict(p=0.5)})
     parser.add_argument("--x", action=cli.BoolFlag, default=True, help="x")
     parser.add_argument("--p", type=cli.fraction, default=0.25, help="100% of p")
     parser.add_argument("--kind", choices=["apple", "pear"], help="kind")
-    return parser
-
-
-@pytest.mark.parametrize("words", BOOLEANS)
-def test_booleans_take_all_three_forms(parser, words):
-    assert parser.parse_args(words.split()).x is BOOLEANS[words]
-
-
-def test_defaults_come_weakest_first_and_help_shows_them(parser, capsys):
+    booleans = {"": True, "--x": True, "--no-x": False, "--x true": True, "--x False": False, "--x 0": False}
+    assert {line: parser.parse_args(line.split()).x for line in booleans} == booleans
     parser.take("the data set", dict(p=0.5, kind="apple"))
     parser.take("the recipe", dict(kind="pear", derived=3))
     args = parser.parse_args(["--p", "0.125"])
@@ -127,9 +114,6 @@ def test_only_the_newest_checkpoints_are_kept_and_found(tmp_path):
     files.prune_checkpoints(tmp_path, keep=2)
     assert [path.name for path in find_checkpoints(tmp_path)] == names[-2:]
     assert load_file(tmp_path / "checkpoint-11.pth") == {"position": "11"}
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
 
 
 FLAGS = stress.STAGES["pretrain"].replace("--save_every_steps 2", "")
@@ -239,8 +223,6 @@ def test_runs_killed_at_random_instants_equal_uninterrupted_ones(flags):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
-
-# --- other systems ----------------------------------------------------------------------------------------------------
 
 ELSEWHERE = """
 import multiprocessing, os, signal, sys

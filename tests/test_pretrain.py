@@ -126,24 +126,23 @@ def labelled(tmp_path_factory) -> Path:
 EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2, save_every_steps=4)
 
 
-def test_evaluation_changes_no_weights_and_continues_as_log_and_events_do(labelled, tmp_path, monkeypatch, drawn):
+def test_evaluation_changes_no_weights_and_tensorboard_shows_the_log(labelled, tmp_path, monkeypatch, drawn):
     flags = EVALUATED | dict(epochs=2)
-    whole = run(labelled, tmp_path / "whole", **flags)
     without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True))
+    flags |= dict(log_dir=tmp_path / "events")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 10)
-        run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
-    parts = run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
-    for name in ("model", "optimizer"):
-        assert stress.difference(whole[name], without[name]) is stress.difference(whole[name], parts[name]) is None
-    logs = [stress.untimed(read_log(tmp_path / name)) for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and [r["epoch"] for r in logs[0] if "probe" in r] == [0, 1, 2]
+        run(labelled, tmp_path / "run", **flags)
+    state = run(labelled, tmp_path / "run", **flags)
+    assert all(stress.difference(state[name], without[name]) is None for name in ("model", "optimizer"))
+    records = read_log(tmp_path / "run")
+    assert [record["epoch"] for record in records if "probe" in record] == [0, 1, 2]
     board = event_accumulator.EventAccumulator(str(tmp_path / "events"), {"images": 0, "scalars": 0}).Reload()
     assert set(board.Tags()["images"]) == {"progress", "reconstructions"}
-    assert {*board.Tags()["scalars"], "update"} == {key for r in read_log(tmp_path / "parts") for key in r}
+    assert {*board.Tags()["scalars"], "update"} == {key for record in records for key in record}
     for key in board.Tags()["scalars"]:
         events = [(event.step, pytest.approx(event.value)) for event in board.Scalars(key)]
-        assert [(r["update"], r[key]) for r in read_log(tmp_path / "parts") if key in r] == events
+        assert [(record["update"], record[key]) for record in records if key in record] == events
 
 
 def test_evaluation_is_by_fixed_masks_and_equals_analyze(labelled, tmp_path):
@@ -170,9 +169,10 @@ def test_what_is_evaluated_follows_the_data(images, tmp_path, monkeypatch):
     for name, more, keys in (("a", {}, {"train_loss"}), ("b", dict(holdout=0.25), {"val_loss", "probe", "knn"})):
         state, records = run(images, tmp_path / name, **flags, **more), read_log(tmp_path / name)
         assert state["config"]["images"] == (9 if more else 12)
-        evaluations = [r for r in records if "eval_seconds" in r]
-        assert [r["epoch"] for r in evaluations] == [0, 2, 3]
-        assert all(r.keys() - {"epoch", "update", "eval_seconds"} == keys for r in evaluations)
+        evaluations = {
+            r["epoch"]: r.keys() - {"epoch", "update", "eval_seconds"} for r in records if "eval_seconds" in r
+        }
+        assert evaluations == dict.fromkeys((0, 2, 3), keys)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SystemExit, match="pip install tensorboard"):
         run(images, tmp_path / "c", log_dir=tmp_path)

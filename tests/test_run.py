@@ -74,57 +74,45 @@ def train_plainly(rates: list[float], per_update: int = 2) -> torch.Tensor:
     return weight
 
 
-def stepped(update: int) -> float:
-    """Warm-up over four updates, then a tenth from update 6 on."""
-    return 0.1 * min(1, (update + 1) / 4) * (0.1 if update >= 6 else 1)
-
-
 STEPPED = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.01, 0.01]
-EIGHT = dict(iterations=8, schedule=stepped)
-
-
-# --- what a run computes ----------------------------------------------------------------------------------------------
+EIGHT = dict(iterations=8, schedule=lambda update: STEPPED[update])
 
 
 def test_a_run_of_iterations_follows_its_own_schedule_and_ends_inside_an_epoch(tmp_path, capsys):
     weight = train(tmp_path, **EIGHT)
     torch.testing.assert_close(weight, train_plainly(STEPPED))
-    assert read_log(tmp_path, "lr") == [[pytest.approx(rate)] for rate in STEPPED]
-    assert read_log(tmp_path, "update") == [[k] for k in range(1, 9)] and read_log(tmp_path, "epoch")[-1] == [1.6]
+    assert read_log(tmp_path, "update", "lr") == [[k, rate] for k, rate in enumerate(STEPPED, start=1)]
+    assert read_log(tmp_path, "epoch")[-1] == [1.6]
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1.pth", "checkpoint-2.pth"]
     assert torch.equal(train(tmp_path, **EIGHT), weight) and "had finished before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("freq", [2, 7])
-def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path, freq):
+@pytest.mark.parametrize(("freq", "per_update"), [(2, 4), (7, 10)])
+def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path, freq, per_update):
     """An epoch is 4, 4 and 2 points; or, of fewer passes than an update may have, 10."""
     weight = train(tmp_path, iterations=5, schedule=lambda _: 0.1, update_freq=freq)
-    torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update=4 if freq == 2 else 10))
+    torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update))
 
 
-@pytest.mark.parametrize(("freq", "every", "turn"), [(1, 2, 4), (1, 2, 7), (2, 1, 4), (2, 1, 7)])
-def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, turn):
+KILLS = [(1, 2, Points, "on_device", 4), (1, 2, Points, "on_device", 7), (2, 1, Points, "on_device", 4)]
+KILLS += [(2, 1, Points, "on_device", 7), (1, 4, Run, "save_due", 2)]  # the last one after all updates
+
+
+@pytest.mark.parametrize(("freq", "every", "kind", "name", "turn"), KILLS)
+def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, kind, name, turn):
     more = EIGHT | dict(iterations=8 // freq, save_every_steps=every, update_freq=freq, ema=0.5)
     whole = train(tmp_path / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        call_at(patch, Points, "on_device", turn)
+        call_at(patch, kind, name, turn)
         train(tmp_path / "parts", **more)
     assert find_checkpoints(tmp_path / "parts") and not (tmp_path / "parts/checkpoint-2.pth").exists()
+    with open(tmp_path / "parts/log.jsonl", "a") as file:
+        file.write('{"update": 9, "lo')  # cut short by the kill
     assert torch.equal(train(tmp_path / "parts", **more), whole)
     states = [load_file(find_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts")]
     assert_equal(*(state["model_ema"] for state in states))
     keys = "update", "lr", "loss", "grad_norm"
     assert read_log(tmp_path / "parts", *keys) == read_log(tmp_path / "whole", *keys)
-
-
-def test_a_run_killed_between_its_last_update_and_its_end_has_nothing_left_to_train(tmp_path, monkeypatch):
-    more = EIGHT | dict(save_every_steps=4)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        call_at(patch, Run, "save_due", 2)
-        train(tmp_path, **more)
-    assert find_checkpoints(tmp_path)[-1].name == "checkpoint-1-3.pth"
-    torch.testing.assert_close(train(tmp_path, **more), train_plainly(STEPPED))
-    assert len(read_log(tmp_path)) == 8
 
 
 def test_two_processes_share_an_update_and_draw_differently(tmp_path, monkeypatch):
@@ -145,9 +133,6 @@ def test_two_processes_share_an_update_and_draw_differently(tmp_path, monkeypatc
     assert positions == {(k // 4, k % 4): index for k, index in enumerate(order)}
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tmp_path, capsys):
     train(tmp_path / "a", epochs=2)
     with pytest.raises(UserError, match=r"--weight_decay 0.05 \(now 0.1\), --seed 0 \(now 1\); repeat these"):
@@ -164,14 +149,6 @@ def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tm
     torch.save({"model": {}, "stage": "other.py", "optimizer": {}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="no checkpoint of a run of points.py"):
         new_run(tmp_path / "c", resume=tmp_path / "other.pth")
-
-
-def test_a_killed_run_leaves_no_record_beyond_its_checkpoint(tmp_path):
-    train(tmp_path, epochs=1)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"update": 6}\n{"update": 7, "lo')  # cut short by a kill
-    train(tmp_path, epochs=2)
-    assert read_log(tmp_path, "update") == [[k] for k in range(1, 11)]
 
 
 @pytest.mark.parametrize("winner", ["model", "model_ema"])
@@ -196,9 +173,6 @@ def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path
     keys = ["val_score", "val_ema_score"] if winner == "model" else ["val_ema_score", "val_score"]
     table = [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
     assert [row for row in read_log(tmp_path, *keys, "best_score") if row[2] is not None] == table
-
-
-# --- ends -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -254,9 +228,6 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "max", lambda *_: 1, raising=False)  # so few may be, as if there were a hundred images
     with pytest.raises(UserError, match=r"\d of 11 images cannot be read"):
         train(tmp_path / "many", epochs=1)
-
-
-# --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path, monkeypatch):
