@@ -236,13 +236,6 @@ def test_images_are_found_in_every_layout(tmp_path, capsys, files):
     assert images.items == sorted(images.items) and images.classes in (None, sorted({*labels}))
 
 
-def test_images_to_predict_keep_their_order_and_outputs_are_found_by_name(tmp_path):
-    for name in ("a.jpg", "b.png", "runs/predictions/0-overlay.png"):
-        save_noise(tmp_path / name)
-    paths = [str(tmp_path / "b.png"), str(tmp_path), str(tmp_path / "runs/predictions")]  # a file twice if given twice
-    assert [Path(path).name for path in data.find_images(paths)] == ["b.png", "a.jpg", "b.png", "0-overlay.png"]
-
-
 def test_links_are_followed_once_and_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
     for name in ("real", "images", "images/closed"):
         save_noise(tmp_path / name / "a.png")
@@ -500,16 +493,6 @@ def test_evaluation_crops_below_384_and_warps_from_there_on():
     assert not data.evaluation_transform(224, crop_pct=1.0)(image).any()  # no wider than high, whatever the fraction
     assert data.evaluation_transform(32)(image)[:, :, :3].all()  # as training at that size
     assert data.describe_evaluation(384, 0.75, "x") == "at 384 px (the centre of a short side of 512), normalised as x"
-
-
-@pytest.mark.parametrize(("size", "crop_pct"), [(224, None), (224, 1.0), (224, 0.95), (96, None), (48, 1.0)])
-def test_evaluation_keeps_the_aspect_below_384_as_the_authors_code_does(size, crop_pct):
-    image = Image.fromarray(noise(300, 451, 3))
-    short = int(size / (crop_pct or 224 / 256))
-    resized = image.resize((int(short * 451 / 300), short), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((short - size) / 2)
-    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
-    assert np.array_equal(data.evaluation_transform(size, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_strip_is_trimmed_and_its_centre_stays_what_it_was():
