@@ -120,8 +120,7 @@ def things(tmp_path_factory) -> Path:
     """Folders, images and checkpoints, good and bad."""
     root = tmp_path_factory.mktemp("things")
     folders = """images labelled/train/a labelled/train/b labelled/val/a labelled/val/b onlyval/val/a onlytrain/train/a
-    stray/train/a lacking/train/a lacking/train/b lacking/val/a extra/train/a extra/val/a
-    extra/val/c"""
+    stray/train/a lacking/train/a lacking/train/b lacking/val/a extra/train/a extra/val/a extra/val/c"""
     for folder in folders.split():
         for k, size in enumerate((16, 20, 16)):
             save_noise(root / folder / f"{k}.png", (size, size))
@@ -172,16 +171,13 @@ def place(things, monkeypatch) -> Path:
     def refuse(self):
         raise OSError("no network")
 
+    def files():
+        return {path: path.lstat().st_mtime_ns for path in things.rglob("*") if not path.is_dir()}
+
     monkeypatch.setattr(data.datasets.CIFAR10, "download", refuse)
-    before = contents(things)
+    before = files()
     yield things
-    assert contents(things) == before
-
-
-def contents(folder: Path) -> dict:
-    """Every file below, with its size and time of change."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in files}
+    assert files() == before
 
 
 def command(script: str, row: str) -> list[str]:

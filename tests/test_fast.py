@@ -2,12 +2,13 @@
 
 import copy
 import importlib
+from functools import partial
 
 import pytest
 import torch
 from helpers import randomised, words
 from test_model import kept_bytes, outputs_and_gradients, random_loss, relative_error
-from test_sparse import BF16, F16, F32, F64, assert_near, cuda, make_images, make_mask, make_net
+from test_sparse import BF16, F16, F32, F64, MASKS, assert_near, cuda, make_images, make_mask, make_net
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize, prune
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from fast import FastBlock, FastDepthwiseConv, speed_up
 from fcmae import FCMAE, random_mask
 from model import Block, ConvNeXt
-from sparse import masked_stages, sparse_stages, upsample_mask
+from sparse import masked_stages, sparse_stages
 
 run_dense = ConvNeXt.forward_stages
 PRECISIONS = [(F32, None), (BF16, None), (F16, None), (F32, BF16), (F32, F16)]  # of weights, and under autocast
@@ -36,21 +37,13 @@ def check_equal(run, plain, fast, imgs):
     assert_near(*(outputs_and_gradients(run, net, imgs) for net in (fast, plain)))
 
 
-@pytest.mark.parametrize("kind", [None, "equal", "unequal", "one image empty", "all visible", "none visible"])
+@pytest.mark.parametrize("kind", [None, *MASKS])
 @pytest.mark.parametrize(("version", "again"), [(1, False), (2, False), (2, True)])
 def test_outputs_and_gradients_equal_those_of_the_plain_modules(version, again, kind):
-    """Of the dense network, and of the sparse encoder; what hidden pixels hold does not matter."""
+    """Of the dense network, and of the sparse encoder."""
     plain, fast = make_pair(make_net(version))
     fast.checkpoint_activations(again)
-    imgs = make_images(plain)
-    if kind is None:
-        return check_equal(run_dense, plain, fast, imgs)
-
-    def run(net, imgs):
-        hidden = upsample_mask(make_mask(kind), 8)[:, None]
-        return run_sparse(net, imgs.masked_fill(hidden, float("nan") if net is fast else 0), kind)
-
-    check_equal(run, plain, fast, imgs)
+    check_equal(partial(run_sparse, kind=kind) if kind else run_dense, plain, fast, make_images(plain))
 
 
 @pytest.mark.parametrize("run", [run_dense, run_sparse])
