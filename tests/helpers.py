@@ -159,9 +159,6 @@ def call_at(monkeypatch, module, name: str, turn: int, act=kill) -> None:
     monkeypatch.setattr(module, name, patched)
 
 
-# --- comparisons ------------------------------------------------------------------------------------------------------
-
-
 def assert_equal(a: dict, b: dict, rtol: float = 0, atol: float = 0) -> None:
     """The same names, and the same tensors: to the bit without a tolerance."""
     torch.testing.assert_close(dict(a), dict(b), rtol=rtol, atol=atol)

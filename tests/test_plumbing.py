@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -143,10 +144,6 @@ def spoil() -> None:
     data.normalise = lambda pixels, *_: pixels * float("nan")
 
 
-def signal_one() -> None:
-    os.kill(os.getpid(), signal.SIGUSR1)
-
-
 def signal_all() -> None:
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.1)
@@ -156,7 +153,7 @@ ENDED = "after update 2; the same command continues"
 ENDS = [  # flags, what one of two processes meets; exit statuses, checkpoints, and the line that one process prints
     ("--mask_ratio 0.99", None, 1, [], "mask_ratio 0.99 leaves no patch visible"),
     ("--log_every 1", spoil, 1, [], "not finite before update 3"),
-    ("", signal_one, 128 + signal.SIGUSR1, ["checkpoint-0-2.pth"], ENDED),
+    ("", partial(signal.raise_signal, signal.SIGUSR1), 128 + signal.SIGUSR1, ["checkpoint-0-2.pth"], ENDED),
 ]
 
 
