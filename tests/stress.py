@@ -41,11 +41,11 @@ STAGES = {
 }
 
 
-def images_in(root: Path, size: int = 32) -> Path:
-    """Images in `root` for every stage: in class folders, with objects as in COCO, with maps of labels as in ADE20K."""
+def images_in(root: Path, seed: int = 0, size: int = 32) -> Path:
+    """Images in `root` for every stage: class folders (of `size`), objects as in COCO, maps of labels as in ADE20K."""
     for coco, ade20k, count in (("train", "training", 12), ("val", "validation", 3)):
-        write_coco(root, coco, count, seed=count, size=size)
-        write_maps(root, ade20k, count, seed=count, size=size)
+        write_coco(root, coco, count, seed=seed + count, size=32)
+        write_maps(root, ade20k, count, seed=seed + count, size=32)
     return image_folder(root, train=12, val=6, size=size)
 
 

@@ -103,10 +103,10 @@ ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """Make `train(script, **flags)` -> weights, log and files of a run, among all that the rows name; run equal ones once."""
+    """Make `train(script, **flags)` -> weights, log, files; it runs among all that the rows name, and equal runs once."""
     root = tmp_path_factory.mktemp("flags")
     stress.images_in(root / "images")
-    stress.images_in(root / "others", size=36)
+    stress.images_in(root / "others", seed=5, size=36)
     (root / "names.txt").write_text("\n".join(f"class {k}" for k in range(15)))
     small = {name: partial(ConvNeXt, (1, 1, 1, 1), (8, 8, 16, 16), version=2 - ("v2" not in name)) for name in MODELS}
     small["convnextv2_base"] = partial(ConvNeXt, (3, 3, 27, 3), (4, 4, 4, 4), version=2)
