@@ -132,7 +132,8 @@ def log_of(directory: Path, key: str) -> list:
 
 def read_table(path: Path) -> list[dict]:
     """The rows of a CSV file."""
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
