@@ -48,8 +48,8 @@ def noise(*shape: int) -> np.ndarray:
 
 def smooth(height: int, width: int) -> np.ndarray:
     """Pixels (H, W, 3) that no flip or turn leaves alone, and that JPEG hardly changes."""
-    waves = np.sin(np.add.outer(np.arange(height) / 20, np.arange(width) / 45))
-    return (127 + 60 * np.stack([waves, waves[::-1], waves[:, ::-1] ** 2], axis=-1)).astype(np.uint8)
+    waves = np.sin(np.add.outer(np.linspace(0, 12, height), np.linspace(0, 8, width)))
+    return (127 + 40 * np.stack([waves, waves[::-1], waves[:, ::-1] ** 2], axis=-1)).astype(np.uint8)
 
 
 # --- drawn images -----------------------------------------------------------------------------------------------------
