@@ -1,7 +1,6 @@
 """What all tests share."""
 
 import os
-import signal
 from functools import partial
 
 import pytest
@@ -13,7 +12,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from matplotlib.figure import Figure
 
 from model import MODELS, ConvNeXt
-from plumbing.loading import STOP_SIGNALS
 
 SAVE = Figure.savefig
 
@@ -30,17 +28,6 @@ def sketched():
 def drawn(sketched, monkeypatch):
     """Draw plots after all."""
     monkeypatch.setattr(Figure, "savefig", SAVE)
-
-
-@pytest.fixture
-def at_a_terminal():
-    """Signals as a process has them at a terminal; where a shell's script runs in the background, SIGINT is ignored."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -3,15 +3,13 @@
 With two runs in runs/ (`python pretrain.py`; `python pretrain.py --model convnext_yocto --output_dir runs/pretrain_v1`)
 the figures of its sixth and seventh sections are of those, as the text there says.
 
-The notebook keeps a digest of the code cells that its outputs are of, and a test compares it. The digest does not cover the files that
-the cells call: every comment changed in one of them would ask for a new execution, and it is the notebook's own assertions that say
-whether what the text claims is still true. A slow test runs them against the code as it stands.
+The notebook keeps a digest of the code cells that its outputs are of, and a test compares it. It does not cover the
+files that the cells call; a slow test runs the notebook's own assertions against those.
 """
 
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import nbformat
@@ -23,34 +21,27 @@ PATH = ROOT / "lesson.ipynb"
 
 def digest(notebook: nbformat.NotebookNode) -> str:
     """Of all code cells, in order."""
-    return hashlib.sha256(
-        json.dumps([cell.source for cell in notebook.cells if cell.cell_type == "code"]).encode()
-    ).hexdigest()
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
 def execute(notebook: nbformat.NotebookNode, directory: Path, timeout: float = 900) -> None:
-    """Run all cells, in place, in a fresh kernel that works in `directory`; nbclient's CellExecutionError names the cell that fails.
-
-    timeout: of one cell, in seconds.
-    """
+    """Run all cells in place, in a fresh kernel that works in `directory`, each in at most `timeout` seconds."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    client = NotebookClient(
-        notebook, timeout=timeout, coalesce_streams=True, record_timing=False, kernel_name="python3"
-    )
+    options = dict(coalesce_streams=True, record_timing=False)  # of a progress bar the last line alone; no times
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", **options)
     client.resources = {"metadata": {"path": str(directory)}}
-    client.execute(env=os.environ | {"PYTHONPATH": path})  # coalesced streams: of a progress bar its last line alone
+    client.execute(env=os.environ | {"PYTHONPATH": path})
 
 
 def main() -> None:
     notebook = nbformat.read(PATH, as_version=4)
     execute(notebook, ROOT)
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {
-        "language_info": {"name": "python"},
-        "outputs_of": digest(notebook),
-    }
+    metadata = dict(language_info={"name": "python"}, outputs_of=digest(notebook))
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]} | metadata
     nbformat.write(notebook, PATH)
     print(f"executed {PATH}, {PATH.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,12 @@
-"""Kill training at random instants, start it again, and compare all that it leaves with an uninterrupted run, bit for bit.
+"""Kill training at random instants, start it again, and compare its outputs with an uninterrupted run's, bit for bit.
 
     python tests/stress.py --kills 50 --processes 2 --stage finetune
 
-SIGKILL goes to all processes of a run at once, uniformly over the time that it takes; runs are killed one to three times.
+SIGKILL goes to all processes of a run, uniformly over the time that it takes; a run is killed one to three times.
 """
 
 import argparse
 import importlib
-import json
 import os
 import random
 import shutil
@@ -24,36 +23,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import matplotlib.figure  # noqa: F401 imported before runs are forked, which then start at once
-from helpers import image_folder, write_coco, write_maps
+from helpers import image_folder, read_log, write_coco, write_maps
 
 from plumbing.files import load_file
 
 TIMES = {"seconds", "eval_seconds", "images_per_second", "data_wait"}  # what differs between equal runs
 COMMON = "--device cpu --model convnextv2_atto --epochs 2 --lr 1e-3 --num_workers 0 "
 COMMON += "--save_every_steps 2 --save_ckpt_num 2 --log_every 3 --output_dir run "
-DETECT = (
-    COMMON + "--input_size 32 --fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2 "
-)
-SEGMENT = COMMON + "--input_size 32 --channels 8 --aux_channels 8 "
-COMMON += "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
+SMALL = COMMON + "--input_size 16 --stem_stride 1 --warmup_epochs 1 "
+LARGE = COMMON + "--input_size 32 --model_ema --drop_path 0.2 "
+HEADS = "--fpn_dim 16 --box_dim 8 --mask_dim 16 --regions 8 --proposals 20 5 --anchor_scale 2"
 STAGES = {
-    "pretrain": COMMON + "--decoder_embed_dim 16",
-    "detect": DETECT + "--model_ema --drop_path 0.2 --color_jitter 0.3",
-    "segment": SEGMENT + "--model_ema --drop_path 0.2",
-    "finetune": COMMON + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25",
+    "pretrain": SMALL + "--decoder_embed_dim 16",
+    "detect": LARGE + HEADS + " --color_jitter 0.3",
+    "segment": LARGE + "--channels 8 --aux_channels 8",
+    "finetune": SMALL + "--model_ema --mixup 0.8 --cutmix 1 --drop_path 0.2 --aa none --reprob 0.25 --amp fp16",
 }
 
 
-def images_in(root: Path) -> Path:
-    """Images in `root` for every stage: in class folders, with objects in COCO's layout, and with maps of labels in ADE20K's."""
-    for split, count in (("train", 12), ("val", 3)):
-        write_coco(root, split, count, seed=count, size=32)
-        write_maps(root, {"train": "training", "val": "validation"}[split], count, seed=count, size=32)
-    return image_folder(root, train=12, val=6)
+def images_in(root: Path, seed: int = 0, size: int = 32) -> Path:
+    """Images in `root` for every stage: class folders (of `size`), objects as in COCO, maps of labels as in ADE20K."""
+    for coco, ade20k, count in (("train", "training", 12), ("val", "validation", 3)):
+        write_coco(root, coco, count, seed=seed + count, size=32)
+        write_maps(root, ade20k, count, seed=seed + count, size=32)
+    return image_folder(root, train=12, val=6, size=size)
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
-    """Call `work` as a script in `directory`, in processes forked from this one, in a process group led by the first."""
+    """Call `work` as a script in `directory`, in processes forked from this one, in a group that the first one leads."""
     with socket.create_server(("localhost", 0)) as server:
         names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
     pids = []
@@ -64,9 +61,9 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
             try:
                 os.setpgid(0, pids[0] if pids else 0)
                 os.chdir(directory)
-                output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
+                sys.stdout = sys.stderr = output = open("output.txt", "a", buffering=1)  # noqa: SIM115 until the end
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
                 if processes > 1:
                     os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
                 work()
@@ -85,7 +82,7 @@ def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]
 
 
 def wait(pids: list[int], seconds: float = float("inf")) -> bool:
-    """Whether all processes ended by themselves within `seconds`; otherwise they are killed. AssertionError when one failed."""
+    """Whether all processes ended within `seconds`; otherwise kill them. AssertionError when one failed."""
     end, running = time.monotonic() + seconds, set(pids)
     while running and time.monotonic() < end:
         for pid in list(running):
@@ -107,12 +104,8 @@ def untimed(records: Iterable[dict]) -> list[dict]:
 
 
 def contents(directory: Path) -> dict:
-    """All that a run left, without times: weights, moments, logs and settings as Python objects, pictures as bytes."""
-
-    def parse(text):
-        return untimed(map(json.loads, text.splitlines()))
-
-    readers = {".pth": load_file, ".jsonl": lambda path: parse(path.read_text())}
+    """All outputs of a run, without times: weights, moments and logs as Python objects, the others as bytes."""
+    readers = {".pth": load_file, ".jsonl": lambda path: untimed(read_log(path.parent))}
     return {path.name: readers.get(path.suffix, Path.read_bytes)(path) for path in (directory / "run").iterdir()}
 
 
@@ -128,9 +121,9 @@ def difference(a, b, place: str = "") -> str | None:
     return None if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else place
 
 
-def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
+def stress(stage: str, kills: int, processes: int) -> bool:
     """Print how many interrupted runs equal the uninterrupted one; whether all do."""
-    rng, root, module = random.Random(seed), Path(tempfile.mkdtemp()), importlib.import_module(stage)
+    rng, root, module = random.Random(0), Path(tempfile.mkdtemp()), importlib.import_module(stage)
     line = [*STAGES[stage].split(), "--data_path", str(images_in(root / "images")), "--batch_size", str(4 // processes)]
 
     def start(directory: Path) -> list[int]:
@@ -149,16 +142,14 @@ def stress(stage: str, kills: int, processes: int, seed: int) -> bool:
             done += 1
         wait(start(directory))
         place = difference(whole, contents(directory))
-        if place is None:
-            identical += 1
-            shutil.rmtree(directory)
-        else:
+        if place is not None:
             print(f"{directory} differs from {root / 'whole'} in {place}")
+            continue
+        identical += 1
+        shutil.rmtree(directory)
     minutes = (time.monotonic() - began) / 60
     counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
     print(f"{stage}, {processes} process(es): {counts}")
-    if identical == runs:
-        shutil.rmtree(root)
     return identical == runs
 
 
@@ -167,13 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="stage to kill")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the instants")
+    parser.add_argument("--stage", choices=STAGES, help="stage to kill (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stages = STAGES if args.stage == "all" else [args.stage]
-    if not all([stress(stage, args.kills, args.processes, args.seed) for stage in stages]):
-        sys.exit(1)
+    stages = [args.stage] if args.stage else STAGES
+    sys.exit(not all([stress(stage, args.kills, args.processes) for stage in stages]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from model import MODELS
 from plumbing import augmentation
 from plumbing.files import UserError
 from plumbing.loading import EpochSampler, Samples, make_loader, mix_seed, progress
-from plumbing.scores import classification_scores, write_by_class
+from plumbing.scores import write_by_class
 from plumbing.shapes import SHAPES, TEXTURES, draw_images, draw_scenes
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -47,21 +46,23 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
 
 
+def smooth(height: int, width: int) -> np.ndarray:
+    """Pixels (H, W, 3) that no flip or turn leaves alone, and that JPEG hardly changes."""
+    waves = np.sin(np.add.outer(np.linspace(0, 12, height), np.linspace(0, 8, width)))
+    return (127 + 40 * np.stack([waves, waves[::-1], waves[:, ::-1] ** 2], axis=-1)).astype(np.uint8)
+
+
 # --- drawn images -----------------------------------------------------------------------------------------------------
 
 
-def test_drawn_images_are_deterministic_balanced_and_independent_of_the_count():
-    images, labels = draw_images(60, seed=3, size=32)
+def test_drawn_images_are_balanced_independent_of_the_count_and_those_of_the_published_results():
+    images, labels = draw_images(60, seed=0, size=32)
     assert images.shape == (60, 32, 32, 3) and images.dtype == np.uint8
-    assert np.array_equal(images, draw_images(120, seed=3, size=32)[0][:60])
+    assert np.array_equal(images, draw_images(120, seed=0, size=32)[0][:60])
     assert np.bincount(labels[:50]).tolist() == [5] * len(TEXTURES)
-
-
-def test_drawn_images_are_those_of_the_published_results():
-    images, labels = draw_images(50, seed=0, size=32)
+    assert labels[:10].tolist() == [8, 5, 9, 9, 7, 0, 1, 4, 4, 1]
     expected = [[149, 231, 242], [204, 61, 185], [162, 128, 89]]
     assert np.abs(images[:3, 10, 20].astype(int) - expected).max() <= 1  # rounding differs among processors
-    assert labels[:10].tolist() == [8, 5, 9, 9, 7, 0, 1, 4, 4, 1]
 
 
 def test_scenes_hold_three_shapes_each_whose_areas_are_those_of_their_kinds():
@@ -84,11 +85,9 @@ def test_as_many_embedded_images_are_drawn_as_are_asked_for(tmp_path, monkeypatc
     train, val = finetune.load_labelled(finetune.get_args([*argv, "--scratch"]))
     assert (len(train), len(val)) == (70, 55) and train.classes == val.classes == TEXTURES
     assert len({image.tobytes() for images in (train, val) for image in images.items}) == 125  # the splits share none
-    counts = []
-    monkeypatch.setattr(pretrain, "Run", lambda args, images, *_: counts.append(len(images)) or sys.exit())
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(pretrain, "Run", lambda args, images, *_: sys.exit(f"{len(images)} images"))
+    with pytest.raises(SystemExit, match="70 images"):
         pretrain.main(pretrain.get_args(argv))
-    assert counts == [70]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -112,27 +111,24 @@ def test_every_format_and_mode_becomes_rgb(tmp_path, suffix, mode, options):
     assert 40 < image.float().mean() < 215 and image.float().std() > 5
 
 
-def test_the_first_frame_of_a_moving_image_is_taken(tmp_path):
+def test_a_moving_image_gives_its_first_frame_and_damaged_metadata_are_ignored(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert data.open_rgb(str(tmp_path / "moving.gif")).getpixel((0, 0)) == (255, 0, 0)
+    save_noise(tmp_path / "a.jpg", exif=b"Exif\0\0no metadata at all")
+    assert data.open_rgb(str(tmp_path / "a.jpg"), pretrain_transform(16).transforms[0]).size == (16, 16)
 
 
-STORED = {  # EXIF's orientation -> how upright pixels (H, W, 3) are stored
-    1: lambda pixels: pixels, 2: np.fliplr, 3: lambda pixels: np.rot90(pixels, 2), 4: np.flipud,
-    5: lambda pixels: pixels.swapaxes(0, 1), 6: np.rot90, 7: lambda pixels: np.rot90(pixels.swapaxes(0, 1), 2),
-    8: lambda pixels: np.rot90(pixels, 3),
-}  # fmt: skip
+# How images of EXIF's orientations from 2 on are stored: what Pillow does to an upright one.
+STORED = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("orientation", STORED)
-def test_images_and_their_crops_are_upright(tmp_path, orientation, suffix):
-    waves = np.sin(np.add.outer(np.arange(256) / 20, np.arange(384) / 45))
-    pixels = (127 + 60 * np.stack([waves, waves[::-1], waves[:, ::-1] ** 2], axis=-1)).astype(np.uint8)
-    exif, path = Image.Exif(), str(tmp_path / f"photo.{suffix}")
+@pytest.mark.parametrize(("orientation", "turn"), [*enumerate(STORED, start=2)])
+def test_images_and_their_crops_are_upright(tmp_path, orientation, turn, suffix):
+    exif, path, pixels = Image.Exif(), str(tmp_path / f"photo.{suffix}"), smooth(256, 384)
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(STORED[orientation](pixels))).save(path, exif=exif, quality=95)
+    Image.fromarray(pixels).transpose(Image.Transpose[turn]).save(path, exif=exif, quality=95)
     assert np.abs(np.asarray(data.open_rgb(path)).astype(float) - pixels).mean() < 3
     for seed in range(3):
         crops = []
@@ -142,16 +138,9 @@ def test_images_and_their_crops_are_upright(tmp_path, orientation, suffix):
         assert np.abs(crops[0] - crops[1]).mean() < 4
 
 
-def test_damaged_metadata_leave_an_image_readable(tmp_path):
-    save_noise(tmp_path / "a.jpg", exif=b"Exif\0\0no metadata at all")
-    assert data.open_rgb(str(tmp_path / "a.jpg"), pretrain_transform(16).transforms[0]).size == (16, 16)
-
-
 @pytest.mark.parametrize(("name", "side"), [("a.jpg", 512), ("a.jpg", 16), ("a.png", 512), ("grey.jpg", 512)])
 def test_a_crop_taken_while_decoding_is_the_crop_of_the_decoded_image(tmp_path, name, side, monkeypatch):
-    ramp, waves = np.linspace(0, 255, side), 40 * np.sin(np.arange(side) / side * 10)
-    pixels = np.stack([np.add.outer(*pair) for pair in ((ramp, waves), (waves, ramp), (255 - ramp, waves))], axis=-1)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("L" if "grey" in name else "RGB")
+    image = Image.fromarray(smooth(side, side)).convert("L" if "grey" in name else "RGB")
     image.save(tmp_path / name, quality=95)
     images, widths, to_rgb = folder(tmp_path, pretrain_transform(32)), [], data.to_rgb
     monkeypatch.setattr(data, "to_rgb", lambda image, *more: widths.append(image.width) or to_rgb(image, *more))
@@ -247,13 +236,6 @@ def test_images_are_found_in_every_layout(tmp_path, capsys, files):
     assert images.items == sorted(images.items) and images.classes in (None, sorted({*labels}))
 
 
-def test_images_to_predict_keep_their_order_and_outputs_are_found_by_name(tmp_path):
-    for name in ("a.jpg", "b.png", "runs/predictions/0-overlay.png"):
-        save_noise(tmp_path / name)
-    paths = [str(tmp_path / "b.png"), str(tmp_path), str(tmp_path / "runs/predictions")]  # a file twice if given twice
-    assert [Path(path).name for path in data.find_images(paths)] == ["b.png", "a.jpg", "b.png", "0-overlay.png"]
-
-
 def test_links_are_followed_once_and_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, capsys):
     for name in ("real", "images", "images/closed"):
         save_noise(tmp_path / name / "a.png")
@@ -273,15 +255,12 @@ def test_links_are_followed_once_and_folders_that_cannot_be_read_are_named(tmp_p
     assert capsys.readouterr().err == error
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune])
-def test_the_same_command_continues_in_the_folder_of_its_images(tmp_path, monkeypatch, script):
+@pytest.mark.parametrize(("script", "flags"), [(pretrain, {}), (finetune, dict(holdout=0.34))])
+def test_a_run_in_the_folder_of_its_images_adds_none_to_them(tmp_path, monkeypatch, script, flags):
     for name in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"):
         save_noise(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    flags = dict(holdout=0.34) if script is finetune else {}
-    for output_dir in (".", "runs"):
-        for epochs in (1, 2):
-            assert run(script, ".", Path(output_dir), epochs=epochs, **flags)["epoch"] == epochs
+    run(script, ".", Path("."), epochs=1, **flags)
     assert {path.parent.name for path in map(Path, data.list_images("."))} == {"a", "b"}
 
 
@@ -292,6 +271,7 @@ def test_a_home_directory_is_expanded_in_every_path(monkeypatch, tmp_path):
 
 
 def save_values(path: Path, values, kind) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.array([values] * 9, dtype=kind)).save(path)
 
 
@@ -321,17 +301,13 @@ def test_deep_images_are_scaled_by_one_number(tmp_path, capsys, kind, values, im
 
 
 def test_white_is_kept_with_the_checkpoint(tmp_path, monkeypatch):
-    for split, name in product(("train", "val"), "ab"):
-        (tmp_path / "deep" / split / name).mkdir(parents=True)
-        for k in range(3):
-            save_values(tmp_path / "deep" / split / name / f"{k}.png", [k, 900 * (name == "a"), 4095], np.uint16)
-    run(finetune, tmp_path / "deep", tmp_path / "run", image_max=4095)
+    for name in ("train/a/0", "train/b/0", "val/a/0", "val/b/0"):
+        save_values(tmp_path / f"deep/{name}.png", [0, 900, 4095], np.uint16)
+    run(finetune, tmp_path / "deep", tmp_path / "run", image_max=4095, epochs=1)
     for line in (["--eval"], ["--predict", str(tmp_path / "deep")]):
         assert finetune.get_args([*line, "--resume", str(tmp_path / "run")]).image_max == 4095
     assert finetune.get_args(["--finetune", str(tmp_path / "run"), "--data_path", "x"]).image_max == 4095
 
-
-# --- CIFAR ------------------------------------------------------------------------------------------------------------
 
 CIFAR = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
 CIFAR["cifar100"] = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
@@ -340,8 +316,6 @@ CIFAR["cifar100"] = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_comes_from_torchvision_with_its_own_statistics(name, monkeypatch):
     def fake(root, train, download):
-        if root != "data":
-            raise RuntimeError("no network")
         return argparse.Namespace(data=noise(5 + train, 32, 32, 3), targets=list(range(5 + train)), classes=["c"] * 7)
 
     monkeypatch.setattr(data.datasets, name.upper(), fake)
@@ -349,20 +323,9 @@ def test_cifar_comes_from_torchvision_with_its_own_statistics(name, monkeypatch)
     assert train.statistics == CIFAR[name] and len(train.classes) == 7 and (len(train), len(val)) == (6, 5)
     image, label = train[0, 4]
     assert label == 4 and np.array_equal(image.permute(1, 2, 0), noise(6, 32, 32, 3)[4])
-    with pytest.raises(UserError, match=f"{name} is not in elsewhere and could not be downloaded .no network"):
-        load_images(name, "elsewhere", "train", None)
 
 
 # --- randomness and loaders -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [None, 16, 40])
-def test_half_of_the_crops_are_mirrored(size):
-    transform = augmentation.training_transform(size, ()) if size else pretrain_transform(16)
-    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[:, None], (1, 48, 48, 3))  # brighter to the right
-    images = Images(ramp, None, None, transform, IMAGENET)
-    crops = (images[epoch, 0][0] for epoch in range(400))
-    assert 150 < sum(bool(crop[..., :8].sum() > crop[..., -8:].sum()) for crop in crops) < 250  # five std of 10
 
 
 def test_any_number_of_workers_gives_the_same_batches_and_reports_the_same_replacements(tmp_path):
@@ -434,8 +397,6 @@ def test_few_labels_are_balanced_seeded_and_nested():
 
     assert choose(4, 0) == choose(4, 0) < choose(9, 0)
     assert choose(4, 1) != choose(4, 0)
-    with pytest.raises(UserError, match="--labels_per_class 21 is more than the 20"):
-        data.few_labels(labelled(), 21, 0)
 
 
 def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
@@ -445,62 +406,43 @@ def test_a_fraction_of_every_class_is_held_out_whatever_the_seed():
     assert [held.labels.count(k) for k in range(3)] == [4] * 3
     assert numbers(data.split_holdout(labelled(1), 0.2)[1]) == numbers(held) != set(range(12))
     assert len(data.split_holdout(labelled(), 0.02)[1]) == 2  # 2% of 20 images a class is none, of all 60 one or two
-    for fraction, count in ((0.01, 0), (1.0, 60)):
-        with pytest.raises(UserError, match=f"--holdout {fraction} of 60 images is {count}"):
-            data.split_holdout(labelled(), fraction)
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys, small_models, monkeypatch, named):
-    """A network whose output is the brightness: class k of four for images of brightness 64 k, of which two are there."""
+def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys, small_models, named):
+    """A network that takes everything for a dog, the last of its four classes, of which the images have two."""
     names = ["ant", "bee", "cat", "dog"]
-    for name, level in {"bee/0": 64, "dog/0": 192, "dog/1": 192}.items():
+    for name in ("bee/0", "dog/0", "dog/1"):
         save_noise(tmp_path / f"val/{name}.png")
-        Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / f"val/{name}.png")
     net = MODELS["convnextv2_yocto"](num_classes=6, stem_stride=1)
+    net.head.weight.data.zero_()
+    net.head.bias.data[3] = 1
     config = vars(finetune.get_args(["--input_size", "16", "--stem_stride", "1", "--scratch"]))
     content = {"model": net.state_dict(), "config": config} | ({"classes": names} if named else {})
     torch.save(content, tmp_path / "a.pth")
     (tmp_path / "names.txt").write_text("\ufeff# in order\n" + "\n".join(names))
-    flags = dict(
-        resume=tmp_path / "a.pth", data_path=tmp_path, output_dir=tmp_path / "out", device="cpu", num_workers=0
-    )
-    line = words(**flags, class_names=None if named else tmp_path / "names.txt")
-
-    def classify(net, images, *_):
-        brightness = [round(np.asarray(Image.open(path)).mean() / 64) for path in images.items]
-        yield torch.eye(6)[brightness], torch.tensor(images.labels)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "classify", classify)
-        finetune.main(finetune.get_args(["--eval", *line]))
+    line = words(resume=tmp_path / "a.pth", data_path=tmp_path, output_dir=tmp_path / "out", device="cpu")
+    line += words(num_workers=0, class_names=None if named else tmp_path / "names.txt")
+    finetune.main(finetune.get_args(["--eval", *line]))
     output = capsys.readouterr().out
-    assert "the images have 2 of the 4 classes" in output and "top-1 100.00%, balanced 100.00%" in output
-    assert (tmp_path / "out/classes.csv").read_text().splitlines()[1:] == ["bee,1,1,100", "dog,2,2,100"]
+    assert "the images have 2 of the 4 classes" in output and "top-1 66.67%, balanced 50.00%" in output
+    assert (tmp_path / "out/classes.csv").read_text().splitlines()[1:] == ["bee,1,0,0", "dog,2,2,100"]
     finetune.main(finetune.get_args(["--predict", str(tmp_path / "val"), *line]))
     assert re.search("class [45]", (tmp_path / "out/predictions.csv").read_text())
-
-
-def test_balanced_accuracy_and_weights_of_uneven_classes():
-    truth = torch.tensor([0] * 12 + [2] * 2)  # class 1 has no image
-    logits = torch.nn.functional.one_hot(torch.tensor([0] * 13 + [2]), 3).float()
-    scores, _ = classification_scores([(logits, truth)], CPU, divided=False)
-    assert (scores["top1"], scores["balanced"]) == (pytest.approx(100 * 13 / 14), pytest.approx(75))
 
 
 def test_a_balanced_loss_weights_the_images_of_each_class(tmp_path, monkeypatch):
     for name in ("dots/0", "dots/1", "dots/2", "dots/3", "rings/0"):  # weights 1 / .8 and 1 / .2 in balance
         save_noise(tmp_path / f"images/train/{name}.png", (32, 32))
         save_noise(tmp_path / f"images/val/{name}.png", (32, 32))
-    seen, cross_entropy = [], torch.nn.functional.cross_entropy
-    monkeypatch.setattr(finetune.F, "cross_entropy", lambda *args, **_: seen.append(args) or cross_entropy(*args))
+    calls, cross_entropy = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(finetune.F, "cross_entropy", lambda *args, **_: calls.append(args) or cross_entropy(*args))
     flags = dict(batch_size=5, epochs=1, smoothing=0, head_init_scale=1, input_size=32, disable_eval=True)
-    for balance in (0.0, 1.0):
-        run(finetune, tmp_path / "images", tmp_path / f"{balance}", class_balance=balance, **flags)
-    for balance, (logits, labels, *_) in zip((0.0, 1.0), seen, strict=True):
-        losses = cross_entropy(logits, labels, reduction="none")
-        means = [losses.mean().item(), np.mean([losses[labels == k].mean().item() for k in (0, 1)])]
-        assert read_log(tmp_path / f"{balance}", "loss")[0][0] == pytest.approx(means[int(balance)], rel=1e-4)
+    run(finetune, tmp_path / "images", tmp_path, class_balance=1.0, **flags)
+    [(logits, labels, *_)] = calls
+    losses = cross_entropy(logits, labels, reduction="none")
+    by_class = [losses[labels == k].mean().item() for k in (0, 1)]
+    assert read_log(tmp_path, "loss") == [[pytest.approx(np.mean(by_class), rel=1e-4)]]
 
 
 def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):
@@ -511,13 +453,10 @@ def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_pat
 # --- transforms -------------------------------------------------------------------------------------------------------
 
 
-def test_normalise_and_denormalise_are_inverse():
+def test_denormalise_is_the_inverse_of_normalise():
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert data.STATISTICS["folder"] == IMAGENET
-    imgs, _ = Images([], None, None, None, IMAGENET).on_device(pixels, torch.arange(2), CPU)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
-    torch.testing.assert_close(imgs, (pixels / 255 - mean) / std)
-    torch.testing.assert_close(data.denormalise(imgs, IMAGENET), pixels / 255, rtol=0, atol=1e-6)
+    imgs = data.denormalise(data.normalise(pixels, IMAGENET, CPU), IMAGENET)
+    torch.testing.assert_close(imgs, pixels / 255, rtol=0, atol=1e-6)
     assert data.denormalise(torch.full((1, 3, 1, 1), 99.0), IMAGENET).max() == 1
 
 
@@ -556,16 +495,6 @@ def test_evaluation_crops_below_384_and_warps_from_there_on():
     assert data.describe_evaluation(384, 0.75, "x") == "at 384 px (the centre of a short side of 512), normalised as x"
 
 
-@pytest.mark.parametrize(("size", "crop_pct"), [(224, None), (224, 1.0), (224, 0.95), (96, None), (48, 1.0)])
-def test_evaluation_keeps_the_aspect_below_384_as_the_authors_code_does(size, crop_pct):
-    image = Image.fromarray(noise(300, 451, 3))
-    short = int(size / (crop_pct or 224 / 256))
-    resized = image.resize((int(short * 451 / 300), short), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((short - size) / 2)
-    expected = np.asarray(resized.crop((left, top, left + size, top + size)))
-    assert np.array_equal(data.evaluation_transform(size, crop_pct)(image).permute(1, 2, 0).numpy(), expected)
-
-
 def test_a_strip_is_trimmed_and_its_centre_stays_what_it_was():
     assert data.trim(Image.new("RGB", (3, 5000))).size == (3, 48)  # a whole line, scaled up, would fill the memory
     strip = Image.fromarray(noise(4, 600, 3))
@@ -589,7 +518,7 @@ def test_automatic_augmentation_fills_with_the_mean_colour_and_resamples_as_crop
     assert differences > 5
 
 
-def test_randaugment_is_timms_and_unknown_augmentations_are_refused():
+def test_randaugment_is_timms():
     image = Image.fromarray(np.random.default_rng(0).integers(60, 200, size=(24, 24, 3), dtype=np.uint8))
     augment = partial(augmentation.automatic_augmentation, mean=IMAGENET[0], interpolation=InterpolationMode.BICUBIC)
     torch.manual_seed(0)
@@ -602,29 +531,3 @@ def test_randaugment_is_timms_and_unknown_augmentations_are_refused():
     (operation,) = augment("rand-m7-n1").transforms[0].transforms
     assert (operation.magnitude, operation.num_magnitude_bins, operation.num_ops) == (21, 31, 1)
     assert len(augment("rand-m9-n3").transforms) == 3
-    for name, problem in (("rand-m11", "both end at 10"), ("rand-n0", "n begins at 1"), ("augmix", "choose rand-m9")):
-        with pytest.raises(UserError, match=problem):
-            augment(name)
-
-
-MIXING = [(0.8, 0.0, 1, 0.5), (0.0, 1.0, 1, 0.5), (0.8, 1.0, 1, 0.5), (0.8, 1.0, 0.5, 0.2), (0.0, 0.0, 1, 0.5)]
-
-
-@pytest.mark.parametrize(("mixup", "cutmix", "prob", "switch"), MIXING)
-def test_mixed_targets_are_fractions_that_match_the_pixels(mixup, cutmix, prob, switch):
-    args = argparse.Namespace(mixup=mixup, cutmix=cutmix, mixup_prob=prob, mixup_switch_prob=switch)
-    mix, labels = augmentation.mixing(args, classes=4), torch.arange(4)
-    imgs = torch.eye(4)[:, :, None, None].expand(4, 4, 16, 16).contiguous()  # channel c is the fraction of image c
-    mixed = cuts = 0
-    for seed in range(200):
-        torch.manual_seed(seed)
-        x, y = mix(imgs, labels)
-        if y.ndim == 1:
-            assert torch.equal(x, imgs) and torch.equal(y, labels)
-            continue
-        mixed += 1
-        cuts += bool(((x == 0) | (x == 1)).all())
-        torch.testing.assert_close(y.sum(dim=1), torch.ones(4))
-        torch.testing.assert_close(x.mean(dim=(2, 3)), y, atol=1e-5, rtol=0)
-    assert mixed / 200 == pytest.approx(prob if mixup or cutmix else 0, abs=0.1 * (prob < 1))
-    assert cuts / max(mixed, 1) == pytest.approx((switch if mixup else 1) if cutmix else 0, abs=0.15)

@@ -14,33 +14,31 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROO
 SCRIPT = re.compile(r"(?:python|torchrun)(?: --\S+)* (?:-m (experiments\.\w+)|(\w+)\.py)(.*)")
 
 
-class Parsed(Exception):
-    """The first pass of a parser succeeded."""
-
-
 def commands():
-    """(page, module, arguments) of every command that runs one of our scripts."""
+    """Page, module and arguments of every command that runs one of our scripts."""
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ").replace("\\|", "|")
         lines = [line for line in text.split("\n") if line.startswith("    ")] + re.findall(r"`([^`\n]+)`", text)
         for line in lines:
             for part in re.split(r"&&|;", line.split("   #")[0]):
                 if match := SCRIPT.match(part.strip()):
-                    yield page.name, match[1] or match[2], shlex.split(match[3].replace("SEED", "0"), comments=True)
+                    yield page.name, match[1] or match[2], *shlex.split(match[3].replace("SEED", "0"), comments=True)
 
 
-COMMANDS = list(dict.fromkeys((page, name, *words) for page, name, words in commands()))
+COMMANDS = list(dict.fromkeys(commands()))
 
 
-@pytest.mark.parametrize("page, name, words", [(page, name, words) for page, name, *words in COMMANDS])
-def test_every_command_parses(page, name, words, monkeypatch):
-    def parse(parser, *args, **kwargs):
-        parser_of_script(parser, *args, **kwargs)
-        raise Parsed
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command, monkeypatch):
+    _page, name, *words = command
+    parse = argparse.ArgumentParser.parse_args
 
-    parser_of_script = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    with pytest.raises(Parsed):
+    def parse_once(*args):
+        parse(*args)
+        raise StopIteration
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_once)
+    with pytest.raises(StopIteration):
         importlib.import_module(name).get_args(words)
 
 

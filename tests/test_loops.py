@@ -1,10 +1,11 @@
-"""Claims about the loops of the training scripts: each computes what a plain loop of a few lines computes, update by update.
+"""Claims about the training scripts' loops: each computes what a plain loop of a few lines computes, update by update.
 
 The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that `mix_seed` documents.
 All else is their own: no `Run` and no loader, ordinary optimisers, learning rates and groups by hand, the masked dense encoder as an
 oracle. Learning rates of layers are in the plain loops of detection and segmentation.
 """
 
+import copy
 import math
 from pathlib import Path
 
@@ -54,12 +55,24 @@ def load(folder: Path, epoch: int, places: list[int], *crop: v2.Transform) -> tu
     return torch.stack(images), torch.tensor(labels)
 
 
-def start_of(net: torch.nn.Module) -> dict:
-    return {name: value.clone() for name, value in net.state_dict().items()}
+def groups_of(net: torch.nn.Module) -> list[dict]:
+    """Optimiser groups of one parameter each; matrices and kernels decay."""
+    decays = {name: p.ndim > 1 and "grn" not in name and name != "mask_token" for name, p in net.named_parameters()}
+    return [dict(params=[p], weight_decay=0.3 if decays[name] else 0.0) for name, p in net.named_parameters()]
+
+
+def update_weights(optimizer: torch.optim.Optimizer, update: int, clip_grad: float, loss: float) -> dict:
+    """Clip, step and clear; what the log has of the update."""
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(update)
+    optimizer.step()
+    optimizer.zero_grad()
+    return dict(update=update + 1, lr=learning_rate(update), loss=loss, grad_norm=norm.item())
 
 
 def assert_same_way(actual: dict, expected: dict, start: dict) -> None:
-    """Every tensor has moved from `start` to the same place, but for a thousandth of its way, and the rounding of float32."""
+    """Every tensor has moved from `start` to the same place, but for a thousandth of its way and float32's rounding."""
     assert actual.keys() == expected.keys() == start.keys()
     for name in expected:
         way = (expected[name] - start[name]).norm()
@@ -77,24 +90,15 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
     torch.manual_seed(SEED)
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
     mae = FCMAE(encoder, decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked")
-    start, log = start_of(mae), []
-    groups = []
-    for name, p in mae.named_parameters():
-        decays = p.ndim > 1 and "grn" not in name and name != "mask_token"
-        groups.append(dict(params=[p], weight_decay=0.3 if decays else 0.0))
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    start, log = copy.deepcopy(mae.state_dict()), []
+    optimizer = torch.optim.AdamW(groups_of(mae), betas=(0.9, 0.95))
     crop = v2.RandomResizedCrop(16, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
     for update, (epoch, places) in enumerate(UPDATES):
         imgs, _ = load(folder, epoch, places, crop)  # one batch, as every image has equally many hidden patches
         mask = random_mask(len(imgs), 2, 2, 0.6, torch.Generator().manual_seed(mix_seed("mask", SEED, update)))
         loss, _, _ = mae(imgs, mask)
-        optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(mae.parameters(), 0.05)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update)
-        optimizer.step()
-        log.append(dict(update=update + 1, lr=learning_rate(update), loss=loss.item(), grad_norm=norm.item()))
+        log.append(update_weights(optimizer, update, 0.05, loss.item()))
     return start, mae.state_dict(), log
 
 
@@ -116,17 +120,12 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
     """The weights before and after, their moving average, and the log."""
     torch.manual_seed(SEED)
     net = MODELS["convnextv2_atto"](num_classes=3, stem_stride=1, drop_path_rate=0.4)
-    start, log, average = start_of(net), [], {}
-    groups = []
-    for name, p in net.named_parameters():
-        groups.append(dict(params=[p], weight_decay=0.3 if p.ndim > 1 and "grn" not in name else 0.0))
-    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), eps=1e-6)
+    start, log, average = copy.deepcopy(net.state_dict()), [], {}
+    optimizer = torch.optim.AdamW(groups_of(net), betas=(0.8, 0.9), eps=1e-6)
     mixing = v2.RandomChoice([v2.MixUp(alpha=0.8, num_classes=3), v2.CutMix(alpha=1.0, num_classes=3)], p=[0.6, 0.4])
     crop = v2.Resize((16, 16), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomCrop(16, padding=4)
     for update, (epoch, places) in enumerate(UPDATES):
-        passes = [places[i : i + 2] for i in range(0, len(places), 2)]
-        optimizer.zero_grad()
-        total = 0.0
+        passes, total = [places[i : i + 2] for i in range(0, len(places), 2)], 0.0
         for chosen in passes:
             imgs, labels = load(folder, epoch, chosen, *crop)
             torch.manual_seed(mix_seed("step", SEED, epoch, chosen[0] // 2, 0))
@@ -137,13 +136,9 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
             loss = -(targets * net(imgs).log_softmax(dim=1)).sum(dim=1).mean() / len(passes)
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 20)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update)
-        optimizer.step()
+        log.append(update_weights(optimizer, update, 20, total))
         decay = min(0.15, (1 + update) / (10 + update)) if update else 0.0
         average = {name: decay * average.get(name, 0) + (1 - decay) * value for name, value in net.state_dict().items()}
-        log.append(dict(update=update + 1, lr=learning_rate(update), loss=total, grad_norm=norm.item()))
     return start, net.state_dict(), average, log
 
 

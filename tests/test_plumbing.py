@@ -2,29 +2,29 @@
 
 import argparse
 import ast
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import stress
 import torch
-from helpers import assert_equal, image_folder, log_of
+from helpers import assert_equal, call_at, image_folder, log_of
 
-from plumbing import cli, files
+import data
+import pretrain
+from plumbing import cli, dist, files
 from plumbing.files import find_checkpoints, load_file
 from plumbing.loading import mix_seed
 from plumbing.optim import learning_rate
 
 HERE = Path(__file__).parent
-
-
-# --- the house --------------------------------------------------------------------------------------------------------
 
 
 def test_imports_point_inwards():
@@ -40,9 +40,6 @@ def test_imports_point_inwards():
     assert method.items() <= imports.items()
     assert dict(plumbing=set(), data={"plumbing"}, weights={"model", "plumbing"}).items() <= imports.items()
     assert "experiments" not in set.union(*imports.values())  # scripts import them when a flag asks for one
-
-
-# --- learning rates and seeds -----------------------------------------------------------------------------------------
 
 
 def test_learning_rate_at_its_corners():
@@ -61,34 +58,13 @@ def test_seeds_are_fixed_and_differ_with_purpose_position_and_length():
     assert len(seeds) == 1200
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-BOOLEANS = {"": True, "--x": True, "--no-x": False, "--x true": True, "--x False": False, "--x 0": False}
-
-
-@pytest.fixture
-def parser():
+def test_booleans_take_three_forms_defaults_come_weakest_first_and_help_shows_them(capsys):
     parser = cli.Parser({"folder": dict(p=0.5)})
     parser.add_argument("--x", action=cli.BoolFlag, default=True, help="x")
     parser.add_argument("--p", type=cli.fraction, default=0.25, help="100% of p")
     parser.add_argument("--kind", choices=["apple", "pear"], help="kind")
-    return parser
-
-
-@pytest.mark.parametrize("words", BOOLEANS)
-def test_booleans_take_all_three_forms(parser, words):
-    assert parser.parse_args(words.split()).x is BOOLEANS[words]
-
-
-@pytest.mark.parametrize("words", ["--no-x true", "--p 1.5"])
-def test_a_wrong_value_is_one_line_and_status_2(parser, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args(words.split())
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words.split())
-
-
-def test_defaults_come_weakest_first_and_help_shows_them(parser, capsys):
+    booleans = {"": True, "--x": True, "--no-x": False, "--x true": True, "--x False": False, "--x 0": False}
+    assert {line: parser.parse_args(line.split()).x for line in booleans} == booleans
     parser.take("the data set", dict(p=0.5, kind="apple"))
     parser.take("the recipe", dict(kind="pear", derived=3))
     args = parser.parse_args(["--p", "0.125"])
@@ -115,20 +91,11 @@ def test_warm_up_workers_and_precision_are_derived(monkeypatch):
     assert derive(use_amp=True, amp="fp16").amp == "fp16"
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(file):
-        file.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, fail)
-    assert path.read_text() == "old"
+    files.save_tensors(tmp_path / "a.pth", {"a": 1})
+    with pytest.raises(TypeError, match="cannot pickle"):
+        files.save_tensors(tmp_path / "a.pth", {"a": 2, "b": (i for i in range(3))})
+    assert load_file(tmp_path / "a.pth") == {"a": 1}
 
 
 def test_only_the_newest_checkpoints_are_kept_and_found(tmp_path):
@@ -144,48 +111,78 @@ def test_only_the_newest_checkpoints_are_kept_and_found(tmp_path):
     assert load_file(tmp_path / "checkpoint-11.pth") == {"position": "11"}
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+FLAGS = stress.STAGES["pretrain"].replace("--save_every_steps 2", "")
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> dict:
-    """The results of the scenarios in processes.py."""
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "TMPDIR": str(tmp_path_factory.mktemp("processes"))}
-    command = [sys.executable, HERE / "processes.py"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+def images(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images"), train=12, val=6)
 
 
-ENDS = {  # scenario: exit statuses, checkpoints, and the line that one process prints
-    "mistake": ([1, 1], [], "mask_ratio 0.99 leaves no patch visible"),
-    "loss of one not finite": ([1, 1], [], "not finite before update 2"),
-    "signal to one": ([128 + signal.SIGUSR1] * 2, ["checkpoint-0-2.pth"], "after update 2; the same command continues"),
-    "signal to all": ([128 + signal.SIGTERM], ["checkpoint-0-2.pth"], "after update 2; the same command continues"),
-    "other batch": ([1, 1], ["checkpoint-1.pth", "checkpoint-2.pth"], "update_freq x processes 4 (now 8)"),
-}
+def train(images: Path, directory: Path, processes: int, flags: str = "", act: Callable | None = None) -> tuple:
+    """Pre-train in forked processes, of which the last one calls `act()` in its second forward pass.
+
+    Returns their exit statuses, the names of the checkpoints, and what all of them printed.
+    """
+
+    def work():
+        if act and dist.rank() == processes - 1:
+            call_at(pytest.MonkeyPatch(), data, "normalise", 2, act)
+        line = f"{FLAGS} --batch_size {4 // processes} {flags}".split()
+        pretrain.main(pretrain.get_args([*line, "--data_path", str(images)]))
+
+    directory.mkdir(exist_ok=True)
+    pids, output = stress.fork(work, directory, processes), directory / "output.txt"
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    text = output.read_text()
+    output.unlink()
+    return statuses, [path.name for path in find_checkpoints(directory / "run")], text
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_what_meets_one_process_ends_all_of_them_and_their_workers_with_one_line(processes, name):
-    run, (statuses, checkpoints, line) = processes[name], ENDS[name]
-    assert (run["statuses"], run["checkpoints"]) == (statuses, checkpoints)
-    assert run["output"].count(line) == 1 and "Error" not in run["output"], run["output"]
+def spoil() -> None:
+    """Let the next images be no numbers."""
+    data.normalise = lambda pixels, *_: pixels * float("nan")
 
 
-def test_a_run_continues_with_other_numbers_of_processes_and_workers(processes):
-    runs = [Path(processes[name]["run"]) for name in ("other division", "whole")]
-    assert processes["other division"]["statuses"] == [0, 0] and processes["whole"]["statuses"] == [0]
-    assert_equal(*(load_file(run / "checkpoint-2.pth")["model"] for run in runs), rtol=0, atol=2e-5)
-    losses = [log_of(run, "loss")[-1] for run in runs]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+def signal_all() -> None:
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(0.1)
+
+
+ENDED = "after update 2; the same command continues"
+ENDS = [  # flags, what one of two processes meets; exit statuses, checkpoints, and the line that one process prints
+    ("--mask_ratio 0.99", None, 1, [], "mask_ratio 0.99 leaves no patch visible"),
+    ("--log_every 1", spoil, 1, [], "not finite before update 3"),
+    ("", partial(signal.raise_signal, signal.SIGUSR1), 128 + signal.SIGUSR1, ["checkpoint-0-2.pth"], ENDED),
+]
+
+
+@pytest.mark.parametrize(("flags", "act", "status", "checkpoints", "line"), ENDS)
+def test_what_meets_one_process_ends_both_with_one_line(images, tmp_path, flags, act, status, checkpoints, line):
+    *ends, output = train(images, tmp_path, 2, flags, act)
+    assert ends == [[status] * 2, checkpoints] and output.count(line) == 1 and "Error" not in output, output
+
+
+def test_a_run_continues_with_other_numbers_of_processes_and_workers(images, tmp_path):
+    """A run that is signalled with its loader's worker, and then continues in two processes without workers."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    *ends, output = train(images, parts, 1, "--num_workers 1", signal_all)
+    assert ends == [[128 + signal.SIGTERM], ["checkpoint-0-2.pth"]] and output.count(ENDED) == 1, output
+    assert train(images, whole, 1)[0] == [0] and train(images, parts, 2)[0] == [0, 0]
+    states = [load_file(directory / "run/checkpoint-2.pth") for directory in (parts, whole)]
+    assert_equal(*(state["model"] for state in states), rtol=0, atol=2e-5)
+    assert log_of(parts / "run", "loss")[-1] == pytest.approx(log_of(whole / "run", "loss")[-1], rel=1e-4)
+    statuses, _, output = train(images, parts, 2, "--batch_size 4")
+    assert statuses == [1, 1] and output.count("update_freq x processes 4 (now 8)") == 1, output
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes, tmp_path):
+def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(images, tmp_path):
+    flags = "--epochs 3 --save_every_steps 1 --log_every 1"
+    assert train(images, tmp_path / "two", 2, flags)[0] == [0, 0]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
-    command = [*torchrun, HERE.parent / "pretrain.py", *processes["two"]["flags"], "--num_workers", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as in processes.py: two threads round otherwise
+    line = f"{FLAGS} --batch_size 2 {flags} --num_workers 1".split()
+    command = [*torchrun, HERE.parent / "pretrain.py", *line, "--data_path", images]
 
     def log_reaches(lines):
         log, end = tmp_path / "run/log.jsonl", time.monotonic() + 240
@@ -194,7 +191,7 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
             time.sleep(0.01)
 
     with open(tmp_path / "output.txt", "w") as output:
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, env=environment)
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
         log_reaches(2)
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
@@ -204,10 +201,10 @@ def test_torchrun_restarts_exactly_after_a_kill_and_passes_signals_on(processes,
     text = (tmp_path / "output.txt").read_text()
     assert text.count("continuing from") == 1 and "ended by signal 15 after update" in text, text
     assert "Grad strides" not in text, text
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0 and "continuing from" in result.stdout, result.stderr
-    two, restarted = (load_file(Path(run, "checkpoint-3.pth")) for run in (processes["two"]["run"], tmp_path / "run"))
-    assert all(stress.difference(two[name], restarted[name]) is None for name in ("model", "optimizer"))
+    states = [load_file(tmp_path / name / "checkpoint-3.pth") for name in ("two/run", "run")]
+    assert all(stress.difference(*(state[name] for state in states)) is None for name in ("model", "optimizer"))
 
 
 @pytest.mark.slow
@@ -217,8 +214,6 @@ def test_runs_killed_at_random_instants_equal_uninterrupted_ones(flags):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
-
-# --- other systems ----------------------------------------------------------------------------------------------------
 
 ELSEWHERE = """
 import multiprocessing, os, signal, sys

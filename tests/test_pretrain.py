@@ -21,7 +21,7 @@ import analyze
 import data
 import pretrain
 from model import MODELS
-from plumbing.files import find_checkpoints, load_file
+from plumbing.files import load_file
 from plumbing.loading import mix_seed
 from plumbing.run import Run
 
@@ -32,45 +32,32 @@ def images(tmp_path_factory) -> Path:
     return image_folder(tmp_path_factory.mktemp("images"), size=48, train=12)
 
 
+@pytest.fixture(scope="module")
+def all_images(tmp_path_factory) -> Path:
+    """Images for every stage."""
+    return stress.images_in(tmp_path_factory.mktemp("all"))
+
+
 run = partial(run_script, pretrain)
 
 
-# --- interruptions, all stages ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> Path:
-    """Images for every stage, and each stage's uninterrupted run."""
-    root = tmp_path_factory.mktemp("everything")
-    stress.images_in(root / "images")
-    return root
-
-
-def train(stage: str, root: Path, name: str) -> dict:
-    """The outputs of a run of a stage, without config.json, in which the folders' names differ."""
-    script, output_dir = importlib.import_module(stage), root / stage / name / "run"
-    line = [*stress.STAGES[stage].split(), *words(data_path=root / "images", batch_size=4, save_ckpt_num=9)]
-    script.main(script.get_args([*line, "--output_dir", str(output_dir)]))
-    outputs = stress.contents(output_dir.parent)
-    del outputs["config.json"]
-    for content in outputs.values():
-        if isinstance(content, dict):
-            content.pop("config")
-    return outputs
-
-
 @pytest.mark.parametrize("stage", stress.STAGES)
-def test_a_killed_run_continues_as_if_nothing_had_happened(everything, monkeypatch, stage):
-    whole = train(stage, everything, "whole")
+def test_a_killed_run_of_any_stage_continues_as_if_nothing_had_happened(all_images, tmp_path, monkeypatch, stage):
+    script = importlib.import_module(stage)
+    line = stress.STAGES[stage].split() + words(data_path=all_images, batch_size=4, save_ckpt_num=9)
+
+    def train(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        script.main(script.get_args(line))
+        return stress.contents(tmp_path / name)
+
+    whole = train("whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 6)  # the last update, two after a checkpoint inside the second epoch
-        train(stage, everything, "parts")
-    parts = train(stage, everything, "parts")
-    assert "checkpoint-2.pth" in whole and len(whole) >= 8
-    assert stress.difference(whole, parts) is None
-
-
-# --- pre-training -----------------------------------------------------------------------------------------------------
+        train("parts")
+    assert "checkpoint-2.pth" in whole and len(whole) >= 9
+    assert stress.difference(whole, train("parts")) is None
 
 
 def test_a_run_writes_what_the_readme_says(images, tmp_path, capsys, drawn):
@@ -94,19 +81,11 @@ def test_the_loss_falls_below_that_of_predicting_the_mean(images, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains_as_float32_does_and_resumes_exactly(images, tmp_path, monkeypatch, amp):
-    common = dict(model="convnextv2_yocto", clip_grad=1.0, input_size=16)
-    more = dict(common, amp=amp, save_every_steps=1)
-    whole = run(images, tmp_path / "whole", **more)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        call_at(patch, Run, "backward", 5)
-        run(images, tmp_path / "parts", **more)
-    assert find_checkpoints(tmp_path / "parts")[-1].name == "checkpoint-1-1.pth"
-    parts = run(images, tmp_path / "parts", **more)
-    assert all(stress.difference(parts[name], whole[name]) is None for name in ("model", "optimizer", "scaler"))
-    float32 = run(images, tmp_path / "float32", **common)
-    losses = [log_of(tmp_path / name, "loss") for name in ("whole", "float32")]
-    assert losses[0] == pytest.approx(losses[1], rel=0.01) and stress.difference(whole["model"], float32["model"])
+def test_mixed_precision_trains_as_float32_does(images, tmp_path, amp):
+    flags = dict(model="convnextv2_yocto", clip_grad=1.0, input_size=16)
+    states = [run(images, tmp_path / name, **flags, amp=name)["model"] for name in ("none", amp)]
+    losses = [log_of(tmp_path / name, "loss") for name in ("none", amp)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and stress.difference(*states)
 
 
 def test_one_image_is_enough_for_a_batch_of_four(images, tmp_path):
@@ -138,9 +117,6 @@ def test_defaults_follow_the_data_and_flags_win():
     assert pretrain.get_args([]).data_set == "embedded"
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
     """24 images to train on and 9 to validate, in class folders."""
@@ -150,24 +126,23 @@ def labelled(tmp_path_factory) -> Path:
 EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2, save_every_steps=4)
 
 
-def test_evaluation_changes_no_weights_and_continues_as_log_and_events_do(labelled, tmp_path, monkeypatch, drawn):
+def test_evaluation_changes_no_weights_and_tensorboard_shows_the_log(labelled, tmp_path, monkeypatch, drawn):
     flags = EVALUATED | dict(epochs=2)
-    whole = run(labelled, tmp_path / "whole", **flags)
     without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True))
+    flags |= dict(log_dir=tmp_path / "events")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 10)
-        run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
-    parts = run(labelled, tmp_path / "parts", **flags, log_dir=tmp_path / "events")
-    for name in ("model", "optimizer"):
-        assert stress.difference(whole[name], without[name]) is stress.difference(whole[name], parts[name]) is None
-    logs = [stress.untimed(read_log(tmp_path / name)) for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and [r["epoch"] for r in logs[0] if "probe" in r] == [0, 1, 2]
+        run(labelled, tmp_path / "run", **flags)
+    state = run(labelled, tmp_path / "run", **flags)
+    assert all(stress.difference(state[name], without[name]) is None for name in ("model", "optimizer"))
+    records = read_log(tmp_path / "run")
+    assert [record["epoch"] for record in records if "probe" in record] == [0, 1, 2]
     board = event_accumulator.EventAccumulator(str(tmp_path / "events"), {"images": 0, "scalars": 0}).Reload()
     assert set(board.Tags()["images"]) == {"progress", "reconstructions"}
-    assert {*board.Tags()["scalars"], "update"} == {key for r in read_log(tmp_path / "parts") for key in r}
+    assert {*board.Tags()["scalars"], "update"} == {key for record in records for key in record}
     for key in board.Tags()["scalars"]:
         events = [(event.step, pytest.approx(event.value)) for event in board.Scalars(key)]
-        assert [(r["update"], r[key]) for r in read_log(tmp_path / "parts") if key in r] == events
+        assert [(record["update"], record[key]) for record in records if key in record] == events
 
 
 def test_evaluation_is_by_fixed_masks_and_equals_analyze(labelled, tmp_path):
@@ -194,15 +169,14 @@ def test_what_is_evaluated_follows_the_data(images, tmp_path, monkeypatch):
     for name, more, keys in (("a", {}, {"train_loss"}), ("b", dict(holdout=0.25), {"val_loss", "probe", "knn"})):
         state, records = run(images, tmp_path / name, **flags, **more), read_log(tmp_path / name)
         assert state["config"]["images"] == (9 if more else 12)
-        evaluations = [r for r in records if "eval_seconds" in r]
-        assert [r["epoch"] for r in evaluations] == [0, 2, 3]
-        assert all(r.keys() - {"epoch", "update", "eval_seconds"} == keys for r in evaluations)
+        evaluations = {
+            r["epoch"]: r.keys() - {"epoch", "update", "eval_seconds"} for r in records if "eval_seconds" in r
+        }
+        assert evaluations == dict.fromkeys((0, 2, 3), keys)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SystemExit, match="pip install tensorboard"):
         run(images, tmp_path / "c", log_dir=tmp_path)
 
-
-# --- the authors' commands --------------------------------------------------------------------------------------------
 
 COMMANDS = """
 pretrain --model convnextv2_base --batch_size 64 --update_freq 8 --blr 1.5e-4 --epochs 1600 --warmup_epochs 40

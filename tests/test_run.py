@@ -1,19 +1,16 @@
 """Claims about plumbing/run.py that hold for any stage: it equals a plain loop, from wherever it was stopped."""
 
-import os
 import signal
 import threading
 
 import pytest
 import torch
-from helpers import Killed, assert_equal, call_at, read_log, words
+from helpers import CPU, Killed, assert_equal, call_at, read_log, words
 
 from plumbing import cli, dist, run, tasks
 from plumbing.files import UserError, find_checkpoints, load_file
 from plumbing.loading import Samples, mix_seed
 from plumbing.run import Run
-
-CPU = torch.device("cpu")
 
 
 class Points(Samples):
@@ -36,24 +33,17 @@ class Points(Samples):
         return [point.to(device) for point in points], targets
 
 
-def flags(directory, **more):
+def new_run(directory, iterations=None, schedule=None, ema=None, device=CPU, **more) -> Run:
     parser = cli.Parser()
     cli.add_data_flags(parser, ["points"], "none", (1, 1))
     tasks.add_transfer_flags(cli.add_optimisation_flags(parser, epochs=3, blr=1.0, min_lr=0.0, warmup=0))
     cli.add_run_flags(parser, str(directory))
     values = dict(lr=0.1, warmup_epochs=0, batch_size=2, log_every=1, num_workers=0, data_set="points") | more
-    return parser.parse_args(words(**values))
-
-
-def new_run(directory, iterations=None, schedule=None, spoiled=(), ema=None, **more) -> Run:
-    net = torch.nn.Linear(3, 1, bias=False)
+    args, net = parser.parse_args(words(**values)), torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
-    ema = ema and tasks.averaged(net, ema)
-    optimizer, points = torch.optim.SGD(net.parameters()), Points()
-    for index in spoiled:
-        points.items[index] = float("nan")
+    optimizer, ema = torch.optim.SGD(net.parameters()), ema and tasks.averaged(net, ema)
     make_schedule = schedule and (lambda _: schedule)
-    return Run(flags(directory, **more), points, CPU, net, optimizer, "points.py", ema, make_schedule, iterations)
+    return Run(args, Points(), device, net, optimizer, "points.py", ema, make_schedule, iterations)
 
 
 def train(directory, evaluate=None, **more) -> torch.Tensor:
@@ -84,58 +74,45 @@ def train_plainly(rates: list[float], per_update: int = 2) -> torch.Tensor:
     return weight
 
 
-def stepped(update: int) -> float:
-    """Warm-up over four updates, then a tenth from update 6 on."""
-    return 0.1 * min(1, (update + 1) / 4) * (0.1 if update >= 6 else 1)
-
-
 STEPPED = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.01, 0.01]
-EIGHT = dict(iterations=8, schedule=stepped)
-
-
-# --- what a run computes ----------------------------------------------------------------------------------------------
+EIGHT = dict(iterations=8, schedule=lambda update: STEPPED[update])
 
 
 def test_a_run_of_iterations_follows_its_own_schedule_and_ends_inside_an_epoch(tmp_path, capsys):
     weight = train(tmp_path, **EIGHT)
     torch.testing.assert_close(weight, train_plainly(STEPPED))
-    assert read_log(tmp_path, "lr") == [[pytest.approx(rate)] for rate in STEPPED]
-    assert read_log(tmp_path, "update") == [[k] for k in range(1, 9)] and read_log(tmp_path, "epoch")[-1] == [1.6]
+    assert read_log(tmp_path, "update", "lr") == [[k, rate] for k, rate in enumerate(STEPPED, start=1)]
+    assert read_log(tmp_path, "epoch")[-1] == [1.6]
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1.pth", "checkpoint-2.pth"]
     assert torch.equal(train(tmp_path, **EIGHT), weight) and "had finished before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("freq", [2, 7])
-def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path, freq):
+@pytest.mark.parametrize(("freq", "per_update"), [(2, 4), (7, 10)])
+def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path, freq, per_update):
     """An epoch is 4, 4 and 2 points; or, of fewer passes than an update may have, 10."""
     weight = train(tmp_path, iterations=5, schedule=lambda _: 0.1, update_freq=freq)
-    torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update=4 if freq == 2 else 10))
+    torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update))
 
 
-@pytest.mark.parametrize(("freq", "every", "turn"), [(1, 2, 4), (1, 2, 7), (2, 1, 4), (2, 1, 7)])
-def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, turn):
+KILLS = [(1, 2, Points, "on_device", 4), (1, 2, Points, "on_device", 7), (2, 1, Points, "on_device", 4)]
+KILLS += [(2, 1, Points, "on_device", 7), (1, 4, Run, "save_due", 2)]  # the last one after all updates
+
+
+@pytest.mark.parametrize(("freq", "every", "kind", "name", "turn"), KILLS)
+def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, kind, name, turn):
     more = EIGHT | dict(iterations=8 // freq, save_every_steps=every, update_freq=freq, ema=0.5)
     whole = train(tmp_path / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        call_at(patch, Points, "on_device", turn)
+        call_at(patch, kind, name, turn)
         train(tmp_path / "parts", **more)
     assert find_checkpoints(tmp_path / "parts") and not (tmp_path / "parts/checkpoint-2.pth").exists()
+    with open(tmp_path / "parts/log.jsonl", "a") as file:
+        file.write('{"update": 9, "lo')  # cut short by the kill
     assert torch.equal(train(tmp_path / "parts", **more), whole)
     states = [load_file(find_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts")]
-    for name in ("model", "model_ema"):
-        assert_equal(states[0][name], states[1][name])
+    assert_equal(*(state["model_ema"] for state in states))
     keys = "update", "lr", "loss", "grad_norm"
     assert read_log(tmp_path / "parts", *keys) == read_log(tmp_path / "whole", *keys)
-
-
-def test_a_run_killed_between_its_last_update_and_its_end_has_nothing_left_to_train(tmp_path, monkeypatch):
-    more = EIGHT | dict(save_every_steps=4)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        call_at(patch, Run, "save_due", 2)
-        train(tmp_path, **more)
-    assert find_checkpoints(tmp_path)[-1].name == "checkpoint-1-3.pth"
-    torch.testing.assert_close(train(tmp_path, **more), train_plainly(STEPPED))
-    assert len(read_log(tmp_path)) == 8
 
 
 def test_two_processes_share_an_update_and_draw_differently(tmp_path, monkeypatch):
@@ -156,9 +133,6 @@ def test_two_processes_share_an_update_and_draw_differently(tmp_path, monkeypatc
     assert positions == {(k // 4, k % 4): index for k, index in enumerate(order)}
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tmp_path, capsys):
     train(tmp_path / "a", epochs=2)
     with pytest.raises(UserError, match=r"--weight_decay 0.05 \(now 0.1\), --seed 0 \(now 1\); repeat these"):
@@ -177,68 +151,53 @@ def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tm
         new_run(tmp_path / "c", resume=tmp_path / "other.pth")
 
 
-def test_a_killed_run_leaves_no_record_beyond_its_checkpoint(tmp_path):
-    train(tmp_path, epochs=1)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"update": 6}\n{"update": 7, "lo')  # cut short by a kill
-    train(tmp_path, epochs=2)
-    assert read_log(tmp_path, "update") == [[k] for k in range(1, 11)]
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("winner", ["model", "model_ema"])
 def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path, winner):
-    scores = {"model": iter([1.0, 3.0, 2.0]), "model_ema": iter([0.5, 2.5, 2.0])}
-    if winner == "model_ema":
-        scores["model"], scores["model_ema"] = scores["model_ema"], scores["model"]
-    written, states = [], []
+    better, worse = [1.0, 3.0, 2.0], [0.5, 2.5, 2.0]
+    scores = {name: iter(better if name == winner else worse) for name in ("model", "model_ema")}
+    written, weights = [], []
 
     def evaluate(this, epoch):
-        networks = {"model": this.net, "model_ema": this.ema.module}
-
         def score(net):
-            name = next(name for name, network in networks.items() if network is net)
+            name = "model" if net is this.net else "model_ema"
             return {"score": next(scores[name])}, f"{name} {epoch}"
 
-        states.append({name: {k: v.clone() for k, v in net.state_dict().items()} for name, net in networks.items()})
+        weights.append({"model": this.net.weight.clone(), "model_ema": this.ema.module.weight.clone()})
         tasks.evaluate(this, epoch, score, "score", str, lambda _, details: written.append((this.best, details)))
 
     train(tmp_path, evaluate, ema=0.9)
     assert written == [(1.0, f"{winner} 0"), (3.0, f"{winner} 1")]
     best = load_file(tmp_path / "checkpoint-best.pth")
-    assert_equal(best["model"], states[1][winner])
-    assert best["epoch"] == 2 and best["score"] == 3 and not torch.equal(*(s["weight"] for s in states[1].values()))
-    evaluations = [record for record in read_log(tmp_path) if "best_score" in record]
+    assert torch.equal(best["model"]["weight"], weights[1][winner]) and not torch.equal(*weights[1].values())
+    assert best["epoch"] == 2 and best["score"] == 3
     keys = ["val_score", "val_ema_score"] if winner == "model" else ["val_ema_score", "val_score"]
-    assert [[r[key] for key in (*keys, "best_score")] for r in evaluations] == [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
-
-
-# --- ends -------------------------------------------------------------------------------------------------------------
+    table = [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
+    assert [row for row in read_log(tmp_path, *keys, "best_score") if row[2] is not None] == table
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(tmp_path, monkeypatch, number, at_a_terminal):
+def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(tmp_path, monkeypatch, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal; a script in the background ignores it
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
-        call_at(patch, Points, "on_device", 3, lambda: os.kill(os.getpid(), number))
+        call_at(patch, Points, "on_device", 3, lambda: signal.raise_signal(number))
         train(tmp_path, **EIGHT)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-3.pth"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     torch.testing.assert_close(train(tmp_path, **EIGHT), train_plainly(STEPPED))
 
 
-def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path, monkeypatch, at_a_terminal):
+def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with new_run(tmp_path) as this:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert not this.signal and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # within a second: the same one, by way of torchrun
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # within a second: the same one, by way of torchrun
         this.received -= 2
         with pytest.raises(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_run_in_a_thread_trains_without_signals(tmp_path):
@@ -250,9 +209,9 @@ def test_a_run_in_a_thread_trains_without_signals(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match="not finite before update .*--clip_grad"):
-        train(tmp_path, spoiled=range(11), log_every=100, save_every_steps=1)
-    assert not find_checkpoints(tmp_path)
+    with pytest.raises(UserError, match="not finite before update 2; .*--clip_grad"):
+        train(tmp_path, lr=1e30, log_every=100, save_every_steps=1)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-1.pth"]
 
 
 def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
@@ -271,30 +230,19 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
         train(tmp_path / "many", epochs=1)
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_loader_is_built_as_the_flags_say(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(run, "make_loader", lambda *args, pin_memory: asked.append((args[2], pin_memory)))
-    for device, workers in (("cuda", 0), ("cuda", 3), ("cpu", 3)):
-        args = flags(tmp_path, amp="none", num_workers=workers)
-        Run(args, Points(), torch.device(device), torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), "points.py")
-    assert asked == [(0, True), (3, True), (3, False)]
+def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(run, "make_loader", lambda *args, pin_memory: calls.append((args[2], pin_memory)))
+    for device in ("cuda", "cpu"):
+        new_run(tmp_path, device=torch.device(device), amp="none", num_workers=3)
+    assert calls == [(3, True), (3, False)]
 
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
     calls = []
-
-    def compile(net):
-        compiled = torch.nn.Sequential(net)
-        compiled.register_forward_hook(lambda *_: calls.append(0))
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda net: lambda x: calls.append(0) or net(x))
     torch.testing.assert_close(train(tmp_path, compile=True, **EIGHT), train_plainly(STEPPED))
     assert len(calls) == 16  # one for each point
-    assert load_file(tmp_path / "checkpoint-1.pth")["model"].keys() == {"weight"}  # not the compiled wrapper's
 
 
 @pytest.mark.parametrize("terminal", [True, False])
