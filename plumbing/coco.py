@@ -253,6 +253,6 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], si
             text = " ".join(names[row["category_id"]].split()) + (f" {row['score']:.2f}" if "score" in row else "")
             size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, below the object's
             corner = min(max(0, left), width - 0.65 * size * len(text)), max(1, top - 1.3 * size)
-            style = dict(font=ImageFont.truetype(font, size), stroke_width=1, stroke_fill="black")
-            pen.text(corner, text, colour, anchor="lt", **style)
+            outline = dict(stroke_width=1, stroke_fill="black")
+            pen.text(corner, text, "white", ImageFont.truetype(font, size), anchor="lt", **outline)
     return picture
