@@ -96,7 +96,7 @@ def _measure(path: str | Path, images: Collection[dict], names: list[str], folde
         with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
             size = upright_size(image)
         if all(annotated) and annotated != size:
-            sizes = f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]} x {annotated[1]} there"
+            sizes = f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]!r} x {annotated[1]!r} there"
             raise UserError(f"{path}: {sizes}; was it scaled, or annotated without its EXIF orientation?")
         row["width"], row["height"] = size
     return [str(file) for file in files]
@@ -127,7 +127,7 @@ def _encoded(code: list | dict, height: int, width: int) -> dict:
     """Polygons or a run-length code, encoded; ValueError if it does not fit the image: pycocotools notices little."""
     with suppress(KeyError, TypeError, ValueError):
         if isinstance(code, dict):
-            counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else code["counts"]
+            counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else [*map(int, code["counts"])]
             if code["size"] == [height, width] and min(counts) >= 0 and sum(counts) == height * width:
                 return rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         else:

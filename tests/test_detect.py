@@ -131,7 +131,7 @@ WRONG = [  # what is wrong with the whole file
     (each("annotations", segmentation=[[1, 2, 3, 4]]), "segmentation .* try --no-masks"),
     (lambda d: d["images"][0].update(width=50), "000.png is 48 x 48 pixels, and 50 x 48 there; was it scaled"),
 ]  # fmt: skip
-COUNTS = [100, 200], [48**2, 9], [48**2 + 9, -9], [10**9], "PPP", "T3X6", "", "é"  # of 48 x 48 pixels
+COUNTS = [100, 200], [48**2, 9], [48**2 + 9, -9], [0.5, 48**2 - 0.5], "PPP", "T3X6", "", "é"  # of 48 x 48 pixels
 NO_MASKS = [
     *({"size": [48, 48], "counts": counts} for counts in COUNTS), {"size": [4, 4], "counts": [16]}, {"counts": "T3X6"},
     [[1]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6], [1] * 6, "mask",
