@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._pytree import tree_map
@@ -81,7 +81,6 @@ class MaskRCNN(detection.MaskRCNN):
         group_norm: GroupNorm in pyramid and mask head; from random weights they learn much sooner (arXiv 1811.08883).
         nms: "hard", or "soft", which lowers the scores of overlapping boxes (the paper's).
         published_heads: aligned RoIAlign, anchors not rounded, and initial weights, as in the published detector.
-        settings: torchvision's own arguments.
     """
 
     def __init__(
@@ -167,7 +166,8 @@ class FineAnchors(AnchorGenerator):
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> torch.Tensor:
         """Anchors of these sizes and ratios (height / width), around the origin: (sizes x ratios, 4)."""
         sizes = [(size / math.sqrt(ratio), size * math.sqrt(ratio)) for ratio in aspect_ratios for size in scales]
-        return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sizes], dtype=dtype, device=device)
+        corners = torch.tensor(sizes, dtype=dtype, device=device) / 2  # (sizes x ratios, 2): x and y
+        return torch.cat([-corners, corners], dim=1)
 
 
 class AlignedRoIAlign(ops.MultiScaleRoIAlign):
@@ -212,15 +212,13 @@ class Scenes(Samples):
         self.masks = all("segmentation" in row for rows in self.objects for row in rows)
         self.names = {row["id"]: row["name"] for row in data_set["categories"]}
         self.category_ids, self.classes = [*self.names], [*self.names.values()]  # of label 1 first
-        self.labels = {number: label for label, number in enumerate(self.names, start=1)}
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
         """Read an image and, with a transform, its target; raises nearly anything for a damaged file."""
         item, rows = self.items[index], self.objects[index]
         image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_rgb(item, image_max=self.image_max)
-        if not self.transform:
-            return image, {}
-        return image, coco.to_target(rows, self.labels, image.height, image.width, self.masks)
+        target = coco.to_target(rows, self.category_ids, image.size, self.masks) if self.transform else {}
+        return image, target
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
         """Transform image and target; boxes shrink to their masks, and objects vanish that a crop left nothing of."""
@@ -241,9 +239,8 @@ class Scenes(Samples):
 
     def on_device(self, images: list, targets: list, device: torch.device) -> tuple[list, list]:
         """Loaded images and targets -> float images in [0, 1], and targets, on `device`."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
-        targets = [{name: move(value) for name, value in target.items()} for target in targets]
-        return [move(image).float() / 255 for image in images], targets
+        images, targets = tree_map(lambda tensor: tensor.to(device, non_blocking=True), (images, targets))
+        return [image.float() / 255 for image in images], targets
 
 
 def pad_strip(image, *target: dict):
@@ -268,11 +265,9 @@ def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None 
         items, data_set["images"] = ([rows[k] for k in chosen] for rows in (items, data_set["images"]))
     transform = augmentation(args) if split == "train" else None
     scenes = Scenes(items, data_set, transform, args.seed, args.image_max)
-    counts = Counter(dict.fromkeys(scenes.names, 0))
-    counts.update(row["category_id"] for rows in scenes.objects for row in rows)
-    shown = [f"{count:,} {scenes.names[number]}" for number, count in counts.most_common()]
-    shown = ", ".join(shown if len(shown) < 12 else [*shown[:6], "...", *shown[-5:]])
-    dist.say(f"{split}: {len(items):,} images, {counts.total():,} objects of {len(counts)} classes: {shown}")
+    counts = Counter(scenes.names[row["category_id"]] for rows in scenes.objects for row in rows)
+    largest = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(12))
+    dist.say(f"{split}: {len(items):,} images, {counts.total():,} objects of {len(scenes.names)} classes: {largest}")
     if not counts.total():
         raise UserError(f"these {len(items)} images show no object; use more (--val_limit, --holdout)")
     if classes not in (None, scenes.classes):
@@ -300,14 +295,12 @@ def augmentation(args: argparse.Namespace) -> v2.Transform:
     """Make the transform of a training image and its objects, as the flags say.
 
     "jitter" is large-scale jitter (Simple Copy-Paste, arXiv 2012.07177): the image is resized by a factor from --jitter
-    relative to a square of --input_size, and cropped or padded to that square. "multiscale" draws the short side from
-    .6 to 1 of the evaluation's; "none" resizes as for evaluation.
+    relative to a square of --input_size, and cropped or padded to that square. "none" resizes as for evaluation.
     """
     size, (short, long) = (args.input_size, args.input_size), args.test_size
     fill = {Image.Image: GREY, tv_tensors.Mask: 0, "others": 0}
     steps = {
         "jitter": [v2.ScaleJitter(size, scale_range=args.jitter), v2.RandomCrop(size, pad_if_needed=True, fill=fill)],
-        "multiscale": [v2.RandomShortestSize([round(short * (0.6 + 0.05 * k)) for k in range(9)], long)],
         "none": [v2.RandomShortestSize([short], long)],
     }[args.augmentation]
     colours = [v2.ColorJitter(*[args.color_jitter] * 3)] if args.color_jitter else []
@@ -340,7 +333,6 @@ CURVES = {f"{kind} {name}": f"val_{kind}_{name}" for kind in ("box", "mask") for
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; defaults come from the recipe, the weights' own settings, then the data set."""
     parser, width = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0]), cli.number(int, 1, 8192)
-    switch = dict(action=cli.BoolFlag, default=False)
     tasks.add_task_flags(parser, "search", ["coco"])
     add = cli.add_model_flags(parser, MODELS, "weights of an encoder, classifier or detector, or a run's folder")
     add("--fpn_dim", type=width, default=256, help="channels of the feature pyramid")
@@ -348,11 +340,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_dim", type=width, default=256, help="channels of the mask head")
     add("--anchor_scale", type=cli.positive, default=8.0, help="side of the anchors, in strides of their level")
     add("--masks", action=cli.BoolFlag, help="predict masks too (if all training objects have them)")
-    add("--group_norm", **switch, help="GroupNorm in pyramid and mask head: random weights learn much sooner")
+    add("--group_norm", action=cli.BoolFlag, default=False, help="GroupNorm in pyramid and mask head: learns sooner")
     add("--regions", type=cli.count, default=512, help="regions per image to learn from, a quarter of them objects")
     add("--proposals", type=cli.count, default=(2000, 1000), nargs=2, help="per image, in training and in evaluation")
     add("--nms", choices=("hard", "soft"), default="hard", help="remove overlapping boxes, or lower their scores")
-    add("--published_heads", **switch, help="pooling, anchors and initial weights of the published detector")
+    add("--published_heads", action=cli.BoolFlag, default=False, help="the published detector's pooling and anchors")
 
     add = cli.add_data_flags(parser, ("embedded", "folder"), "folder in COCO's layout", SCENES, 1024)
     add("--test_size", type=width, nargs=2, help="evaluation: short side, limit of the long one (25/32, 1.3 x input)")
@@ -362,7 +354,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--val_limit", type=cli.count, help="evaluate on this many images, the first")
     add("--score_threshold", type=cli.fraction, help="lowest score of a detection (0.05; 0.5 to predict)")
-    add("--augmentation", choices=("jitter", "multiscale", "none"), default="jitter", help="of sizes; all flip too")
+    add("--augmentation", choices=("jitter", "none"), default="jitter", help="of sizes; all flip too")
     add("--jitter", type=cli.positive, default=(0.1, 2.0), nargs=2, help="jitter: range of sizes relative to the input")
     add("--color_jitter", type=cli.positive, help="brightness, contrast and saturation too")
 
@@ -403,17 +395,16 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
 def check_memory(args: argparse.Namespace, num_classes: int, images: int, device: torch.device) -> None:
     """UserError if an update of this many images needs more memory than there is."""
     sides = [args.input_size] * 2 if args.augmentation == "jitter" else args.test_size
+
+    def step() -> None:
+        heads, regions = detector.roi_heads, images * args.regions
+        detector.rpn.head([*detector.backbone(torch.empty(images, 3, *sides)).values()])
+        heads.box_predictor(heads.box_head(torch.empty(regions, args.fpn_dim, 7, 7)))
+        if args.masks:
+            heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
+
     with torch.device("meta"):  # shapes alone
         detector = make_detector(args, num_classes).train()
-        heads, regions = detector.roi_heads, images * args.regions
-
-        def step() -> None:
-            maps = detector.backbone(torch.empty(images, 3, *sides))
-            detector.rpn.head([*maps.values()])
-            heads.box_predictor(heads.box_head(torch.empty(regions, args.fpn_dim, 7, 7)))
-            if args.masks:
-                heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
-
         tasks.check_memory(detector, step, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
 
 
@@ -437,9 +428,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     check_memory(args, len(scenes.classes), min(args.batch_size, len(scenes)), device)
     torch.manual_seed(args.seed)
     detector = make_detector(args, len(scenes.classes))
-    encoder, report = detector.backbone.encoder, ["random initial weights"]
-    if args.finetune:
-        report = weights.load_parts(detector, encoder, args.finetune, "detector")
+    encoder = detector.backbone.encoder
+    report = weights.load_parts(detector, encoder, args.finetune, "detector") if args.finetune else ["random weights"]
     dist.to_device(speed_up(detector), device)
     ema = tasks.averaged(detector, args.model_ema_decay) if args.model_ema else None
     groups = tasks.layer_groups(detector, args.weight_decay, args.layer_decay, "group", encoder.depths)
@@ -474,10 +464,9 @@ def make_schedule(run: Run) -> Callable[[int], float]:
     steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
 
     def schedule(update: int) -> float:
+        lr = learning_rate(max(update - warmup, 0), run.peak_lr, args.min_lr, 0, run.total - warmup)
         if args.schedule == "steps":
             lr = run.peak_lr * 0.1 ** sum(update >= step * run.updates for step in steps)
-        else:
-            lr = learning_rate(max(update - warmup, 0), run.peak_lr, args.min_lr, 0, run.total - warmup)
         return lr * min(1, 0.001 + 0.999 * update / warmup) if warmup else lr
 
     return schedule
@@ -567,12 +556,15 @@ def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], s
     scores, detections = results
     save_json(directory / "scores.json", scores)
     save_json(directory / "detections.json", [row for index in sorted(detections) for row in detections[index]])
-    columns = {"ground truth": [], "detections": []}
-    for index in sorted(detections)[:: -(-len(detections) // 8)]:
-        likely = [row for row in detections[index] if row["score"] >= 0.5]
-        for title, rows in (("ground truth", scenes.objects[index]), ("detections", likely)):
-            columns[title].append(coco.draw_objects(scenes.read(index)[0], rows, scenes.names, 512) / 255)
-    columns = {title: torch.stack(images) for title, images in columns.items()}
+    shown = sorted(detections)[:: -(-len(detections) // 8)]
+    likely = {index: [row for row in detections[index] if row["score"] >= 0.5] for index in shown}
+
+    def draw(objects: list | dict) -> torch.Tensor:
+        pictures = [coco.draw_objects(scenes.read(index)[0], objects[index], scenes.names, 512) for index in shown]
+        squares = [ImageOps.pad(picture, (512, 512), color="white", centering=(0, 0)) for picture in pictures]
+        return torch.stack([v2.functional.pil_to_tensor(square) / 255 for square in squares])  # (8, 3, 512, 512)
+
+    columns = {"ground truth": draw(scenes.objects), "detections": draw(likely)}
     plot_panels(directory / "detections.png", columns, "detections: with a score of at least 0.5", inches=3)
 
 
@@ -589,7 +581,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         return
     for index, rows in sorted(detections.items()):
         picture = folder / f"{index:05d}-{Path(paths[index]).stem}.png"
-        v2.functional.to_pil_image(coco.draw_objects(scenes.read(index)[0], rows, scenes.names)).save(picture)
+        coco.draw_objects(scenes.read(index)[0], rows, scenes.names).save(picture)
         keys = {"class": "category_id", "score": "score", "box": "bbox", "mask": "segmentation"}
         objects = [{key: row[theirs] for key, theirs in keys.items() if theirs in row} for row in rows]
         objects = [item | {"class": scenes.names[item["class"]]} for item in objects]

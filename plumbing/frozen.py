@@ -4,10 +4,12 @@ Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimen
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from plumbing.files import UserError
 from plumbing.loading import mix_seed
@@ -28,18 +30,17 @@ def layer_names(model: nn.Module, where: str) -> list[str]:
     blocks = [f"stages.{i}.{j}" for i, depth in enumerate(model.depths) for j in range(depth)]
     kinds = {"act": [f"{block}.act" for block in blocks], "grn": [f"{block}.grn" for block in blocks], "block": blocks}
     if where not in {"norm", *kinds, *blocks, *kinds["act"], *kinds["grn"]}:
-        choices = f"norm, or one of {', '.join(blocks)}, alone or followed by .act or .grn"
-        raise UserError(f"no layer {where!r}; choose {choices}")
+        raise UserError(f"no layer {where!r}; try norm, or one of {', '.join(blocks)}, alone or with .act or .grn")
     return kinds.get(where, [where])
 
 
 @torch.no_grad()
 def collect_features(
     model: nn.Module, loader: Iterable, where: str | Sequence[str], measure: Callable = lambda features: features
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """Run `model` over `loader` and keep `measure` of every layer's features, on the CPU.
 
-    loader: batches of (images (B, 3, S, S), labels (B,)), for example `batches`.
+    loader: batches of (images (B, 3, S, S), labels (B,)).
     where: one or several names that `layer_names` knows.
     measure: (B, H, W, C) -> (B, ...), or (B, D) -> (B, ...) for "norm". It runs as soon as a layer is computed, so only
         one batch's features exist at a time. By default the features themselves: for few images.
@@ -48,31 +49,25 @@ def collect_features(
     names = [name for part in ([where] if isinstance(where, str) else where) for name in layer_names(model, part)]
     measured, labels = {name: [] for name in names}, []
 
-    def keep_as(name):
-        def hook(module, inputs, output):
-            features = output.permute(0, 2, 3, 1) if name.count(".") == 2 else output  # of a block -> (B, H, W, C)
-            measured[name].append(measure(features).cpu())
+    def keep(name, module, inputs, output):
+        features = output.permute(0, 2, 3, 1) if name.count(".") == 2 else output  # of a block -> (B, H, W, C)
+        measured[name].append(measure(features).cpu())
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep_as(name)) for name in names]
-    try:
+    with ExitStack() as hooks:  # removed at its end
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, name)))
         for imgs, batch_labels in loader:
             model.forward_features(imgs)
             labels.append(batch_labels)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in measured.items()}, torch.cat(labels)
 
 
-def flat(features: torch.Tensor) -> torch.Tensor:
+def flat(features: Tensor) -> Tensor:
     """(N, H, W, C) or (N, L, C) -> (N, L, C), at least float32: sums of squares overflow float16."""
-    wide = torch.promote_types(features.dtype, torch.float32)
-    return features.flatten(1, -2).to(wide)  # (N, H, W, C) -> (N, L, C)
+    return features.flatten(1, -2).to(torch.promote_types(features.dtype, torch.float32))  # (N, H, W, C) -> (N, L, C)
 
 
-def mean_and_std(features: torch.Tensor) -> torch.Tensor:
+def mean_and_std(features: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, 2 C): over space."""
     std, mean = torch.std_mean(flat(features), dim=1, correction=0)
     return torch.cat([mean, std], dim=1)
@@ -83,23 +78,19 @@ def stage_ends(model: nn.Module) -> list[str]:
     return [f"stages.{i}.{depth - 1}" for i, depth in enumerate(model.depths)]
 
 
-def score(
-    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor
-) -> dict[str, float]:
+def score(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> dict[str, float]:
     """Score features `queries` (N, D) by `bank` (M, D), in percent: "probe" and "knn", the 10 nearest."""
     probe, (x, y) = ridge_accuracy(bank, bank_labels, queries, labels), standardised(bank, queries)
     return {"probe": 100 * probe, "knn": 100 * knn_accuracy(x, bank_labels, y, labels)}
 
 
-def standardised(bank: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+def standardised(bank: Tensor, *others: Tensor) -> list[Tensor]:
     """Features (M, D) and others (N, D) in float64, shifted and scaled to zero mean and unit variance in `bank`."""
     std, mean = torch.std_mean(bank.double(), dim=0, correction=0)
     return [(part.double() - mean) / torch.where(std == 0, 1, std) for part in (bank, *others)]
 
 
-def knn_accuracy(
-    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, k: int = 10
-) -> float:
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10) -> float:
     """Return the fraction of `queries` (N, D) whose class wins the vote of the `k` nearest of `bank` (M, D).
 
     Nearest by cosine similarity s; a vote weighs exp(s / 0.07), as is usual for frozen features (Wu et al. 2018).
@@ -110,9 +101,7 @@ def knn_accuracy(
     return (votes.argmax(dim=1) == labels).double().mean().item()
 
 
-def ridge_accuracy(
-    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor, strength: float = 0.01
-) -> float:
+def ridge_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, strength: float = 0.01) -> float:
     """Return the accuracy on `queries` (N, D) of a linear layer fitted to `bank` (M, D); labels (N,) and (M,).
 
     Ridge regression on one-hot classes in closed form, `strength` x M on the diagonal of the features' products, each

@@ -66,7 +66,7 @@ TRANSFERRED = {flag: WEIGHTS[finetune][flag] for flag in TRANSFER.split()}
 WEIGHTS[detect] = TRANSFERRED | {
     "stem_stride": 2, "input_size": 40, "fpn_dim": 4, "box_dim": 4, "mask_dim": 4, "anchor_scale": 8, "masks": False, "group_norm": True, "regions": 4,
     "proposals": (5, 5), "published_heads": True, "recipe": ("coco", dict(model="convnextv2_base")), "min_lr": (5e-3, COSINE),
-    "train_annotations": "others/annotations/instances_train2017.json", "train_images": "others/train2017", "augmentation": ["none", "multiscale"],
+    "train_annotations": "others/annotations/instances_train2017.json", "train_images": "others/train2017", "augmentation": "none",
     "jitter": (1, 1.01), "color_jitter": 0.5, "holdout": 0.4, "warmup_updates": 3, "schedule": "cosine", "steps": (0.5, 1),
 }  # fmt: skip
 
