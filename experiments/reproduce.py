@@ -295,7 +295,7 @@ def draw_course(rows: list[dict], path: Path) -> None:
     last = max(int(row["block"]) for row in rows)
     panels = [("dead", last), ("collapse", last), ("collapse", 0)] if maps else product(METRICS, [0])
     panels = [panel for panel in panels if any((row["metric"], int(row["block"])) == panel for row in rows)]
-    figure, axes = new_figure(2, 3, 14, 7)
+    figure, axes = new_figure(2, 3, 11, 6)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (metric, block) in zip(axes.flat, panels):

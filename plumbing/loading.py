@@ -97,7 +97,7 @@ class Samples(Dataset):
                         tqdm.write(f"warning: cannot read {self.items[at]} ({error})", file=sys.stderr)
                     continue
                 return self.augment(sample, at)
-        raise OSError(f"none of the {len(self)} images can be read")
+        raise OSError(f"none of the {len(self)} images can be read; check the files named above")
 
     def readable(self, batch: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(N,) bool: which samples of a loaded batch of (epoch, index) are themselves, not replacements."""
@@ -132,7 +132,7 @@ def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int
 
 
 class Loader(DataLoader):
-    """A DataLoader that names the cure where its workers cannot share memory, as in Docker by default."""
+    """A DataLoader that names the cure where no image can be read, and where workers cannot share memory (Docker)."""
 
     def __iter__(self) -> Iterator:
         try:
@@ -142,6 +142,8 @@ class Loader(DataLoader):
                 raise
             fix = "take --num_workers 0, or more shared memory: docker run --shm-size 2g"
             raise UserError(f"a loading process ended, perhaps for lack of shared memory (/dev/shm); {fix}") from error
+        except OSError as error:  # a worker's has its traceback before the last line
+            raise UserError(str(error).splitlines()[-1].removeprefix("OSError: ")) from None
 
 
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
