@@ -350,7 +350,7 @@ def grn(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 
 def probe(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
-    """Linear probe of frozen features, in closed form, on each stage and on the last two, whose 10 nearest vote too."""
+    """Fit a linear probe in closed form to each stage's features, and to the last two's, whose 10 nearest vote too."""
     if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"probe compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
     queries = choose_images(args, args.num_images, usual=1000)

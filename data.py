@@ -285,7 +285,7 @@ def check_labels(images: Images) -> None:
 
 
 def check_classes(expected: list[str], actual: list[str], all: bool = True) -> None:
-    """UserError unless the validation images have the classes that were trained, without `all` only some of them."""
+    """Raise UserError unless the validation images have the trained classes; without `all`, some of them will do."""
     missing, unknown = set(expected) - set(actual) if all else (), set(actual) - set(expected)
     for problem, classes in (("lack the class", missing), ("have an unknown class", unknown)):
         if classes:

@@ -499,7 +499,7 @@ def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device
 
 
 def search(detector: MaskRCNN, image: torch.Tensor) -> dict:
-    """As the detector's own output for an image (3, H, W), but masks (1, H, W) come one by one, to save memory."""
+    """Run the detector on an image (3, H, W): its own output, but masks (1, H, W) come one by one, to save memory."""
     size, padded = image.shape[1:], pad_strip(image)
     images, _ = detector.transform([padded])
     maps = detector.backbone(images.tensors)

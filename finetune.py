@@ -160,7 +160,7 @@ def is_held_out(args: argparse.Namespace, path: str, data_set: str) -> bool:
 
 
 def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | None]:
-    """Load training images (None with --eval, but for --holdout) and validation images (None with --disable_eval)."""
+    """Load training images (None with --eval, unless --holdout) and validation images (None with --disable_eval)."""
     train = val = None
     size, source = args.input_size, (args.data_set, args.data_path)
     if not args.eval or args.holdout:

@@ -208,7 +208,7 @@ def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None
 
 
 def evaluate(run: Run, mae: FCMAE, evaluation: tuple | None, epoch: int) -> None:
-    """Log `scores`, beside those before training, of the main process, which alone has an `evaluation`."""
+    """Compute `scores` in the main process, which alone has an `evaluation`; log them beside those before training."""
     start, record = time.perf_counter(), {"epoch": epoch, "update": run.done}
     results = dist.gather(scores(mae.eval(), run, *evaluation) if evaluation else None)[0]
     mae.train()

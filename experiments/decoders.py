@@ -15,7 +15,7 @@ from sparse import SparseTensor
 
 
 class TransformerMAE(FCMAE):
-    """With MAE's decoder: patches are tokens that attend to one another."""
+    """Autoencoder with MAE's decoder: patches are tokens that attend to one another."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

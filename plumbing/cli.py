@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Show a flag in one line, with its choices and its default, and data sets that have another."""
+    """Show each flag in one line: its choices, its default, and those of data sets."""
 
     def __init__(self, prog: str, by_data: Mapping[str, dict]):
         super().__init__(prog, max_help_position=30, width=max(100, shutil.get_terminal_size().columns - 2))

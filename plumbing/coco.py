@@ -86,7 +86,7 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
 
 
 def _measure(path: str | Path, images: Collection[dict], names: list[str], folders: list[Path]) -> list[str]:
-    """Write the upright size of images into their entries, and return their files. UserError for another size there."""
+    """Record each image's upright size in its entry; return the files. UserError where an entry gives another size."""
     folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
     if not folder:
         raise UserError(f"{folders[0]} has no image of {path}, such as {names[:1]}; {ELSEWHERE}")
@@ -139,7 +139,7 @@ def _encoded(code: list | dict, height: int, width: int) -> dict:
 
 
 def _run_lengths(text: str) -> list[int]:
-    """The counts of a compressed run-length code: five bits a character; from the fourth count on differences."""
+    """Decode a compressed run-length code's counts: five bits a character, differences from the fourth count on."""
     counts = []
     for digits in re.findall("[P-o]*[0-O]", text):  # from P on, another character of the count follows
         number = sum((ord(digit) - 48 & 31) << 5 * k for k, digit in enumerate(digits))

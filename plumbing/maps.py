@@ -34,7 +34,7 @@ class Classes(NamedTuple):
 
 
 def read_map(path: str | Path) -> np.ndarray:
-    """Read an image of numbers 0 to 65535 (H, W), or a grey one in RGB. ValueError for others, UserError for a JPEG."""
+    """Read a label map (H, W) of numbers 0 to 65535, grey RGB included. ValueError for others, UserError for a JPEG."""
     with opened(path) as image:
         if image.format == "JPEG":
             raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
@@ -155,7 +155,7 @@ def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, clas
 
 
 def draw_with_legend(path: Path, columns: dict, labels: torch.Tensor, classes: Classes, inches: float) -> None:
-    """Draw columns of images uint8 (3, H, W), and a legend of their `labels` (n,): of many the largest ten."""
+    """Draw columns of uint8 images (3, H, W), with a legend of the ten most frequent `labels` (n,)."""
     height, width = (max(image.shape[axis] for image in columns["image"]) for axis in (1, 2))
     panels = {  # white beside smaller ones
         title: torch.stack([F.pad(i / 255, (0, width - i.shape[2], 0, height - i.shape[1]), value=1.0) for i in images])

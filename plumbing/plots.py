@@ -23,7 +23,7 @@ def new_figure(rows: int, columns: int, width: float, height: float):
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a PNG atomically, its texts as they are."""
+    """Write a PNG atomically; texts are not parsed as formulas."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):  # folders' and classes' names are no formulas, and may hold what is no Unicode
