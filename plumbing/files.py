@@ -123,7 +123,7 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
 
 
 def download(address: str) -> str:
-    """Download a file to torch.hub's cache; return its path. UserError, and no file left behind, if it is incomplete."""
+    """Download a file to torch.hub's cache; return its path. UserError, leaving no file, if it is incomplete."""
     url = urlparse(address)
     folder = Path(torch.hub.get_dir(), "checkpoints", f"{url.hostname}-{zlib.crc32(address.encode()):08x}")
     path = folder / (os.path.basename(url.path) or "weights.pth")
