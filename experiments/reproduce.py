@@ -187,7 +187,7 @@ def rows_for(key: tuple, job: Job, condition: Condition, recorded: dict) -> list
     if key[2] == "maps" or not job.output.exists():
         return recorded.get(key, [])
     metric, networks = METRICS[key[2]], networks_of(job, condition.tensor)
-    row = dict(zip(("condition", "metric", "seed"), key[1:]))
+    row = dict(zip(("condition", "metric", "seed"), map(str, key[1:])))  # texts, as in rows on file
     if key[0].endswith("course"):
         rows = []
         for epoch, table in networks.items():

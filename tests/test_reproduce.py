@@ -181,6 +181,14 @@ def test_dry_runs_list_the_commands_that_are_asked_for_and_lacking(tmp_path, cap
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_rows_of_jobs_mix_with_rows_on_file(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1, "loss": 0.5}\n')
+    job = reproduce.Job("", tmp_path / "checkpoint-1.pth")
+    job.output.touch()
+    row, *_ = reproduce.rows_for(("course", "V2", "loss", 12), job, reproduce.Condition(), {})
+    assert row == dict(condition="V2", metric="loss", seed="12", block=0, epoch=1, value="0.5")
+
+
 @pytest.mark.slow
 def test_the_night_and_a_number_of_claim_6_at_a_toy_scale(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr(reproduce, "BUDGETS", {name: budget | TOY for name, budget in BUDGETS.items()})
