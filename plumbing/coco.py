@@ -244,7 +244,7 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], si
             mask = Image.fromarray(255 * rle.decode(row["segmentation"]))
             painted.paste(colours[row["category_id"]], None, mask.resize(picture.size, Image.Resampling.NEAREST))
     picture = Image.blend(picture, painted, 0.45)
-    pen, font = ImageDraw.Draw(picture), font_manager.findfont("DejaVu Sans")
+    pen, font = ImageDraw.Draw(picture, "RGBA"), font_manager.findfont("DejaVu Sans")
     for row in rows:
         left, top, w, h = (x * scale for x in row["bbox"])
         colour, size = colours[row["category_id"]], max(width, height) // 40
@@ -253,6 +253,8 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], si
             text = " ".join(names[row["category_id"]].split()) + (f" {row['score']:.2f}" if "score" in row else "")
             size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, below the object's
             corner = min(max(0, left), width - 0.65 * size * len(text)), max(1, top - 1.3 * size)
-            outline = dict(stroke_width=1, stroke_fill="black")
-            pen.text(corner, text, "white", ImageFont.truetype(font, size), anchor="lt", **outline)
+            style = dict(font=ImageFont.truetype(font, size), anchor="lt")
+            x1, y1, x2, y2 = pen.textbbox(corner, text, **style)
+            pen.rectangle([x1 - 1, y1 - 1, x2 + 1, y2 + 1], fill=(*(value // 2 for value in colour), 160))
+            pen.text(corner, text, "white", **style)
     return picture
