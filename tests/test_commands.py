@@ -51,3 +51,5 @@ def test_every_command_of_readme_and_docs_runs(tmp_path, monkeypatch):
             if starts and name != "analyze":  # a run of its own, which does not go on with the last one
                 shutil.rmtree(f"runs/{name}", ignore_errors=True)
             script.main(script.get_args(words + SHORTER[name].split()))
+    for path in ("classes/predictions.csv", "v2/encoder.pth", "camvid_test/scores.json"):
+        assert Path("runs", path).exists(), path
