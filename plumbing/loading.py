@@ -142,7 +142,10 @@ class Loader(DataLoader):
                 raise
             fix = "take --num_workers 0, or more shared memory: docker run --shm-size 2g"
             raise UserError(f"a loading process ended, perhaps for lack of shared memory (/dev/shm); {fix}") from error
-        except OSError as error:  # a worker's has its traceback before the last line
+        except OSError as error:
+            if "images can be read" not in str(error):
+                raise
+            # A worker's error has its traceback before the last line.
             raise UserError(str(error).splitlines()[-1].removeprefix("OSError: ")) from None
 
 
