@@ -49,6 +49,8 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
     try:
         data_set = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         images, categories = ({int(row["id"]): row for row in data_set[name]} for name in ("images", "categories"))
+        for row in images.values():  # some tools write text, or -1 for what they do not know
+            row |= {side: max(0.0, float(row.get(side) or 0)) for side in ("width", "height")}
         names = [str(row["file_name"]).replace("\\", "/") for row in images.values()]
         classes = [{"id": number, "name": str(categories[number]["name"])} for number in sorted(categories)]
         rows = list(data_set["annotations"])
@@ -67,7 +69,7 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
             image, _ = images[ids["image_id"]], categories[ids["category_id"]]
             annotations.append(ids | _annotation(row, image["width"], image["height"], masks, boxes))
         except (KeyError, TypeError):
-            left_out.setdefault("lack a bbox, or have an image_id or category_id that the file lacks", []).append(k)
+            left_out.setdefault("without a bbox, or of an image_id or category_id that the file lacks", []).append(k)
         except ValueError as error:
             left_out.setdefault(str(error), []).append(k)
     x, y, right, bottom, width, height = np.array(boxes or [[0] * 6], dtype=float).T  # if they are corners
@@ -75,10 +77,10 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
     if beyond.mean() > 0.1 and ((x < right) & (y < bottom) & (right <= width) & (bottom <= height)).all():
         raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
     reasons = "; ".join(f"{len(where):,} {why} (first: annotations[{where[0]}])" for why, where in left_out.items())
-    reasons = reasons and f"of {len(rows):,} annotations, left out are {reasons}"
+    reasons = reasons and f"left out of {len(rows):,} annotations: {reasons}"
     if all(row["iscrowd"] for row in annotations):
         fix = reasons or "annotate single objects, with iscrowd 0"
-        raise UserError(f"{path} has no box of any object, {len(annotations):,} crowds aside; {fix}")
+        raise UserError(f"{path} has no object to learn from, only {len(annotations):,} crowds; {fix}")
     if reasons:
         dist.say(f"{path}: {reasons}")
     entries = [row | {"id": number} for number, row in images.items()]
@@ -92,11 +94,11 @@ def _measure(path: str | Path, images: Collection[dict], names: list[str], folde
         raise UserError(f"{folders[0]} has no image of {path}, such as {names[:1]}; {ELSEWHERE}")
     files = [folder / name for name in names]
     for row, file in zip(images, files):
-        size = annotated = row.get("width") or 0, row.get("height") or 0
+        size = annotated = row["width"], row["height"]
         with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
             size = upright_size(image)
         if all(annotated) and annotated != size:
-            sizes = f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]!r} x {annotated[1]!r} there"
+            sizes = f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]:g} x {annotated[1]:g} there"
             raise UserError(f"{path}: {sizes}; was it scaled, or annotated without its EXIF orientation?")
         row["width"], row["height"] = size
     return [str(file) for file in files]

@@ -123,8 +123,8 @@ WRONG = [  # what is wrong with the whole file
     (lambda d: d["images"][2].update(id=[1]), "cannot read the annotations .*, not 'list'"),
     (lambda d: d["images"].append(d["images"][0]), "4 images have 3 different ids"),
     (lambda d: d["categories"].append({"id": "3", "name": "x"}), "6 categories have 5 different ids"),
-    (lambda d: d["annotations"].clear(), "no box of any object"),
-    (each("annotations", iscrowd=1), "no box of any object, \\d crowds aside"),
+    (lambda d: d["annotations"].clear(), "no object to learn from"),
+    (each("annotations", iscrowd=1), "no object to learn from, only \\d crowds"),
     (each("images", file_name="x"), "train2017 has no image of"),
     (each("annotations", bbox=lambda row: [x / 48 for x in row["bbox"]]), "\\d whose bbox is in fractions"),
     (each("annotations", bbox=lambda row: around(row)[0][:2] + around(row)[0][4:6]), "each bbox seems to be corners"),
@@ -136,7 +136,7 @@ NO_MASKS = [
     *({"size": [48, 48], "counts": counts} for counts in COUNTS), {"size": [4, 4], "counts": [16]}, {"counts": "T3X6"},
     [[1]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6], [1] * 6, "mask",
 ]  # fmt: skip
-UNKNOWN = "lack a bbox, or have an image_id or category_id that the file lacks"
+UNKNOWN = "without a bbox, or of an image_id or category_id that the file lacks"
 LEFT_OUT = {  # what is wrong with one annotation
     UNKNOWN: [lambda row: row.pop("bbox"), dict(category_id=77), dict(image_id=[0])],
     "whose bbox is not": [dict(bbox=[1]), dict(bbox=[1, 2, 3, math.nan]), dict(bbox="12")],
@@ -161,7 +161,7 @@ def test_an_annotation_that_cannot_be_used_is_left_out_and_counted(tmp_path, cap
     data_set = write_coco(tmp_path, "train", 3, 0, change=lambda data_set: update(data_set["annotations"][0]))
     rows = data_set["annotations"]
     scenes, lines, counts = load(tmp_path), capsys.readouterr().out, Counter(row["category_id"] for row in rows[1:])
-    assert f"of {len(rows)} annotations, left out are 1 {reason}" in lines and "first: annotations[0]" in lines
+    assert f"left out of {len(rows)} annotations: 1 {reason}" in lines and "first: annotations[0]" in lines
     assert f"train: 3 images, {len(rows) - 1} objects of {len(SHAPES)} classes: " in lines and scenes.masks
     assert all(f" {count} {SHAPES[number - 1]}" in lines for number, count in counts.items())
     boxes = torch.cat([scenes.read(index)[1]["boxes"] for index in range(3)])
@@ -173,7 +173,7 @@ CHANGES = {"crowds": each("annotations", iscrowd=lambda row: row["id"] % 3 == 0)
 CHANGES |= {"polygons": each("annotations", segmentation=around)}
 TYPES = {f"iscrowd {value!r}": each("annotations", iscrowd=value) for value in (None, "", "0", False)}
 TYPES |= {f"area {value!r}": each("annotations", area=value) for value in (None, -1, "", math.nan)}
-TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, 48.0, 0)}
+TYPES |= {f"size {value!r}": each("images", width=value, height=value) for value in (None, 48.0, 0, -1, "48")}
 TYPES |= {"ids of two types": each("annotations", image_id=lambda row: str(row["image_id"]))}
 TYPES |= {"text": each("annotations", bbox=lambda row: [*map(str, row["bbox"])], area=lambda row: str(row["area"]))}
 TYPES |= {"counts": each("annotations", segmentation=as_counts)}
