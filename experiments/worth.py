@@ -68,7 +68,8 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
         axis.hlines(row["top1"], k - 0.2, k + 0.2, colour, linewidth=3)
         axis.plot([k] * len(values), values, "o", color=colour, alpha=0.6)
     axis.set_xticks(range(len(rows)), ["{start}\n{top1:.1f}%, {minutes:.1f} min".format(**row) for row in rows])
-    axis.set(xlim=(-0.5, len(rows) - 0.5), ylim=(0, None), ylabel="top-1 on val/, %", title="line: mean; dot: a seed")
+    axis.set(xlim=(-0.5, len(rows) - 0.5), ylabel="top-1 on val/, %", title="line: mean; dot: a seed")
+    axis.set_ylim(0, 5 + max(map(max, top1.values())))
     save_figure(figure, path)
 
 
@@ -93,7 +94,6 @@ def main(args: argparse.Namespace) -> None:
     run_job(directory / "probe", "probe.csv", "analyze.py", "probe", *probe)
     table = csv.DictReader((directory / "probe/probe.csv").read_text().splitlines())
     frozen = {(row["checkpoint"], row["features"]): float(row["accuracy"]) for row in table}
-
     finetune, budget = ("finetune.py", *flags, "--recipe", "few", "--eval_freq", MOST), 0.6 * total / (3 * len(starts))
     fitting, rows, top1 = fitting_epochs(budget, directory / "trial_finetune", *finetune, "--scratch"), [], {}
     epochs, seeds = min(MOST, max(LEAST, fitting)), min(3, max(1, 3 * fitting // LEAST))

@@ -1,4 +1,4 @@
-"""What many tests need: small images on disk, short command lines, runs in the tests' process, and ways to stop them."""
+"""What many tests need: small images on disk, short command lines, runs in this process, and ways to stop them."""
 
 import csv
 import itertools
@@ -98,7 +98,7 @@ FLAGS = {
 
 
 def words(**flags) -> list[str]:
-    """A command line: `words(lr=0.1, opt_betas=(0.9, 1), clip_grad=None)` -> ["--lr=0.1", "--opt_betas", "0.9", "1"]."""
+    """A command line: `words(lr=0.1, betas=(0.9, 1), clip_grad=None)` -> ["--lr=0.1", "--betas", "0.9", "1"]."""
     line = []
     for name, value in flags.items():
         if isinstance(value, list | tuple):

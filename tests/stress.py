@@ -50,7 +50,7 @@ def images_in(root: Path, seed: int = 0, size: int = 32) -> Path:
 
 
 def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
-    """Call `work` as a script in `directory`, in processes forked from this one, in a group that the first one leads."""
+    """Call `work` as a script in `directory`, in processes forked from this one, in a group led by the first."""
     with socket.create_server(("localhost", 0)) as server:
         names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
     pids = []

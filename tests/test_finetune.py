@@ -314,7 +314,8 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
         use("--eval", tmp_path / "checkpoint-2.pth", data_path=images)
     out = capsys.readouterr().out
     for name, key in (("model", "val"), ("model_ema", "val_ema")):
-        scores = f"top-1 {last[f'{key}_top1']:.2f}%, balanced {last[f'{key}_balanced']:.2f}%, top-5 100.00%, loss {last[f'{key}_loss']:.4f}"
+        top1, balanced, loss = (last[f"{key}_{score}"] for score in ("top1", "balanced", "loss"))
+        scores = f"top-1 {top1:.2f}%, balanced {balanced:.2f}%, top-5 100.00%, loss {loss:.4f}"
         assert f"\n{name}: {scores} on 7 images of {images}, at 16 px (whole, warped" in out
     assert f"in {tmp_path}: classes.csv, confusion.csv and" in out
     use("--eval", tmp_path, output_dir=tmp_path / "new")  # the best checkpoint
@@ -334,7 +335,7 @@ def pretended(*tops: int):
 
 
 def test_the_best_checkpoint_is_that_of_the_highest_top1(images, tmp_path, monkeypatch, small_models):
-    """And classes.csv is of the same outcomes; test_run.py tells which of weights and average are the best in general."""
+    """And classes.csv is of the same outcomes; test_run.py tells which of weights and average are the best."""
     monkeypatch.setattr(finetune, "evaluate", pretended(60, 50, 50, 61, 58, 61))  # weights and average, three times
     train(images, tmp_path, model_ema=True, epochs=3)
     best = load_file(tmp_path / "checkpoint-best.pth")

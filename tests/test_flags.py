@@ -1,6 +1,7 @@
 """Claims about every flag of the training scripts: it does what its row says, and no flag lacks a row.
 
-A row runs its script twice, with the flag and without, on a network of a few thousand weights, and compares what the runs leave.
+A row runs its script twice, with the flag and without, on a network of a few thousand weights, and compares what the
+runs leave.
 """
 
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Claims about model.py: the dense network. Its logits are compared with timm's and transformers' in test_weights.py."""
+"""Claims about model.py: the dense network. test_weights.py compares its logits with timm's and transformers'."""
 
 import pytest
 import torch

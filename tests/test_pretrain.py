@@ -187,7 +187,8 @@ finetune --model convnextv2_atto --batch_size 32 --update_freq 4 --blr 2e-4 --ep
  --layer_decay_type single --layer_decay 0.9 --weight_decay 0.3 --drop_path 0.1 --reprob 0.25 --mixup 0. --cutmix 0. \
  --smoothing 0.2 --model_ema True --model_ema_eval True --use_amp True --scratch
 finetune --model convnextv2_large --batch_size 32 --update_freq 4 --blr 6.25e-4 --epochs 100 --warmup_epochs 20 \
- --layer_decay_type group --layer_decay 0.6 --drop_path 0.2 --head_init_scale 0.001 --data_set IMNET --nb_classes 1000 --scratch
+ --layer_decay_type group --layer_decay 0.6 --drop_path 0.2 --head_init_scale 0.001 --data_set IMNET --nb_classes 1000 \
+ --scratch
 """
 
 
