@@ -42,8 +42,8 @@ DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
     # In so few updates a head that starts near zero, or lower layers at lower learning rates, hardly learn.
     "embedded": dict(
-        model="convnextv2_yocto", input_size=32, stem_stride=1, embedded_images=(200, 1000), batch_size=16, epochs=100,
-        warmup_epochs=10, eval_freq=20, blr=3.2e-2, clip_grad=1, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
+        model="convnextv2_yocto", input_size=32, stem_stride=1, embedded_images=(200, 1000), batch_size=16, epochs=80,
+        warmup_epochs=8, eval_freq=20, blr=3.2e-2, clip_grad=1, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
@@ -124,6 +124,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         values = weights.flags_of(start, *names)
         if only_use and "://" not in args.resume:
             values["output_dir"] = os.path.dirname(start) or "."
+        if data_set == "embedded" and not only_use:
+            values.pop("input_size", None)  # smaller than in pre-training: more epochs in the same time
         parser.take(start, values)
         args = parser.parse_args(argv)
     if args.linear_probe:

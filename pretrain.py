@@ -38,8 +38,8 @@ from sparse import upsample_mask
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(
-        model="convnextv2_yocto", input_size=32, stem_stride=1, decoder_embed_dim=128, batch_size=64, epochs=16,
-        eval_freq=8, blr=8e-3,
+        model="convnextv2_yocto", input_size=48, stem_stride=1, embedded_images=(2000, 1000), decoder_embed_dim=256,
+        batch_size=16, epochs=12, eval_freq=6, blr=1.6e-2,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
