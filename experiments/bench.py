@@ -2,17 +2,16 @@
 
     python -m experiments.bench                 # encoder, forward and backward: sparse, masked, leaky, dense unmasked
     python -m experiments.bench step            # the whole pre-training step, optimiser included
-    python -m experiments.bench sweep           # the encoder against the fraction of visible patches
     python -m experiments.bench finetune        # the dense training step against timm's model
 
-Prints a table, and writes it and for `encoder` and `sweep` a figure to --output_dir.
+Prints a table, and writes it and for `encoder` a figure to --output_dir.
 """
 
 import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,14 +26,12 @@ from model import MODELS, ConvNeXt
 from plumbing import cli, dist
 from plumbing.files import save_csv, value_errors_are_the_users
 from plumbing.optim import parameter_groups
-from plumbing.plots import COLOURS, draw_curves, new_figure, save_figure
+from plumbing.plots import COLOURS, new_figure, save_figure
 
 try:
     import timm  # only to compare with
 except ImportError:
     timm = None
-
-SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.05)  # fractions of hidden patches
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,42 +113,41 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """
     rows, (task, base) = [], TASKS[args.task]
     models = zip(args.model, args.batch_size * len(args.model))
-    for (model, batch), amp in list(product(models, args.amp))[: 1 if args.task == "sweep" else None]:
-        for columns, candidates in task(args, device, model, batch):
-            calls = {name: partial(run, amp, device, *functions) for name, functions in candidates.items()}
-            seconds = interleaved(calls, args.repeats, device)
-            unmasked = seconds.get("timm", seconds.get("dense"))
-            for name, call in calls.items():
-                row = {"model": model, "amp": amp, **columns, "batch": batch, "candidate": name}
-                row |= {"ms": round(1e3 * seconds[name], 1), "images/s": round(batch / seconds[name], 1)}
-                if base in seconds:
-                    row[f"of {base}"] = round(seconds[name] / seconds[base], 3)
-                if "visible" in columns:
-                    row["of limit"] = round(seconds[name] / unmasked / columns["visible"], 3)
-                rows.append(row | {"MiB": round(memory(call, device))})
+    for (model, batch), amp in product(models, args.amp):
+        candidates = task(args, device, model, batch)
+        calls = {name: partial(run, amp, device, *functions) for name, functions in candidates.items()}
+        seconds = interleaved(calls, args.repeats, device)
+        unmasked = seconds.get("timm", seconds.get("dense"))
+        for name, call in calls.items():
+            row = {"model": model, "amp": amp, "batch": batch, "candidate": name}
+            row |= {"ms": round(1e3 * seconds[name], 1), "images/s": round(batch / seconds[name], 1)}
+            if base in seconds:
+                row[f"of {base}"] = round(seconds[name] / seconds[base], 3)
+            if args.task == "encoder":
+                visible = (~draw_masks(args, batch)).double().mean().item()
+                row["of limit"] = round(seconds[name] / unmasked / visible, 3)
+            rows.append(row | {"MiB": round(memory(call, device))})
     return rows
 
 
-# --- tasks: columns of the table, and candidates: name -> arguments of `run` ------------------------------------------
+# --- tasks: name of a candidate -> arguments of `run` -----------------------------------------------------------------
 
-Task = Iterator[tuple[dict, dict[str, tuple[Callable, ...]]]]
+Task = dict[str, tuple[Callable, ...]]
 
 
 def encoder(args: argparse.Namespace, device: torch.device, model: str, batch: int) -> Task:
     """Forward and backward of the encoder by each backend, and unmasked: "dense", the same network, and timm's."""
-    imgs, grid = noise(args, device, batch), args.input_size // (8 * args.stem_stride)
-    for mask_ratio in SWEEP if args.task == "sweep" else [args.mask_ratio]:
-        mask, candidates = random_mask(batch, grid, grid, mask_ratio), {}
-        networks = {name: FCMAE(ours(args, model), mask_ratio, backend=name) for name in args.backend}
-        networks["dense"] = ours(args, model)
-        if timm and args.stem_stride == 4:
-            networks["timm"] = timm.create_model(model, num_classes=0, global_pool="")
-        for name, net in networks.items():
-            prepare(args, device, net)
-            forward, inputs = (net.forward_encoder, (imgs, mask)) if name in BACKENDS else (net, (imgs,))
-            forward = torch.compile(forward) if args.compile else forward
-            candidates[name] = partial(mean_square, forward, *inputs), net.zero_grad
-        yield {"visible": round((~mask).double().mean().item(), 3)}, candidates
+    imgs, mask, candidates = noise(args, device, batch), draw_masks(args, batch), {}
+    networks = {name: FCMAE(ours(args, model), args.mask_ratio, backend=name) for name in args.backend}
+    networks["dense"] = ours(args, model)
+    if timm and args.stem_stride == 4:
+        networks["timm"] = timm.create_model(model, num_classes=0, global_pool="")
+    for name, net in networks.items():
+        prepare(args, device, net)
+        forward, inputs = (net.forward_encoder, (imgs, mask)) if name in BACKENDS else (net, (imgs,))
+        forward = torch.compile(forward) if args.compile else forward
+        candidates[name] = partial(mean_square, forward, *inputs), net.zero_grad
+    return candidates
 
 
 def step(args: argparse.Namespace, device: torch.device, model: str, batch: int) -> Task:
@@ -161,7 +157,7 @@ def step(args: argparse.Namespace, device: torch.device, model: str, batch: int)
         mae = prepare(args, device, FCMAE(ours(args, model), args.mask_ratio, backend=name))
         forward = torch.compile(mae) if args.compile else mae
         candidates[name] = lambda forward=forward: forward(imgs)[0], *adamw(mae)
-    yield {}, candidates
+    return candidates
 
 
 def finetune(args: argparse.Namespace, device: torch.device, model: str, batch: int) -> Task:
@@ -172,12 +168,11 @@ def finetune(args: argparse.Namespace, device: torch.device, model: str, batch: 
         prepare(args, device, net)
         forward = torch.compile(net) if args.compile else net
         candidates[name] = lambda forward=forward: F.cross_entropy(forward(imgs).float(), labels), *adamw(net)
-    yield {}, candidates
+    return candidates
 
 
 # Task, and the candidate by whose time the others' are divided.
-TASKS = {"encoder": (encoder, "masked"), "step": (step, "masked"), "sweep": (encoder, "masked")}
-TASKS["finetune"] = finetune, "timm"
+TASKS = {"encoder": (encoder, "masked"), "step": (step, "masked"), "finetune": (finetune, "timm")}
 
 
 def ours(args: argparse.Namespace, model: str, num_classes: int = 0) -> ConvNeXt:
@@ -197,6 +192,12 @@ def noise(args: argparse.Namespace, device: torch.device, batch: int) -> torch.T
     """Draw images (N, 3, S, S), channels_last."""
     imgs = torch.rand(batch, 3, args.input_size, args.input_size, device=device)
     return imgs.contiguous(memory_format=torch.channels_last)
+
+
+def draw_masks(args: argparse.Namespace, batch: int) -> torch.Tensor:
+    """Draw masks (N, h, w), True = hidden."""
+    grid = args.input_size // (8 * args.stem_stride)
+    return random_mask(batch, grid, grid, args.mask_ratio)
 
 
 def mean_square(net: Callable, *inputs) -> torch.Tensor:
@@ -240,18 +241,6 @@ def draw_bars(path: Path, rows: list[dict], title: str) -> None:
     save_figure(figure, path)
 
 
-def draw_sweep(path: Path, rows: list[dict], title: str) -> None:
-    """Draw milliseconds against the fraction of visible patches, a line per candidate."""
-    curves = {}
-    for row in rows:
-        for values, column in zip(curves.setdefault(row["candidate"], ([], [])), ("visible", "ms")):
-            values.append(row[column])
-    figure, [[axis]] = new_figure(1, 1, 6, 3.6)
-    draw_curves(axis, curves, "fraction of visible patches", "milliseconds", title)
-    axis.set(xlim=(0, None), ylim=(0, None))
-    save_figure(figure, path)
-
-
 def main(args: argparse.Namespace) -> None:
     """Measure what `args` (from `get_args`) ask for."""
     device = dist.setup(args.device)
@@ -262,8 +251,8 @@ def main(args: argparse.Namespace) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_csv(path, rows)
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    if draw := {"encoder": draw_bars, "sweep": draw_sweep}.get(args.task):
-        draw(path.with_suffix(".png"), rows, f"Encoder, forward and backward, {hardware}")
+    if args.task == "encoder":
+        draw_bars(path.with_suffix(".png"), rows, f"Encoder, forward and backward, {hardware}")
     print(f"{hardware}, torch {torch.__version__}; medians of {args.repeats} rounds; {path}")
 
 
