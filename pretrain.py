@@ -38,8 +38,8 @@ from sparse import upsample_mask
 DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(
-        model="convnextv2_yocto", input_size=48, stem_stride=1, embedded_images=(2000, 1000), decoder_embed_dim=256,
-        batch_size=16, epochs=12, eval_freq=6, blr=1.6e-2,
+        model="convnextv2_yocto", input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=16, epochs=5,
+        eval_freq=5, blr=1.6e-2,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
@@ -138,6 +138,7 @@ def main(args: argparse.Namespace) -> None:
     with Run(args, images, device, mae.train(), optimizer, "pretrain.py") as run:
         if not (run.records or args.disable_eval):
             evaluate(run, mae, evaluation, 0)
+            run.write("", draw, mae, samples, images.statistics, args.seed, run.records)
         for epoch in run.epochs():
             for batch in run.batches(epoch):
                 mask = draw_masks(args, batch, grid)
