@@ -416,20 +416,22 @@ def curves(args: argparse.Namespace) -> tuple:
     if args.label and len(args.label) != len(runs):
         raise UserError(f"{len(args.label)} --label for {len(runs)} runs with a log.jsonl; give one each")
     panels, rows = {}, []
-    for run, label in zip(runs, args.label or map(str, runs)):
+    for run, label, colour in zip(runs, args.label or map(str, runs), cycle(COLOURS)):
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         config = json.loads((run / "config.json").read_text())
         for key in dict.fromkeys(key for record in records for key in record):
             points = [(record["epoch"], record[key]) for record in records if record.get(key) is not None]
             if points and (panel := panel_of(key, config)):
-                panels.setdefault(panel, []).append((label if key == "loss" else f"{label}, {key}", points))
+                panels.setdefault(panel, {}).setdefault(key, []).append((label, colour, points))
                 rows += [dict(run=label, quantity=key, epoch=epoch, value=value) for epoch, value in points]
     if not panels:
         raise UserError(f"no loss or accuracy in {', '.join(map(str, runs))} yet; wait for the log's first lines")
     figure, axes = new_figure(1, len(panels), 5.5 * len(panels) + 0.5, 4.4)
-    for axis, (panel, lines) in zip(axes[0], panels.items()):
-        for k, (name, points) in enumerate(lines):
-            plot(axis, *zip(*points), name, COLOURS[k % 8], ("-", "--", ":")[k // 8 % 3])
+    for axis, (panel, quantities) in zip(axes[0], panels.items()):
+        for (key, lines), style in zip(quantities.items(), cycle(("-", "--", ":"))):
+            for label, colour, points in lines:
+                name = label if len(quantities) == 1 else f"{label}, {key}"
+                plot(axis, *zip(*points), name, colour, style)
         tidy(axis, "epochs", panel)
         axis.legend(fontsize=10)
     return finish(figure, ""), rows
@@ -437,6 +439,8 @@ def curves(args: argparse.Namespace) -> tuple:
 
 def panel_of(key: str, config: dict) -> str | None:
     """Return the y axis on which a key of the log is drawn; None for the others."""
+    if key.startswith("best_"):  # as the highest value so far shows
+        return None
     if key.endswith("loss"):
         kind = "pre-training" if "mask_ratio" in config else "training" if key == "loss" else "validation"
         return f"{kind} loss" + (" (cross-entropy)" if "smoothing" in config else "")  # other scripts' have parts

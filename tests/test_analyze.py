@@ -263,7 +263,7 @@ def test_curves_are_those_of_the_logs_and_leave_out_other_folders(runs, tmp_path
         ("loss", "1", "2"),
         ("val_box_AP", "1", "0.25"),
     }
-    assert analyze.panel_of("loss", {}) == "training loss"
+    assert analyze.panel_of("loss", {}) == "training loss" and analyze.panel_of("best_top1", {}) is None
 
 
 def test_statistics_labels_and_untrained_networks_follow_the_checkpoints(runs, tmp_path):
