@@ -1,7 +1,6 @@
 """Run lesson.ipynb from top to bottom and keep its outputs: `python tests/lesson.py`, minutes.
 
-With two runs in runs/ (`python pretrain.py`; `python pretrain.py --model convnext_yocto --output_dir runs/pretrain_v1`)
-the figures of its sixth and seventh sections are of those, as the text there says.
+With the two runs that its sixth section names in runs/, the figures of that section and the next are of those.
 
 The notebook keeps a digest of the code cells that its outputs are of, and a test compares it. It does not cover the
 files that the cells call; a slow test runs the notebook's own assertions against those.
