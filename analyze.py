@@ -274,7 +274,8 @@ def activations(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
         image_axis.imshow(pixels.permute(1, 2, 0).numpy())
         image_axis.set_title("image", fontsize=13)
         for axis, subject in zip(map_axes, subjects):
-            layer = args.layer or f"stages.2.{subject.model.depths[2] - 1}.grn"
+            kind = "grn" if subject.model.version == 2 else "act"
+            layer = args.layer or f"stages.2.{subject.model.depths[2] - 1}.{kind}"
             if layer == "norm" or layer_names(subject.model, layer) != [layer]:
                 raise UserError(f"--layer {layer} is not a single layer with maps; give one such as stages.2.0.grn")
             imgs = normalise(pixels[None], subject.statistics, next(subject.model.parameters()).device)
@@ -542,7 +543,7 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         untrained = command == "features"
         add("--untrained", action=cli.BoolFlag, default=untrained, help="add the first network with random weights")
     if command == "activations":
-        add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last)")
+        add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last, of V1 .act)")
     if command == "features":
         add("--stage", type=int, choices=range(1, 5), help="of this stage, averaged over space (default: pooled)")
     if command == "probe":
