@@ -39,7 +39,7 @@ DEFAULTS = {
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=256, epochs=200, blr=6e-4),
     "embedded": dict(
         model="convnextv2_yocto", input_size=48, stem_stride=1, decoder_embed_dim=256, batch_size=16, epochs=5,
-        eval_freq=5, blr=1.6e-2,
+        eval_freq=5, lr=1e-3,
     ),
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
