@@ -124,7 +124,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         values = weights.flags_of(start, *names)
         if only_use and "://" not in args.resume:
             values["output_dir"] = os.path.dirname(start) or "."
-        if data_set == "embedded" and not only_use:
+        if data_set == "embedded" and not (only_use or args.linear_probe):
             values.pop("input_size", None)  # smaller than in pre-training: more epochs in the same time
         parser.take(start, values)
         args = parser.parse_args(argv)

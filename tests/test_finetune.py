@@ -176,7 +176,8 @@ def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(images, tm
 def test_fine_tuning_starts_from_what_was_pre_trained_on_the_same_data(images, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "OURS", str(encoder))
     assert (get_args().finetune, get_args(scratch=True).finetune) == (str(encoder), None)
-    assert (get_args().input_size, get_args(input_size=24).input_size) == (32, 24)  # and not the encoder's 16
+    sizes = [get_args(**flags).input_size for flags in ({}, {"input_size": 24}, {"linear_probe": True})]
+    assert sizes == [32, 24, 16]  # a frozen encoder reads images of the size that it was pre-trained with
     assert get_args().head_init_scale == get_args(scratch=True).head_init_scale == 1.0
     assert get_args(data_path="x").finetune is None and get_args(data_set="cifar10").finetune is None
     monkeypatch.chdir(tmp_path)
