@@ -121,11 +121,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])
     if start:
         names = ["image_max"] + ["crop_pct"] * only_use + ["holdout"] * is_held_out(args, start, data_set)
+        # Drawn images are smaller than in pre-training: more epochs in the same time.
+        names += ["input_size"] * (data_set != "embedded" or only_use or args.linear_probe)
         values = weights.flags_of(start, *names)
         if only_use and "://" not in args.resume:
             values["output_dir"] = os.path.dirname(start) or "."
-        if data_set == "embedded" and not (only_use or args.linear_probe):
-            values.pop("input_size", None)  # smaller than in pre-training: more epochs in the same time
         parser.take(start, values)
         args = parser.parse_args(argv)
     if args.linear_probe:

@@ -317,9 +317,9 @@ def write_file(path: Path, state_dict: State, top: str | None = None) -> None:
 
 
 def flags_of(path: str | Path, *more: str) -> dict:
-    """Read a file's values of flags: model, stem_stride, mlp_norm; and of its run's input_size and `more`."""
+    """Read a file's values of flags: model, stem_stride, mlp_norm; and `more` of the run that wrote it."""
     config = read_config(path)
-    return _flags_of(to_native(read_file(path))) | {key: config[key] for key in ("input_size", *more) if key in config}
+    return _flags_of(to_native(read_file(path))) | {key: config[key] for key in more if key in config}
 
 
 def _flags_of(native: State) -> dict:

@@ -117,15 +117,16 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
         candidates = task(args, device, model, batch)
         calls = {name: partial(run, amp, device, *functions) for name, functions in candidates.items()}
         seconds = interleaved(calls, args.repeats, device)
-        unmasked = seconds.get("timm", seconds.get("dense"))
+        if args.task == "encoder":
+            visible = (~draw_masks(args, batch)).double().mean().item()
+            limit = visible * seconds.get("timm", seconds["dense"])
         for name, call in calls.items():
             row = {"model": model, "amp": amp, "batch": batch, "candidate": name}
             row |= {"ms": round(1e3 * seconds[name], 1), "images/s": round(batch / seconds[name], 1)}
             if base in seconds:
                 row[f"of {base}"] = round(seconds[name] / seconds[base], 3)
             if args.task == "encoder":
-                visible = (~draw_masks(args, batch)).double().mean().item()
-                row["of limit"] = round(seconds[name] / unmasked / visible, 3)
+                row["of limit"] = round(seconds[name] / limit, 3)
             rows.append(row | {"MiB": round(memory(call, device))})
     return rows
 

@@ -76,7 +76,7 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run what is left of the comparison, and write the table and the picture."""
     given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
-    taken = [f"--{name}={value}" for name, value in weights.flags_of(given).items()] if given else []
+    taken = [f"--{name}={value}" for name, value in weights.flags_of(given, "input_size").items()] if given else []
     flags, start = ["--data_path", args.data_path, *taken, *args.flags], ["--init_weight", given] if given else []
     directory, total = make_directory(args.output_dir), 60 * args.minutes
     file, line = directory / "flags.txt", " ".join([*flags, *start, f"--minutes={args.minutes}"])

@@ -2,7 +2,7 @@
 
 The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that
 `mix_seed` documents. All else is their own: no `Run` and no loader, ordinary optimisers, learning rates and groups by
-hand, the masked dense encoder as an oracle. Learning rates of layers are in the plain loops of detection and segmentation.
+hand, the masked dense encoder as an oracle. Learning rates of layers are in detection's and segmentation's plain loops.
 """
 
 import copy

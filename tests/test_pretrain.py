@@ -129,6 +129,10 @@ EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2
 def test_evaluation_changes_no_weights_and_tensorboard_shows_the_log(labelled, tmp_path, monkeypatch, drawn):
     flags = EVALUATED | dict(epochs=2)
     without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        call_at(patch, Run, "backward", 1)
+        run(labelled, tmp_path / "first", **flags)
+    assert (tmp_path / "first/reconstructions.png").exists()  # before the first update
     flags |= dict(log_dir=tmp_path / "events")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 10)

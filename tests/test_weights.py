@@ -201,7 +201,7 @@ def test_classifiers_encoders_and_flags_come_from_checkpoints(tmp_path):
     assert_equal(networks["model"].state_dict(), raw)
     assert_equal(networks["model_ema"].state_dict(), averaged)
     flags = dict(model="convnextv2_yocto", stem_stride=2, input_size=48, crop_pct=0.9)
-    assert weights.flags_of(path, "crop_pct", "holdout") == flags
+    assert weights.flags_of(path, "input_size", "crop_pct", "holdout") == flags
     args = argparse.Namespace(**flags, drop_path=0.1, checkpoint_activations=True, mlp_norm=None)
     encoder = weights.make_encoder(args)
     assert encoder.stages[3][0].drop_path.p == 0.1 and encoder.stages[0][0].checkpoint_activations
