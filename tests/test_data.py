@@ -204,19 +204,26 @@ def test_the_second_of_the_images_that_are_tried_is_enough(tmp_path):
 
 
 LAYOUTS = {  # files -> split, classes of the images that are found by path (None without), and what is printed
-    "b.jpg deep/er/a.png ünï_cödé'x'.jpg": ("train", {"b.jpg": None, "deep/er/a.png": None, "ünï_cödé'x'.jpg": None}, ""),
-    "train/dog/x.jpg train/_a/deep/y.jpg val/dog/z.jpg": ("train", {"train/_a/deep/y.jpg": "_a", "train/dog/x.jpg": "dog"}, ""),
+    "b.jpg deep/er/a.png ünï_cödé'x'.jpg":
+        ("train", {"b.jpg": None, "deep/er/a.png": None, "ünï_cödé'x'.jpg": None}, ""),
+    "train/dog/x.jpg train/_a/deep/y.jpg val/dog/z.jpg":
+        ("train", {"train/_a/deep/y.jpg": "_a", "train/dog/x.jpg": "dog"}, ""),
     "train/dog/x.jpg train/cat/y.jpg val/dog/z.jpg": ("val", {"val/dog/z.jpg": "dog"}, ""),
-    "train/a/1.png validation/a/2.png": ("val", {"validation/a/2.png": "a"}, "ROOT/validation is taken for ROOT/val, which is not there"),
-    "train/a/1.png valid/a/2.png": ("val", {"valid/a/2.png": "a"}, "ROOT/valid is taken for ROOT/val, which is not there"),
+    "train/a/1.png validation/a/2.png":
+        ("val", {"validation/a/2.png": "a"}, "ROOT/validation is taken for ROOT/val, which is not there"),
+    "train/a/1.png valid/a/2.png":
+        ("val", {"valid/a/2.png": "a"}, "ROOT/valid is taken for ROOT/val, which is not there"),
     "train/a/1.png valid/a/2.png val/a/3.png": ("val", {"val/a/3.png": "a"}, ""),
     "broken/1.png valid/2.png": ("val", {"broken/1.png": "broken", "valid/2.png": "valid"}, ""),
-    "a/1.png b/2.png a/.3.png .tmp/4.png @eaDir/5.png a/@eaDir/6.png __MACOSX/7.png b/.git/8.png": ("train", {"a/1.png": "a", "b/2.png": "b"}, ""),
+    "a/1.png b/2.png a/.3.png .tmp/4.png @eaDir/5.png a/@eaDir/6.png __MACOSX/7.png b/.git/8.png":
+        ("train", {"a/1.png": "a", "b/2.png": "b"}, ""),
     "a.jpg b.PNG 1.heic 2.HEIC x/3.heic c.mov d.mov README .DS_Store .hidden.txt ._a.jpg Thumbs.db desktop.ini":
         ("train", {"a.jpg": None, "b.PNG": None}, "ROOT: 2 images; not read: 3 .heic, 2 .mov, 1 without a suffix"),
     "a/1.png runs/x/loss.png runs/x/predictions/9.png runs/x/log.jsonl out/predictions/0-overlay.png":
-        ("train", {"a/1.png": "a"}, "ROOT: 1 images; not read: the outputs in ROOT/out/predictions, the outputs in ROOT/runs/x"),
-    "a/1.png log.jsonl accuracy.png confusion.png progress.png reconstructions.png predictions/00000-a.png":  # --output_dir DIR
+        ("train", {"a/1.png": "a"},
+         "ROOT: 1 images; not read: the outputs in ROOT/out/predictions, the outputs in ROOT/runs/x"),
+    "a/1.png log.jsonl accuracy.png confusion.png progress.png reconstructions.png predictions/00000-a.png":
+        # --output_dir DIR
         ("train", {"a/1.png": "a"}, "ROOT: 1 images; not read: 1 .jsonl"),
     "1.png predictions.csv progress.png": ("train", {"1.png": None}, ""),
     "1.png progress.png": ("train", {"1.png": None, "progress.png": None}, ""),

@@ -134,7 +134,8 @@ WRONG = [  # what is wrong with the whole file
 COUNTS = [100, 200], [48**2, 9], [48**2 + 9, -9], [0.5, 48**2 - 0.5], "PPP", "T3X6", "", "é"  # of 48 x 48 pixels
 NO_MASKS = [
     *({"size": [48, 48], "counts": counts} for counts in COUNTS), {"size": [4, 4], "counts": [16]}, {"counts": "T3X6"},
-    [[1]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6], [1] * 6, "mask",
+    [[1]], [[1, 2, 30, 40, 5, 6, 7]], [[1, 2, 30, math.nan, 5, 6]], [[1, 2, 1e9, 40, 5, 6]], [["a"] * 6],
+    [1] * 6, "mask",
 ]  # fmt: skip
 UNKNOWN = "without a bbox, or of an image_id or category_id that the file lacks"
 LEFT_OUT = {  # what is wrong with one annotation
@@ -222,8 +223,10 @@ def test_images_are_upright_as_their_annotations(tmp_path, orientation, masks):
 
 
 LAYOUTS = {  # annotations, folder and name of images
-    "Roboflow": ("{}/_annotations.coco.json", "{}", "{}"), "images/train": ("annotations/instances_{}.json", "images/{}", "{}"),
-    "images/train2017": ("annotations/instances_{}2017.json", "images/{}2017", "{}"), "CVAT": ("annotations/instances_default.json", "images", "{}"),
+    "Roboflow": ("{}/_annotations.coco.json", "{}", "{}"),
+    "images/train": ("annotations/instances_{}.json", "images/{}", "{}"),
+    "images/train2017": ("annotations/instances_{}2017.json", "images/{}2017", "{}"),
+    "CVAT": ("annotations/instances_default.json", "images", "{}"),
     "CVAT with folders": ("annotations/instances_default.json", "images/default/sub", "sub/{}"),
 }  # fmt: skip
 
@@ -247,7 +250,10 @@ def test_layouts_of_annotation_tools_are_found(tmp_path, layout):
 
 
 def test_crowds_get_masks_and_are_no_targets_and_labels_follow_ids(tmp_path):
-    change = lambda d: (d["annotations"][0].update(iscrowd=1, segmentation=None, area=None), d["categories"].reverse())  # noqa: E731
+    def change(data_set: dict) -> None:
+        data_set["annotations"][0].update(iscrowd=1, segmentation=None, area=None)
+        data_set["categories"].reverse()
+
     rows, scenes = write_coco(tmp_path, "train", 3, 0, change=change)["annotations"], load(tmp_path)
     crowd, labels = scenes.data_set["annotations"][0], [scenes.read(index)[1]["labels"] for index in range(3)]
     assert crowd["area"] == math.prod(crowd["bbox"][2:]) == coco.rle.area(crowd["segmentation"]) and scenes.masks
@@ -484,7 +490,8 @@ def test_two_processes_equal_one_with_twice_the_batch_but_for_the_sampling(folde
 def test_the_best_has_the_highest_ap_and_one_that_does_not_exist_is_none(folder, tmp_path, monkeypatch):
     """Though AP50 disagrees; test_run.py tells which of weights and average are the best in general."""
     values = iter([(None, None), (0.6, 0.1), (0.5, 0.9)])
-    scores = lambda *_: {"images": 3, "box": dict.fromkeys(coco.NUMBERS, 0.0) | dict(zip(("AP", "AP50"), next(values)))}  # noqa: E731
+    zeros = dict.fromkeys(coco.NUMBERS, 0.0)
+    scores = lambda *_: {"images": 3, "box": zeros | dict(zip(("AP", "AP50"), next(values)))}  # noqa: E731
     monkeypatch.setattr(coco, "evaluate", scores)
     run(folder, tmp_path, masks=False, epochs=3, batch_size=6)
     best = load_file(tmp_path / "checkpoint-best.pth")

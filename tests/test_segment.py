@@ -278,23 +278,33 @@ REFUSED = {  # message -> flags, or what makes a folder of six training maps and
     "cannot read the classes nowhere.txt": dict(classes="nowhere.txt"),
     "the folder images/training does not exist; .* --holdout 0.2": dict(data_path=None, holdout=0.2),
     "6 training images and --batch_size 1; BatchNorm needs at least 2": dict(batch_size=1),
-    "0 of 6 classes have pixels in 6 label maps of labels 255,": lambda root: relabel(root, lambda x: np.full_like(x, 255)),
-    "1 of 6 classes have pixels in 6 label maps of labels 1, 255,": lambda root: relabel(root, lambda x: np.where(x, 1, 255).astype(x.dtype)),
-    "0 of 0 classes have pixels in 6 .* where 255 and 0 does not": lambda root: unnamed(root, lambda x: np.where(x, 255, 0).astype(x.dtype)) or dict(reduce_zero_label=True),
+    "0 of 6 classes have pixels in 6 label maps of labels 255,": lambda root:
+        relabel(root, lambda x: np.full_like(x, 255)),
+    "1 of 6 classes have pixels in 6 label maps of labels 1, 255,": lambda root:
+        relabel(root, lambda x: np.where(x, 1, 255).astype(x.dtype)),
+    "0 of 0 classes have pixels in 6 .* where 255 and 0 does not": lambda root:
+        unnamed(root, lambda x: np.where(x, 255, 0).astype(x.dtype)) or dict(reduce_zero_label=True),
     "has the label 6, but the 6 classes have 0 to 5; name all": lambda root: relabel(root, lambda x: x + 1),
-    "has the label 1, but the 1 classes have 0 to 0": lambda root: relabel(root, lambda x: x > 0) or list_classes(root, "object"),
+    "has the label 1, but the 1 classes have 0 to 0": lambda root:
+        relabel(root, lambda x: x > 0) or list_classes(root, "object"),
     "label 300, but the 6": lambda root: save_map(root, (48, 48), 300, "I;16"),
-    "255 labels up to 254 without names: were they smoothed": lambda root: unnamed(root, lambda x: np.linspace(0, 254, x.size).astype(x.dtype).reshape(x.shape)),
+    "255 labels up to 254 without names: were they smoothed": lambda root:
+        unnamed(root, lambda x: np.linspace(0, 254, x.size).astype(x.dtype).reshape(x.shape)),
     "labels up to 300 without names": lambda root: unnamed(root, lambda x: x) or save_map(root, (48, 48), 300, "I;16"),
-    "001.png is 48 x 48 pixels, and its label map .* 40 x 48; one of them was resized": lambda root: save_map(root, (40, 48)),
+    "001.png is 48 x 48 pixels, and its label map .* 40 x 48; one of them was resized": lambda root:
+        save_map(root, (40, 48)),
     "001.png is 40 x 48 pixels, .* 48 x 40; one of them was .* turned": turn,
     "is a JPEG file, whose compression changes numbers": lambda root: save_map(root, (48, 48), format="JPEG"),
-    "none of 6 label maps can be read .* label map .mode RGB.; save": lambda root: relabel(root, lambda x: np.stack([x, x * 2, x], axis=-1)),
-    "none of 6 label maps can be read .* label map .mode I.; .* 0 to 65535": lambda root: relabel(root, lambda x: np.where(x, 65536, 0).astype(np.int32)),
-    "1 training images and --batch_size 2; BatchNorm": lambda root: [path.unlink() for path in root.glob("*/training/00[1-9].png")] and None,
+    "none of 6 label maps can be read .* label map .mode RGB.; save": lambda root:
+        relabel(root, lambda x: np.stack([x, x * 2, x], axis=-1)),
+    "none of 6 label maps can be read .* label map .mode I.; .* 0 to 65535": lambda root:
+        relabel(root, lambda x: np.where(x, 65536, 0).astype(np.int32)),
+    "1 training images and --batch_size 2; BatchNorm": lambda root:
+        [path.unlink() for path in root.glob("*/training/00[1-9].png")] and None,
     "no partner .*/annotations/training/001.png": lambda root: (root / "images" / FILE).unlink(),
     "no partner .*/images/training/001.png": lambda root: (root / "annotations" / FILE).unlink(),
-    "the first class is background; remove it, or --reduce_zero_label": lambda root: list_classes(root, "background", *SHAPES),
+    "the first class is background; remove it, or --reduce_zero_label": lambda root:
+        list_classes(root, "background", *SHAPES),
     "the first class is __Ignore__; remove it": lambda root: list_classes(root, "__Ignore__", *SHAPES),
 }  # fmt: skip
 
@@ -313,7 +323,8 @@ def test_what_was_seen_is_printed(folder, tmp_path, capsys):
     seen = np.concatenate([np.asarray(Image.open(path)).ravel() for path in folder.glob("annotations/training/*")])
     run(folder, tmp_path / "run", epochs=1)
     ones, counted = (seen == 1).sum(), (seen != 255).sum()
-    line = f"pixels: {NAMES[1]} {ones / counted:.1%}, {NAMES[3]} {1 - ones / counted:.1%}; {1 - counted / len(seen):.1%} do not count"
+    first, ignored = ones / counted, 1 - counted / len(seen)
+    line = f"pixels: {NAMES[1]} {first:.1%}, {NAMES[3]} {1 - first:.1%}; {ignored:.1%} do not count"
     empty = f"no training pixel of ground, {NAMES[2]}, {NAMES[4]}, {NAMES[5]} (4 in all)"
     assert f"{line}; {empty}\n" in capsys.readouterr().out
 
