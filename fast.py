@@ -85,28 +85,30 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, depthwise_weight_grad(x, grad), grad.sum(dim=(0, 2, 3))
 
 
-def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def depthwise_conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 3
+) -> torch.Tensor:
     """(N, C, H, W) and a kernel (C, 1, 7, 7) -> (N, C, H, W), in the type of x whatever autocast says.
 
     With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the output's gradient to the input's.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.conv2d(x, weight, bias, padding=3, groups=x.shape[1])
+        return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
 
 
-def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
     """Compute the weight's gradient (C, 1, 7, 7) from the input and the output's gradient, both (N, C, H, W).
 
     On CPUs with swapped roles: the output's gradient slides over the input like a kernel, one group per image and
     channel. PyTorch's own takes several times as long there, and is a large part of the backward pass.
     """
-    n, channels, height, width = x.shape
+    n, channels = x.shape[:2]
     if x.device.type != "cpu" or x.dtype == torch.float64:
-        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=3, groups=channels)
+        return torch.nn.grad.conv2d_weight(x, (channels, 1, 7, 7), grad, padding=padding, groups=channels)
     groups = n * channels
-    image, kernel = x.reshape(1, groups, height, width), grad.reshape(groups, 1, height, width)
+    image, kernel = x.reshape(1, groups, *x.shape[2:]), grad.reshape(groups, 1, *grad.shape[2:])
     with torch.autocast("cpu", enabled=False):
-        y = F.conv2d(image, kernel, padding=3, groups=groups)  # (1, N * C, 7, 7)
+        y = F.conv2d(image, kernel, padding=padding, groups=groups)  # (1, N * C, 7, 7)
     return y.view(n, channels, 7, 7).sum(dim=0)[:, None]  # (1, N * C, 7, 7) -> (C, 1, 7, 7)
 
 
@@ -121,7 +123,24 @@ def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: sparse.Sites) ->
     weight, bias, device = dwconv.weight, dwconv.bias, x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
-    return _SubmanifoldConv.apply(x, weight, sites.rows, sites.cell) + bias
+    if not hasattr(sites, "tiles"):
+        sites.tiles = tiles(sites)
+    return _SubmanifoldConv.apply(x, weight, *sites.tiles) + bias
+
+
+def tiles(sites: sparse.Sites) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What is convolved: rows (T, H, W), A where hidden; each row's place (A,) in the output; and the padding.
+
+    These are whole images. On a CPU, patches of many sites are taken one by one with the three sites around them, which
+    stay in the cache.
+    """
+    side, (n, height, width) = sites.side, sites.grid
+    if sites.cell.device.type != "cpu" or not 0 < len(sites.cell) * (1 + 6 / side) ** 2 < 1.5 * n * height * width:
+        return sites.rows, sites.cell, 3
+    windows = F.pad(sites.rows, (3, 3, 3, 3), value=len(sites.cell)).unfold(1, side + 6, side).unfold(2, side + 6, side)
+    image, y, x = torch.unravel_index(sites.cell[:: side**2], sites.grid)  # each patch's first row
+    rows = windows[image, y // side, x // side]  # (T, side + 6, side + 6)
+    return rows, rows[:, 3:-3, 3:-3].flatten().argsort(), 0
 
 
 class _SubmanifoldConv(torch.autograd.Function):
@@ -132,26 +151,28 @@ class _SubmanifoldConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, rows, cell):
-        ctx.save_for_backward(x, weight, rows, cell)
-        return _to_rows(depthwise_conv(_to_grid(x, rows), weight), cell)
+    def forward(ctx, x, weight, rows, place, padding):
+        ctx.save_for_backward(x, weight, rows, place)
+        ctx.padding = padding
+        return _to_rows(depthwise_conv(_to_grid(x, rows), weight, padding=padding), place)
 
     @staticmethod
     def backward(ctx, grad):
         first_derivative_only()
-        x, weight, rows, cell = ctx.saved_tensors
-        grad = _to_grid(grad, rows)  # (A, C) -> (N, C, H, W)
-        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3)), cell)
-        return grad_x, depthwise_weight_grad(_to_grid(x, rows), grad), None, None
+        x, weight, rows, place = ctx.saved_tensors
+        grad = _to_grid(grad, rows)  # (A, C) -> (T, C, H, W)
+        grad_x = _to_rows(depthwise_conv(grad, weight.flip(2, 3), padding=ctx.padding), place)
+        grad = grad if ctx.padding else grad[:, :, 3:-3, 3:-3]
+        return grad_x, depthwise_weight_grad(_to_grid(x, rows), grad, ctx.padding), None, None, None
 
 
-def _to_grid(x, rows):  # (A, C) -> (N, C, H, W)
+def _to_grid(x, rows):  # (A, C) -> (T, C, H, W)
     x = sparse.with_zero_row(x).index_select(0, rows.flatten())
     return x.view(*rows.shape, -1).permute(0, 3, 1, 2)
 
 
-def _to_rows(x, cell):  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
-    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, cell)
+def _to_rows(x, place):  # (T, C, H, W) -> (T * H * W, C) -> (A, C)
+    return x.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, place)
 
 
 # --- GELU, GRN and linear layer ---------------------------------------------------------------------------------------

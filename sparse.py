@@ -29,10 +29,11 @@ class Sites:
         grid: (N, H, W), the shape of the full grid.
         cell: (A,) int64, position of each row in the flattened grid.
         counts: visible sites of each image, in order.
+        side: sites along a side of a patch; the rows of a patch are consecutive.
     """
 
-    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int]):
-        self.grid, self.cell, self.counts = grid, cell, counts
+    def __init__(self, grid: tuple[int, int, int], cell: torch.Tensor, counts: list[int], side: int = 1):
+        self.grid, self.cell, self.counts, self.side = grid, cell, counts, side
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
@@ -47,7 +48,7 @@ class Sites:
         y, x = self.cell // width, self.cell % width  # y counts through all images: n * H + row
         child = torch.arange(4, device=self.cell.device)
         cell = (2 * y[:, None] + child // 2) * (2 * width) + 2 * x[:, None] + child % 2  # (A, 1) -> (A, 4)
-        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts])
+        return Sites((n, 2 * height, 2 * width), cell.flatten(), [4 * count for count in self.counts], 2 * self.side)
 
     @cached_property
     def rows(self) -> torch.Tensor:
