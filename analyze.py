@@ -185,7 +185,7 @@ def choose_images(
     images.image_max = args.image_max
     if count and count > len(images):
         raise UserError(f"--num_images {count}, but {source} has {len(images):,}; ask for at most that many")
-    indices = frozen.choose(len(images), count or usual, args.seed)
+    indices = data.choose(len(images), count or usual, args.seed)
     print(f"{len(indices):,} of {len(images):,} images of {source} at {args.input_size} px")
     return images, indices
 

@@ -107,6 +107,26 @@ def load_batches(images: Images, indices: list[int], batch_size: int, workers: i
             yield pixels[readable], labels[readable]
 
 
+def choose(length: int, count: int | None, seed: int = 0) -> list[int]:
+    """Choose `count` of `length` indices by the seed, or all, in order."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed("images", seed)))
+    return sorted(order[:count].tolist())
+
+
+def load_choice(images: Images, count: int, size: int, workers: int) -> list[tuple]:
+    """Load `count` images, chosen by seed 0, cropped at the centre to `size`, as batches of `load_batches`."""
+    part = images.subset(choose(len(images), count))
+    part.transform = center_transform(size)
+    return [*load_batches(part, range(len(part)), 32, workers)]
+
+
+def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
+    """Read up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
+    images, count = copy(images), min(count, len(images))
+    images.transform = center_transform(size)
+    return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
+
+
 def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: float | None = None) -> Image.Image:
     """Read an image file's first frame, upright, as 8-bit RGB (`to_rgb`). Raises nearly anything for a damaged file.
 

@@ -9,11 +9,11 @@ Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, c
 """
 
 import argparse
-import copy
 import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import data
-from data import DATA_SETS, Images, center_transform, denormalise, load_images, normalise, pretrain_transform
+from data import DATA_SETS, Images, denormalise, load_images, normalise, pretrain_transform
 from fast import speed_up
 from fcmae import BACKENDS, FCMAE, random_mask
 from model import MODELS, check_size
@@ -133,10 +133,10 @@ def main(args: argparse.Namespace) -> None:
     patches = f"{grid} x {grid} patches, {args.mask_ratio:.0%} hidden"
     dist.say(f"{args.model} with decoder: {sum(p.numel() for p in mae.parameters()):,} parameters")
     dist.say(f"{args.data_set}: {len(images):,} images at {args.input_size} px, {patches}")
-    samples = sample_images(val or images, args.input_size) if dist.rank() == 0 else None
+    samples = data.sample_images(val or images, args.input_size) if dist.rank() == 0 else None
     evaluation = load_evaluation(args, images, val) if dist.rank() == 0 and not args.disable_eval else None
     with Run(args, images, device, mae.train(), optimizer, "pretrain.py") as run:
-        if not (run.records or args.disable_eval):
+        if evaluation and not run.records:
             evaluate(run, mae, evaluation, 0)
             run.write("", draw, mae, samples, images.statistics, args.seed, run.records)
         for epoch in run.epochs():
@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
                 if run.backward(loss):
                     run.update()
 
-            if run.evaluation_due(epoch) and not args.disable_eval:
+            if evaluation and run.evaluation_due(epoch):
                 evaluate(run, mae, evaluation, epoch + 1)
             if run.save_due(epoch):
                 encoder = {"model": mae.encoder.state_dict(), "config": run.config}
@@ -195,11 +195,7 @@ def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None
     labelled = val and images.classes == val.classes is not None
     budget, name = max(24, args.epochs * len(images) // (10 * evaluations)), "val_loss" if val else "train_loss"
 
-    def load(images: Images, count: int) -> list:
-        part = images.subset(frozen.choose(len(images), count))
-        part.transform = center_transform(args.input_size)
-        return [*data.load_batches(part, range(len(part)), 32, args.num_workers)]
-
+    load = partial(data.load_choice, size=args.input_size, workers=args.num_workers)
     queries = load(val or images, min(1000, budget // 3 if labelled else budget))
     bank = load(images, min(4000, budget // 2)) if labelled else []
     sizes = [sum(len(labels) for _, labels in batches) for batches in (queries, bank)]
@@ -208,12 +204,12 @@ def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None
     return name, queries, bank
 
 
-def evaluate(run: Run, mae: FCMAE, evaluation: tuple | None, epoch: int) -> None:
-    """Compute `scores` in the main process, which alone has an `evaluation`; log them beside those before training."""
-    start, record = time.perf_counter(), {"epoch": epoch, "update": run.done}
-    results = dist.gather(scores(mae.eval(), run, *evaluation) if evaluation else None)[0]
+def evaluate(run: Run, mae: FCMAE, evaluation: tuple[str, list, list], epoch: int) -> None:
+    """Compute `scores`, and log them beside those before training. Only the main process does; the others wait."""
+    start, results = time.perf_counter(), scores(mae.eval(), run, *evaluation)
     mae.train()
-    record |= results | {"eval_seconds": round(time.perf_counter() - start, 2)}
+    record = {"epoch": epoch, "update": run.done} | results
+    record["eval_seconds"] = round(time.perf_counter() - start, 2)
     both = [*run.records[:1], record]
     words = [f"{key} " + " -> ".join(f"{r[key]:.4g}" for r in both if key in r) for key in results]
     run.record(record, f"epoch {epoch}/{run.last_epoch + 1}  {'  '.join(words)}")
@@ -241,13 +237,6 @@ def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[s
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
-
-
-def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
-    """Read up to `count` images, spread over the set, uint8 (count, 3, size, size)."""
-    images, count = copy.copy(images), min(count, len(images))
-    images.transform = center_transform(size)
-    return torch.stack([images[0, i * len(images) // count][0] for i in range(count)])
 
 
 @torch.no_grad()

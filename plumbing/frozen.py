@@ -12,13 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbing.files import UserError
-from plumbing.loading import mix_seed
-
-
-def choose(length: int, count: int | None, seed: int = 0) -> list[int]:
-    """Choose `count` of `length` indices by the seed, or all, in order."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed("images", seed)))
-    return sorted(order[:count].tolist())
 
 
 def layer_names(model: nn.Module, where: str) -> list[str]:

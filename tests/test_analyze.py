@@ -224,7 +224,7 @@ def test_features_are_those_of_every_image_and_neighbours_the_nearest(runs, tmp_
             assert torch.equal(panels[0][0][title][k], images[0, index][0] / 255)
     assert "untrained\n5" in panels[0][0]
     run("features", tmp_path, "--checkpoint", runs / "v2", "--stage", 2, "--num_images", 9, table="files")
-    chosen, saved = frozen.choose(18, 9), torch.from_numpy(np.load(tmp_path / "features.npy"))
+    chosen, saved = data.choose(18, 9), torch.from_numpy(np.load(tmp_path / "features.npy"))
     maps = analyze.load_network(runs / "v2/encoder.pth").forward_stages(x)
     torch.testing.assert_close(saved, maps[1].mean((2, 3))[chosen], rtol=1e-4, atol=1e-4)
 
