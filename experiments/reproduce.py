@@ -388,12 +388,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=cli.count, default=1, help="jobs side by side, which divide the cores")
     add("--dry_run", action=cli.BoolFlag, default=False, help="only print the commands of the jobs that are not done")
     add("--output_dir", default="runs/reproduce", metavar="DIR", help="where the jobs run, in a folder per budget")
-    add(
-        "--results",
-        default="results",
-        metavar="DIR",
-        help="page, tables and figures (others than laptop's in a folder)",
-    )
+    place = "page, tables and figures (of other budgets than laptop in a folder)"
+    add("--results", default="results", metavar="DIR", help=place)
     args = parser.parse_args(argv)
     if ("DIR" in BUDGETS[args.budget]["common"]) != bool(args.data_path):
         parser.error(f"--budget {args.budget} {'takes no' if args.data_path else 'needs'} --data_path DIR")

@@ -77,13 +77,6 @@ def draw_panels(
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
 
 
-def plot_curves(path: Path, *labelled) -> None:
-    """Write `draw_curves` as a PNG."""
-    figure, [[axis]] = new_figure(1, 1, 6, 3.6)
-    draw_curves(axis, *labelled)
-    save_figure(figure, path)
-
-
 def draw_curves(axis, curves: dict[str, tuple], x_label: str, y_label: str, title: str) -> None:
     """Plot a line per entry of `curves`, label -> (x, y), few points marked; a legend if there are several."""
     for (label, (x, y)), colour in zip(curves.items(), COLOURS):
@@ -105,4 +98,6 @@ def curves_of(records: list[dict], keys: Mapping[str, str], scale: float = 1.0) 
 
 def plot_evaluations(path: Path, records: list[dict], keys: Mapping, y_label: str, title: str, scale=1.0) -> None:
     """Write `curves_of` the log's records as a PNG."""
-    plot_curves(path, curves_of(records, keys, scale), "epoch", y_label, title)
+    figure, [[axis]] = new_figure(1, 1, 6, 3.6)
+    draw_curves(axis, curves_of(records, keys, scale), "epoch", y_label, title)
+    save_figure(figure, path)
