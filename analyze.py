@@ -4,7 +4,7 @@
     python analyze.py collapse --checkpoint runs/v2 runs/v1 --label V2 V1
     python analyze.py curves runs/*
 
-Each command writes a figure and, as CSV, its numbers to --output_dir. Features are those of the dense network on whole,
+Each command writes a figure, and its numbers as CSV, to --output_dir. Features come from the dense network on whole,
 unmasked images. In a notebook, use the functions of the first two sections.
 
 Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimensions.
@@ -45,8 +45,8 @@ DEPTH_LABEL = "normalised layer index\n(0 first block, 1 last block)"
 def cosine_distance(features: torch.Tensor) -> torch.Tensor:
     """Feature cosine distance of each image (paper Sec. 4): (N, H, W, C) or (N, L, C) -> (N,).
 
-    The mean of (1 - cos(X_i, X_j)) / 2 over pairs i != j of nonzero channels, NaN where there is no pair: 0 if
-    all are alike, 0.5 if they are orthogonal. The paper also averages over i = j, which gives (C - 1) / C of this.
+    The mean of (1 - cos(X_i, X_j)) / 2 over pairs i != j of nonzero channels: 0 if all are alike, 0.5 if they are
+    orthogonal, NaN without a pair. The paper also averages over i = j, which multiplies this by (C - 1) / C.
     """
     maps = flat(features)  # (N, H, W, C) -> (N, L, C)
     norms = torch.linalg.vector_norm(maps, dim=1, keepdim=True)  # (N, 1, C)
@@ -64,19 +64,19 @@ def dead_channels(features: torch.Tensor, threshold: float = 0.01) -> torch.Tens
 
 
 def saturated_channels(features: torch.Tensor, threshold: float = 0.1) -> torch.Tensor:
-    """(N, H, W, C) -> (N, C) boolean: channels stuck at one value, not dead, that say nothing about where things are.
+    """(N, H, W, C) -> (N, C) boolean: live channels stuck at one value, which carry no spatial information.
 
-    Their std over space is at most `threshold` of their mean's magnitude, whatever its sign: GELU is flat near its
-    minimum of -0.17 too. Meaningless on a map of a single site.
+    Their std over space is at most `threshold` of their mean's magnitude, whatever its sign, as GELU is also flat near
+    its minimum of -0.17. Meaningless on a map of a single site.
     """
     std, mean = torch.std_mean(flat(features), dim=1, correction=0)  # (N, L, C) -> (N, C)
     return (std <= threshold * mean.abs()) & ~dead_channels(features)
 
 
 def effective_rank(features: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, C) -> (N,): how many dimensions the channels of each image fill, from 1 to the smaller of H x W and C.
+    """(N, H, W, C) -> (N,): the dimensions that each image's channels span, from 1 to the smaller of H x W and C.
 
-    The exponential of the entropy of the singular values, taken as fractions of their sum (Roy and Vetterli 2007).
+    The exponential of the entropy of the singular values as fractions of their sum (Roy and Vetterli 2007).
     """
     maps = flat(features)  # (N, H, W, C) -> (N, L, C)
     short = maps if maps.shape[1] < maps.shape[2] else maps.mT  # its square has the fewer eigenvalues
@@ -98,7 +98,7 @@ def selectivity(activity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Class selectivity index of each channel: activity (N, C), not negative, and labels (N,) -> (C,).
 
     (mu_max - mu_rest) / (mu_max + mu_rest): mu_max is the highest class mean of the activity, mu_rest the mean over the
-    other classes. 1: active for one class only, 0: for all alike, NaN: silent. ValueError for fewer than two classes.
+    other classes. 1: active for one class only; 0: equally for all; NaN: silent. ValueError for fewer than two classes.
     """
     classes = labels.unique()
     if len(classes) < 2:
@@ -130,7 +130,7 @@ def load_mae(path: str | Path, device: torch.device | str = "cpu") -> FCMAE:
 def batches(
     images: Images, indices: list[int], statistics: tuple, batch_size: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield normalised images (B, 3, S, S) on `device` and their labels (B,), without those that cannot be read."""
+    """Yield normalised images (B, 3, S, S) on `device` and their labels (B,), skipping unreadable images."""
     for pixels, labels in data.load_batches(images, indices, batch_size):
         yield normalise(pixels, statistics, device), labels
 
@@ -171,7 +171,7 @@ def open_subjects(args: argparse.Namespace, device: torch.device, load: Callable
 def choose_images(
     args: argparse.Namespace, count: int | None, usual: int, split: str = "val"
 ) -> tuple[Images, list[int]]:
-    """Open the data set, or --images, and choose `count` indices by the seed: `usual`, or all."""
+    """Open the data set, or --images, and choose `count` indices by the seed (default: `usual`; of --images, all)."""
     transform = center_transform(args.input_size)
     if args.images:
         paths = data.find_images(args.images, "--images", args.image_max)
@@ -191,14 +191,14 @@ def choose_images(
 
 
 def images_to_show(args: argparse.Namespace, usual: int) -> dict[int, torch.Tensor]:
-    """Read a choice of images, index -> uint8 (3, S, S), without those that cannot be read."""
+    """Read chosen images, index -> uint8 (3, S, S), skipping unreadable ones."""
     images, indices = choose_images(args, args.num_images, usual)
     pixels = {index: images[0, index][0] for index in indices}
     return {index: image for index, image in pixels.items() if not images.unreadable[index]}
 
 
 def study(args: argparse.Namespace, subject: Subject, images: Images, indices: list[int], where, measure: Callable):
-    """`collect_features` of one subject on chosen images."""
+    """Run `collect_features` on one subject and chosen images."""
     device = next(subject.model.parameters()).device
     loader = batches(images, indices, subject.statistics, args.batch_size, device)
     return collect_features(subject.model, loader, where, measure)
@@ -214,7 +214,7 @@ def reconstruct(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
     for (index, pixels), ratio, subject in product(images.items(), ratios, subjects):
         mae = subject.model
         mae.mask_ratio = mae.mask_ratio if ratio is None else ratio
-        seed = mix_seed("mask", args.seed, index)  # for every ratio: what a lower one hides, a higher one hides too
+        seed = mix_seed("mask", args.seed, index)  # for every ratio: a higher one also hides what a lower one hides
         imgs = normalise(pixels[None], subject.statistics, mae.mask_token.device)  # (1, 3, S, S)
         with torch.no_grad(), value_errors_are_the_users():
             panels = reconstruction_panels(mae, imgs, torch.Generator().manual_seed(seed))
@@ -297,7 +297,7 @@ def activations(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 
 def class_selectivity(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
-    """Class selectivity index of every block's output channels; histograms of the stages' last (paper App. B)."""
+    """Class selectivity index of every block's output channels; histograms of each stage's last (paper App. B)."""
     images, indices = choose_images(args, args.num_images, usual=1000)
     data.check_labels(images)
     (figure, axes), rows, bins = new_figure(1, 4, 13, 3.7), [], np.linspace(0, 1, 21)
@@ -351,7 +351,7 @@ def grn(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 
 def probe(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
-    """Fit a linear probe in closed form to each stage's features, and to the last two's, whose 10 nearest vote too."""
+    """Fit a closed-form linear probe to each stage's features and to the last two's; 10 nearest neighbours on those."""
     if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"probe compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
     queries = choose_images(args, args.num_images, usual=1000)
@@ -439,12 +439,12 @@ def curves(args: argparse.Namespace) -> tuple:
 
 
 def panel_of(key: str, config: dict) -> str | None:
-    """Return the y axis on which a key of the log is drawn; None for the others."""
-    if key.startswith("best_"):  # as the highest value so far shows
+    """Return the label of the y axis on which a log key is drawn; None if it is not drawn."""
+    if key.startswith("best_"):  # the highest value so far shows it
         return None
     if key.endswith("loss"):
         kind = "pre-training" if "mask_ratio" in config else "training" if key == "loss" else "validation"
-        return f"{kind} loss" + (" (cross-entropy)" if "smoothing" in config else "")  # other scripts' have parts
+        return f"{kind} loss" + (" (cross-entropy)" if "smoothing" in config else "")  # others have several terms
     if key in ("val_box_AP", "val_mask_AP", "val_mIoU"):
         return "validation AP or mIoU"
     return "validation accuracy (%)" if "top1" in key or key in ("probe", "knn") else None
@@ -454,7 +454,7 @@ def panel_of(key: str, config: dict) -> str | None:
 
 
 def plot(axis, x: Sequence[float], y: Sequence[float], label: str, colour: str, linestyle: str) -> None:
-    """Plot a line; if solid, mark its points, unless they are many."""
+    """Plot a line; if it is solid and its points are few, mark them."""
     marker = "o" if len(x) < 40 and linestyle == "-" else None
     axis.plot(x, y, linestyle, color=colour, label=label, marker=marker, markersize=4, linewidth=2)
 
@@ -485,7 +485,7 @@ COMMANDS |= {"selectivity": class_selectivity, "grn": grn, "curves": curves, "fe
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line, and fill in data set and image size of the first checkpoint."""
+    """Parse the command line, and fill in the first checkpoint's data set and image size."""
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=", ".join(COMMANDS))
     parsers = {}

@@ -1,6 +1,6 @@
 """Data sets of images (drawn ones, CIFAR, folders), their splits and labels, and their preparation for the network.
 
-Nothing random here has a hidden state: the augmentation of a sample depends on (seed, epoch, sample index).
+No randomness here has a hidden state: a sample's augmentation depends on (seed, epoch, sample index).
 """
 
 import math
@@ -33,15 +33,15 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # of padding: the mean colour
+GREY = tuple(round(255 * value) for value in STATISTICS["folder"][0])  # colour of padding: the mean
 DATA_SETS = tuple(STATISTICS)
 BICUBIC = v2.InterpolationMode.BICUBIC
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-IMAGE_SUFFIXES |= {".avif"} if features.check("avif") else set()  # Pillow's own packages read it since 11.3
+IMAGE_SUFFIXES |= {".avif"} if features.check("avif") else set()  # Pillow's own wheels read it since 11.3
 CONVERT = f"files must end in {', '.join(sorted(IMAGE_SUFFIXES))}; convert others, such as HEIC, to JPEG"
-LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # what Windows leaves in folders
-HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # what names of hidden files and folders begin with
-OUTPUTS = {"log.jsonl", "scores.json", "classes.csv", "predictions.csv", "predictions.json"}  # which scripts write
+LITTER = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # files that Windows leaves in folders
+HIDDEN = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN")  # prefixes of hidden files and folders
+OUTPUTS = {"log.jsonl", "scores.json", "classes.csv", "predictions.csv", "predictions.json"}  # that scripts write
 PICTURES = ("predictions", "accuracy.png", "confusion.png", "progress.png", "reconstructions.png")  # beside them
 VALIDATION = ("val", "validation", "valid")
 
@@ -50,7 +50,7 @@ VALIDATION = ("val", "validation", "valid")
 
 
 class Images(Samples):
-    """Images with or without labels, uint8 (3, S, S) and int, -1 without labels.
+    """Images, uint8 (3, S, S), with their labels, int, or -1 without labels.
 
     Args:
         items: file paths, or a uint8 array (n, H, W, 3).
@@ -67,12 +67,12 @@ class Images(Samples):
 
     @property
     def crop(self) -> v2.RandomResizedCrop | None:
-        """The random crop that the transform begins with, which files take while decoding; None if it has none."""
+        """Return the random crop that the transform begins with, if any; files are cropped while decoding."""
         first = self.transform.transforms[0]
         return first if isinstance(first, v2.RandomResizedCrop) else None
 
     def read(self, index: int) -> Image.Image:
-        """Read an image, cropped if the transform begins so."""
+        """Read an image, cropped if the transform begins with a crop."""
         item = self.items[index]
         if not isinstance(item, np.ndarray):
             return open_rgb(item, self.crop, self.image_max)
@@ -98,7 +98,7 @@ class Images(Samples):
 
 
 def load_batches(images: Images, indices: list[int], batch_size: int, workers: int = 0) -> Iterator[tuple]:
-    """Yield uint8 images (B, 3, S, S) and labels (B,) of these indices, without those that cannot be read."""
+    """Yield uint8 images (B, 3, S, S) and labels (B,) of these indices, skipping unreadable images."""
     positions = divided(indices, batch_size)
     loader = tqdm(make_loader(images, positions, workers), unit="batch", disable=None, leave=False)
     for (pixels, labels), batch in zip(loader, positions):
@@ -108,7 +108,7 @@ def load_batches(images: Images, indices: list[int], batch_size: int, workers: i
 
 
 def choose(length: int, count: int | None, seed: int = 0) -> list[int]:
-    """Choose `count` of `length` indices by the seed, or all, in order."""
+    """Choose `count` of `length` indices by the seed, or all of them; return them sorted."""
     order = torch.randperm(length, generator=torch.Generator().manual_seed(mix_seed("images", seed)))
     return sorted(order[:count].tolist())
 
@@ -130,8 +130,8 @@ def sample_images(images: Images, size: int, count: int = 8) -> torch.Tensor:
 def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: float | None = None) -> Image.Image:
     """Read an image file's first frame, upright, as 8-bit RGB (`to_rgb`). Raises nearly anything for a damaged file.
 
-    crop: random crop to take while decoding. JPEG files can be decoded at 1/2, 1/4 or 1/8 of their size, in a part of
-    the time; the smallest of these that leaves the crop no smaller than its output is used.
+    crop: random crop to take while decoding. JPEG files decode faster at 1/2, 1/4 or 1/8 of their size;
+    the smallest of these that leaves the crop no smaller than its output is used.
     """
     with opened(path) as image:
         if crop is None:
@@ -151,7 +151,7 @@ def open_rgb(path: str, crop: v2.RandomResizedCrop | None = None, image_max: flo
 def to_rgb(image: Image.Image, image_max: float | None = None) -> Image.Image:
     """Convert a Pillow image of any mode to 8-bit RGB: palette, alpha (dropped), CMYK, grey, 16-bit, floating-point.
 
-    In the last two `white_of` is white; ValueError where values lie far beyond, and `image_max` is not given.
+    In the last two, `white_of` is white; ValueError if values lie far beyond it and `image_max` is not given.
     """
     if white := white_of(image, image_max):  # Pillow would clip 16-bit values at 255
         values = np.asarray(image, dtype=np.float32)
@@ -163,7 +163,7 @@ def to_rgb(image: Image.Image, image_max: float | None = None) -> Image.Image:
 
 
 def white_of(image: Image.Image, image_max: float | None) -> float | None:
-    """White in an image of 16 bits (by default 65535) or floating-point numbers (1); None for other images."""
+    """Return the value of white in a 16-bit (by default 65535) or floating-point image (1); None for others."""
     default = {"I": 65535, "F": 1}.get(image.mode[0])
     return default and (image_max or default)
 
@@ -172,10 +172,10 @@ def white_of(image: Image.Image, image_max: float | None) -> float | None:
 
 
 def list_images(directory: str | Path) -> list[str]:
-    """List all image files under a directory, sorted; links are followed, each folder once. UserError if none.
+    """List all image files under a directory, sorted, following links, each folder once. UserError if none.
 
-    Hidden files and folders, and folders of scripts' outputs below it, are left out. Prints how many files of other
-    kinds there are, and warns of folders that cannot be read.
+    Skips hidden files and folders, and folders of scripts' outputs below it. Prints how many files of other kinds there
+    are, and warns of unreadable folders.
     """
     images, ignored, visited, outputs = [], Counter(), set(), []
 
@@ -224,17 +224,17 @@ def same_images(one: tuple[str, str | None], other: tuple[str, str | None]) -> b
 
 
 def split_folder(directory: str | Path, split: str) -> Path | None:
-    """DIR/train or DIR/val if it exists. Beside DIR/train, DIR/validation and DIR/valid are taken for DIR/val."""
+    """Return DIR/train or DIR/val if it exists; beside DIR/train, DIR/validation and DIR/valid count as DIR/val."""
     root = Path(directory)
     names = VALIDATION if split == "val" and os.path.isdir(root / "train") else (split,)
-    name = next((name for name in names if os.path.isdir(root / name)), None)  # unlike Path's, never raises
+    name = next((name for name in names if os.path.isdir(root / name)), None)  # unlike Path.is_dir, never raises
     if name not in (None, split):
         say_once(f"{root / name} is taken for {root / split}, which is not there")
     return name and root / name
 
 
 def image_folder(directory: str, split: str) -> Path:
-    """Find a split's folder; DIR itself if it has neither DIR/train nor DIR/val. UserError if it lacks one."""
+    """Find a split's folder, or DIR itself if it has neither train/ nor val/. UserError if only the other exists."""
     if not os.path.isdir(directory):
         problem = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise UserError(f"the folder {directory} {problem}; give a folder of images, as by --data_path DIR")
@@ -249,10 +249,10 @@ def load_images(
     data_set: str, data_path: str | None, split: str, transform: v2.Compose | None, seed: int = 0,
     count: int | None = None, image_max: float | None = None,
 ) -> Images:  # fmt: skip
-    """Load the "train" or "val" images of a data set; `count` of the drawn ones; `image_max` as in `to_rgb`.
+    """Load a data set's "train" or "val" images; `count`: of drawn images; `image_max`: as in `to_rgb`.
 
-    In folders, labels are the first folder below the split's, and None when an image lies in no such folder. UserError
-    when there are no images, or none can be read.
+    In folders, an image's label is its first folder below the split's; labels are None if any image lies in none.
+    UserError if there are no images, or none can be read.
     """
     statistics = STATISTICS[data_set]
     if data_set == "embedded":
@@ -279,7 +279,7 @@ def load_images(
 
 
 def check_readable(paths: list[str], image_max: float | None = None) -> None:
-    """UserError if none of up to eight files, spread over `paths`, can be read. Prints what is white in 16 bits."""
+    """Raise UserError if none of up to eight `paths`, spread out, can be read. Prints the value of white in 16 bits."""
     problems = []
     for path in paths[:: -(-len(paths) // 8)]:
         try:
@@ -297,7 +297,7 @@ def check_readable(paths: list[str], image_max: float | None = None) -> None:
 
 
 def check_labels(images: Images) -> None:
-    """UserError unless every image lies in a class folder."""
+    """Raise UserError unless every image lies in a class folder."""
     if images.labels is None:
         path = min(images.items, key=lambda path: path.count(os.sep))
         fix = "arrange images as train/<class>/ and val/<class>/"
@@ -305,7 +305,7 @@ def check_labels(images: Images) -> None:
 
 
 def check_classes(expected: list[str], actual: list[str], all: bool = True) -> None:
-    """Raise UserError unless the validation images have the trained classes; without `all`, some of them will do."""
+    """Raise UserError unless the validation images have the trained classes; without `all`, some of them suffice."""
     missing, unknown = set(expected) - set(actual) if all else (), set(actual) - set(expected)
     for problem, classes in (("lack the class", missing), ("have an unknown class", unknown)):
         if classes:
@@ -314,7 +314,7 @@ def check_classes(expected: list[str], actual: list[str], all: bool = True) -> N
 
 
 def shuffled_by_class(images: Images, seed: int) -> list[list[int]]:
-    """List the indices of every class's images, in random order; of all images where they have no classes."""
+    """List the image indices of each class, in random order; without classes, those of all images in one list."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     by_class = [[] for _ in images.classes or [None]]
     for index in order:
@@ -323,10 +323,10 @@ def shuffled_by_class(images: Images, seed: int) -> list[list[int]]:
 
 
 def split_holdout(images: Images, fraction: float) -> tuple[Images, Images]:
-    """Divide images into those without a fraction of every class, and that fraction, whatever the run's seed."""
+    """Hold out a fraction of every class, whatever the run's seed; return the rest, then the fraction."""
     by_class = shuffled_by_class(images, mix_seed("holdout"))
     held = sorted(index for indices in by_class for index in indices[: round(fraction * len(indices))])
-    if not held and fraction * len(images) >= 1:  # classes of a few images each: a fraction of all
+    if not held and fraction * len(images) >= 1:  # classes are too small: take a fraction of all images
         held = sorted([index for indices in by_class for index in indices][:: round(1 / fraction)])
     if not 0 < len(held) < len(images):
         raise UserError(f"--holdout {fraction} of {len(images)} images is {len(held)}; hold out some, and not all")
@@ -334,7 +334,7 @@ def split_holdout(images: Images, fraction: float) -> tuple[Images, Images]:
 
 
 def few_labels(images: Images, count: int, seed: int) -> Images:
-    """`count` images of every class: the same ones for the same seed, and a subset of those for a larger count."""
+    """Choose `count` images of every class by the seed; a larger count adds to the same images."""
     by_class = shuffled_by_class(images, mix_seed("labels", seed))
     size, name = min((len(indices), name) for indices, name in zip(by_class, images.classes))
     if size < count:
@@ -352,10 +352,10 @@ def pretrain_transform(size: int) -> v2.Transform:
 
 
 def short_side(size: int, crop_pct: float | None) -> int | None:
-    """Length to which evaluation scales the short side; None where it warps the whole image to a square.
+    """Return the length to which evaluation scales the short side; None if it warps the whole image to a square.
 
-    By default that is size / (224 / 256); from 384 pixels on, and up to 32, as in training, images are warped. The
-    authors do the same.
+    The default is size / (224 / 256); sizes from 384 pixels on, and up to 32, as in training, are warped. The authors
+    do the same.
     """
     return None if crop_pct is None and not 32 < size < 384 else int(size / (crop_pct or 224 / 256))
 
@@ -368,7 +368,7 @@ def evaluation_transform(size: int, crop_pct: float | None = None) -> v2.Transfo
 
 
 def describe_evaluation(size: int, crop_pct: float | None, data_set: str) -> str:
-    """Words for what `evaluation_transform` does, and whose statistics normalise the images."""
+    """Describe what `evaluation_transform` does, and whose statistics normalise the images."""
     side = short_side(size, crop_pct)
     shape = f"the centre of a short side of {side}" if side else "whole, warped to the square"
     return f"at {size} px ({shape}), normalised as {data_set}"
@@ -381,13 +381,13 @@ def center_transform(size: int, short_side: int | None = None) -> v2.Transform:
 
 
 def trim(image: Image.Image) -> Image.Image:
-    """Crop a strip to 16 times its width: a whole line of pixels, scaled up, would fill memory."""
+    """Crop a strip to 16 times its width: a line of single pixels, scaled up whole, would fill memory."""
     longest = 16 * min(image.size)
     return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def normalise(images: torch.Tensor, statistics: tuple, device: torch.device) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> float32 on `device`, zero mean and unit variance; converted there, so that bytes travel."""
+    """uint8 (N, 3, H, W) -> float32 on `device`, zero mean and unit variance; only bytes are transferred."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in statistics)
     return (images.to(device, non_blocking=True).float() / 255 - mean) / std
 

@@ -69,18 +69,18 @@ class Pyramid(nn.Module):
 class MaskRCNN(detection.MaskRCNN):
     """torchvision's Mask R-CNN (arXiv 1703.06870) on a ConvNeXt encoder, in its calling convention.
 
-    In training, (images, targets) -> a dictionary of losses; images are taken at their size. In evaluation, images -> a
-    dictionary of boxes, labels, scores and masks for each, at the image's size; `min_size` and `max_size` say how it is
-    resized inside. Images are (3, H, W), in [0, 1]; labels 1 .. num_classes.
+    In training, (images, targets) -> a dictionary of losses; images are not resized. In evaluation, images -> a
+    dictionary of boxes, labels, scores and masks for each, at the image's size; `min_size` and `max_size` set the size
+    inside the network. Images are (3, H, W), in [0, 1]; labels 1 .. num_classes.
 
     Args:
         encoder: with `num_classes=0`.
-        fpn_dim, box_dim, mask_dim: widths of the pyramid, of the box head's two layers, of the mask head's four.
-        anchor_scale: side of the anchors, in strides of their level, which follow the encoder's stem.
-        masks: predict masks; without, it is a Faster R-CNN.
-        group_norm: GroupNorm in pyramid and mask head; from random weights they learn much sooner (arXiv 1811.08883).
+        fpn_dim, box_dim, mask_dim: widths of the pyramid, the box head's two layers and the mask head's four.
+        anchor_scale: side of the anchors, in strides of their level; strides scale with the encoder's stem.
+        masks: predict masks; without them it is a Faster R-CNN.
+        group_norm: GroupNorm in pyramid and mask head, which learn much sooner from random weights (arXiv 1811.08883).
         nms: "hard", or "soft", which lowers the scores of overlapping boxes (the paper's).
-        published_heads: aligned RoIAlign, anchors not rounded, and initial weights, as in the published detector.
+        published_heads: aligned RoIAlign, unrounded anchors and initial weights as in the published detector.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class MaskRCNN(detection.MaskRCNN):
         anchor_scale: float = 8, masks: bool = True, group_norm: bool = False, nms: str = "hard",
         published_heads: bool = False, **settings,
     ):  # fmt: skip
-        # Of eight groups, or of the largest divisor of eight that fits.
+        # Eight groups, or the largest divisor of eight that divides the width.
         norm_layer = (lambda width: nn.GroupNorm(math.gcd(8, width), width)) if group_norm else None
         strides = [encoder.stem_stride * 2**level for level in range(5)]
         anchors, pool = (FineAnchors, AlignedRoIAlign) if published_heads else (AnchorGenerator, ops.MultiScaleRoIAlign)
-        # The level that a region is read from follows the anchors: with those of 8 strides, regions span 14 to 28 cells
-        # there, as published. torchvision samples a bin twice per side; for smaller anchors once is as dense.
+        # The level from which a region is pooled follows the anchors: with anchors of 8 strides, regions span 14 to 28
+        # cells there, as published. torchvision samples a bin twice per side; for smaller anchors once is as dense.
         sampling = 0 if published_heads else max(1, round(anchor_scale / 4))
         pool = partial(pool, ["0", "1", "2", "3"], sampling_ratio=sampling, canonical_scale=28 * anchor_scale)
         super().__init__(
@@ -122,7 +122,7 @@ class MaskRCNN(detection.MaskRCNN):
 
 
 class SoftNMSHeads(RoIHeads):
-    """Heads whose detections go through soft-NMS; their own NMS lets everything pass, in order of score."""
+    """Heads that apply soft-NMS to their detections; torchvision's NMS lets everything pass, in order of score."""
 
     def postprocess_detections(self, *args) -> tuple[list, list, list]:
         """As torchvision's: boxes, scores and labels of each image."""
@@ -134,10 +134,10 @@ class SoftNMSHeads(RoIHeads):
 
 
 def soft_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, limit: int) -> tuple:
-    """Apply linear soft-NMS (arXiv 1704.04503): a box that overlaps a better one of its class keeps 1 - IoU of it.
+    """Apply linear soft-NMS (arXiv 1704.04503): overlapping a better box of its class scales a box's score by 1 - IoU.
 
     boxes (n, 4), scores and labels (n,) -> indices (m,) of at most `limit` boxes, best first, and new scores (m,).
-    Only an IoU beyond .5 counts; boxes whose score falls below .001 are left out.
+    Only an IoU above .5 counts; boxes whose score falls below .001 are dropped.
     """
     device, iou = boxes.device, (ops.box_iou(boxes, boxes) * (labels[:, None] == labels)).cpu()  # (n, n)
     left, chosen, kept = scores.cpu().clone(), [], []
@@ -153,13 +153,13 @@ def soft_nms(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, li
 
 
 class FineAnchors(AnchorGenerator):
-    """Anchors whose sides are not rounded to pixels, and whose distance doubles from level to level.
+    """Anchors whose sides are not rounded to pixels, and whose spacing doubles from level to level.
 
-    torchvision divides the image's side by the map's: 61 and not 64 for the fifth map (13 cells) of 800 pixels.
+    torchvision divides the image's side by the map's: 61 instead of 64 for the fifth map (13 cells) of 800 pixels.
     """
 
     def grid_anchors(self, grid_sizes: list, strides: list) -> list[torch.Tensor]:
-        """Maps' sizes and distances -> for each map (cells x anchors, 4)."""
+        """Map sizes and spacings -> each map's anchors (cells x anchors, 4)."""
         doubled = [[side * 2**level for side in strides[0]] for level in range(len(strides))]
         return super().grid_anchors(grid_sizes, doubled)
 
@@ -193,12 +193,12 @@ class AlignedRoIAlign(ops.MultiScaleRoIAlign):
 
 
 class Scenes(Samples):
-    """Images with boxes, labels and perhaps masks, which differ in size: batches are lists.
+    """Images of different sizes, with boxes, labels and perhaps masks; batches are lists.
 
     A sample is a uint8 image (3, H, W) and its target: boxes (n, 4), labels (n,) and, with masks, masks (n, H, W).
 
-    `items` are file paths, or a uint8 array (N, H, W, 3), and `data_set` has their annotations, in COCO's format and
-    the same order. Without `transform`, which is of image and target together, images come as they are, and no targets.
+    `items` are file paths, or a uint8 array (N, H, W, 3); `data_set` has their annotations, in COCO's format and in the
+    same order. `transform` takes image and target together; without it, images come unchanged and without targets.
     """
 
     def __init__(self, items, data_set: dict, transform=None, seed: int = 0, image_max: float | None = None):
@@ -211,7 +211,7 @@ class Scenes(Samples):
         self.objects = list(objects.values())
         self.masks = all("segmentation" in row for rows in self.objects for row in rows)
         self.names = {row["id"]: row["name"] for row in data_set["categories"]}
-        self.category_ids, self.classes = [*self.names], [*self.names.values()]  # of label 1 first
+        self.category_ids, self.classes = [*self.names], [*self.names.values()]  # label 1 first
 
     def read(self, index: int) -> tuple[Image.Image, dict]:
         """Read an image and, with a transform, its target; raises nearly anything for a damaged file."""
@@ -221,7 +221,7 @@ class Scenes(Samples):
         return image, target
 
     def augment(self, sample: tuple[Image.Image, dict], index: int) -> tuple[torch.Tensor, dict]:
-        """Transform image and target; boxes shrink to their masks, and objects vanish that a crop left nothing of."""
+        """Transform image and target; shrink boxes to their masks, and drop objects that a crop removed."""
         image, target = sample
         if not self.transform:
             return v2.functional.pil_to_tensor(image), target
@@ -229,7 +229,7 @@ class Scenes(Samples):
         sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
         visible = target["masks"].bool().flatten(1).any(dim=1) if self.masks else (sides >= 1).all(dim=1)
         target = {name: value.as_subclass(torch.Tensor)[visible] for name, value in target.items()}
-        if self.masks:  # of whose boxes masks_to_boxes names the last pixel, and not the border behind it
+        if self.masks:  # masks_to_boxes gives a box's last pixel, not the border after it
             target["boxes"] = ops.masks_to_boxes(target["masks"]) + torch.tensor([0, 0, 1, 1])
         return image, target
 
@@ -244,14 +244,14 @@ class Scenes(Samples):
 
 
 def pad_strip(image, *target: dict):
-    """Pad an image, with its target, to a sixth of its length, lest resizing leave nothing of its width."""
+    """Pad a strip, with its target, to a sixth of its length, so that resizing leaves some of its width."""
     height, width = v2.functional.get_size(image)
     least = max(height, width) // 6
     return v2.Pad([0, 0, max(0, least - width), max(0, least - height)])(image, *target)
 
 
 def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None = None) -> Scenes:
-    """Load the "train" or "val" images; UserError if they have no objects, or not these `classes` in their order."""
+    """Load the "train" or "val" images; UserError without objects, or if their classes are not `classes`, in order."""
     if args.data_set == "embedded":
         salt, size = SPLITS.index(split), args.input_size
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, size)
@@ -277,7 +277,7 @@ def load_scenes(args: argparse.Namespace, split: str, classes: list[str] | None 
 
 
 def find_data(args: argparse.Namespace, split: str) -> tuple[Path, list[Path]]:
-    """Find a split's annotations, and the folders where its images may lie: COCO's layout, Roboflow's or CVAT's."""
+    """Find a split's annotations, and folders that may hold its images, in COCO's, Roboflow's or CVAT's layout."""
     root, split = Path(args.data_path or "."), "train" if args.holdout else split
     names = ("train",) if split == "train" else ("val", "valid", "validation")
     layouts = "annotations/instances_{}2017.json", "annotations/instances_{}.json", "{}/_annotations.coco.json"
@@ -393,7 +393,7 @@ def make_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
 
 
 def check_memory(args: argparse.Namespace, num_classes: int, images: int, device: torch.device) -> None:
-    """UserError if an update of this many images needs more memory than there is."""
+    """Raise UserError if an update of this many images needs more memory than there is."""
     sides = [args.input_size] * 2 if args.augmentation == "jitter" else args.test_size
 
     def step() -> None:
@@ -403,7 +403,7 @@ def check_memory(args: argparse.Namespace, num_classes: int, images: int, device
         if args.masks:
             heads.mask_predictor(heads.mask_head(torch.empty(regions // 4, args.fpn_dim, 14, 14)))
 
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         detector = make_detector(args, num_classes).train()
         tasks.check_memory(detector, step, args.amp, device, "lower --batch_size, --input_size, --regions or --fpn_dim")
 
@@ -458,7 +458,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def make_schedule(run: Run) -> Callable[[int], float]:
-    """Map updates to learning rates: linear from a thousandth of it; then steps or half a cosine."""
+    """Map updates to learning rates: linear warm-up from a thousandth, then steps or half a cosine."""
     args = run.args
     warmup = min(1000, run.total // 10) if args.warmup_updates is None else args.warmup_updates
     steps = args.steps or [args.epochs * 3 / 4, args.epochs * 11 / 12]
@@ -477,7 +477,7 @@ def make_schedule(run: Run) -> Callable[[int], float]:
 
 @torch.no_grad()
 def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> dict[int, list]:
-    """Detect objects in every readable image, by its index, in COCO's format of results.
+    """Detect objects in every readable image: image index -> results in COCO's format.
 
     Images go through the network one by one, because GRN pools over the padding that unequal sizes need in a batch.
     """
@@ -499,7 +499,7 @@ def detect(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device
 
 
 def search(detector: MaskRCNN, image: torch.Tensor) -> dict:
-    """Run the detector on an image (3, H, W): its own output, but masks (1, H, W) come one by one, to save memory."""
+    """Run the detector on an image (3, H, W); to save memory, masks (1, H, W) come one by one from a generator."""
     size, padded = image.shape[1:], pad_strip(image)
     images, _ = detector.transform([padded])
     maps = detector.backbone(images.tensors)
@@ -513,7 +513,7 @@ def search(detector: MaskRCNN, image: torch.Tensor) -> dict:
 
 
 def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, device: torch.device) -> tuple[dict, tuple]:
-    """Return COCO's chief numbers by name, as in "box_AP"; and all of them (`coco.evaluate`), with the detections."""
+    """Return COCO's main numbers by name, such as "box_AP", then all of them (`coco.evaluate`) with the detections."""
     detections = detect(detector, scenes, args, device)
     kinds = ("box", "mask") if args.masks and scenes.masks else ("box",)
     scores = dist.gather(coco.evaluate(scenes.data_set, detections, kinds) if dist.rank() == 0 else None)[0]
@@ -522,7 +522,7 @@ def evaluate(detector: nn.Module, scenes: Scenes, args: argparse.Namespace, devi
 
 
 def describe(chief: dict[str, float | None]) -> str:
-    """Put the chief numbers, but for AP75, into words."""
+    """Put the main numbers, except AP75, into words."""
     words = {name: "none" if value is None else f"{value:.3f}" for name, value in chief.items() if name[-2:] != "75"}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in words.items())
 
@@ -537,7 +537,7 @@ def load_detector(args: argparse.Namespace, device: torch.device) -> tuple[dict[
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
+    """Evaluate the --resume checkpoint and its moving average on the validation images."""
     detectors, classes, _ = load_detector(args, device)
     scenes = load_scenes(args, "val", classes)
     results = {name: evaluate(detector, scenes, args, device) for name, detector in detectors.items()}
@@ -551,7 +551,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def write_scores(directory: Path, results: tuple[dict, dict[int, list[dict]]], scenes: Scenes) -> None:
-    """Write scores.json, detections.json in COCO's format of results, and detections.png of eight images."""
+    """Write scores.json, detections.json in COCO's results format, and detections.png of eight images."""
     make_directory(directory)
     scores, detections = results
     save_json(directory / "scores.json", scores)

@@ -1,7 +1,7 @@
-"""Faster training in less memory: `speed_up(network)`. Nothing of the method imports this file; read it last.
+"""Faster training in less memory: `speed_up(network)`. The method does not depend on this file; read it last.
 
 The network computes the same function with the same weights. Its blocks and their depthwise convolutions get classes
-with written-out backward passes, because autograd's are slow or keep too much. In evaluation nothing changes.
+with hand-written backward passes, because autograd's are slow or keep too much. Evaluation does not change.
 
 Shapes: N images, S sites of an image, A active (visible) sites, C channels of a block, H x W sites.
 """
@@ -17,7 +17,7 @@ from model import GRN, Block, ConvNeXt
 def speed_up(network: nn.Module) -> nn.Module:
     """Replace the classes of all ConvNeXt blocks in `network`, and return it. Parameters and their names do not change.
 
-    Not for second derivatives, torch.func or forward-mode differentiation: a sped-up network raises RuntimeError.
+    Second derivatives, torch.func and forward-mode differentiation of a sped-up network raise RuntimeError.
     """
     for module in network.modules():
         if isinstance(module, ConvNeXt):
@@ -30,7 +30,7 @@ def speed_up(network: nn.Module) -> nn.Module:
 
 
 class FastBlock(Block):
-    """A block that in training keeps a third as much of its MLP for backward."""
+    """A block that, in training, keeps a third as much of its MLP for backward."""
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
@@ -39,7 +39,7 @@ class FastBlock(Block):
         return gelu_grn_linear(self.act, self.grn, self.pwconv2, self.pwconv1(self.norm(x)))
 
     def as_built(self) -> bool:
-        """Tell whether the submodules that `gelu_grn_linear` reads without a call are `Block`'s own, without hooks."""
+        """Tell whether the submodules that `gelu_grn_linear` reads without calling are `Block`'s own and unhooked."""
         parts = self.act, self.grn, self.pwconv2
         return [type(part) for part in parts] == [nn.GELU, GRN, nn.Linear] and all(map(unhooked, parts))
 
@@ -53,7 +53,7 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def first_derivative_only() -> None:
-    """RuntimeError in a backward pass that is to be differentiated itself."""
+    """Raise RuntimeError in a backward pass that is itself to be differentiated."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("fast modules have first derivatives only; leave out fast.speed_up for second ones")
 
@@ -88,9 +88,9 @@ class _DepthwiseConv(torch.autograd.Function):
 def depthwise_conv(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: int = 3
 ) -> torch.Tensor:
-    """(N, C, H, W) and a kernel (C, 1, 7, 7) -> (N, C, H, W), in the type of x whatever autocast says.
+    """(N, C, H, W) and a kernel (C, 1, 7, 7) -> (N, C, H, W), in x's type, whatever autocast says.
 
-    With the kernel turned by 180 degrees, `weight.flip(2, 3)`, it takes the output's gradient to the input's.
+    With the kernel rotated by 180 degrees, `weight.flip(2, 3)`, it maps the output's gradient to the input's.
     """
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x, weight, bias, padding=padding, groups=x.shape[1])
@@ -99,8 +99,8 @@ def depthwise_conv(
 def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3) -> torch.Tensor:
     """Compute the weight's gradient (C, 1, 7, 7) from the input and the output's gradient, both (N, C, H, W).
 
-    On CPUs with swapped roles: the output's gradient slides over the input like a kernel, one group per image and
-    channel. PyTorch's own takes several times as long there, and is a large part of the backward pass.
+    On CPUs the roles are swapped: the output's gradient slides over the input like a kernel, one group per image and
+    channel. PyTorch's own function takes several times as long there, a large part of the backward pass.
     """
     n, channels = x.shape[:2]
     if x.device.type != "cpu" or x.dtype == torch.float64:
@@ -116,12 +116,12 @@ def depthwise_weight_grad(x: torch.Tensor, grad: torch.Tensor, padding: int = 3)
 
 
 def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: sparse.Sites) -> torch.Tensor:
-    """`sparse.submanifold_conv`, (A, C) -> (A, C), that keeps the visible rows only for backward."""
+    """Compute `sparse.submanifold_conv`, (A, C) -> (A, C), keeping only the visible rows for backward."""
     fits = type(dwconv) is FastDepthwiseConv and dwconv.training and torch.is_grad_enabled() and unhooked(dwconv)
     if not fits or torch.compiler.is_compiling():
         return sparse.submanifold_conv(x, dwconv, sites)
     weight, bias, device = dwconv.weight, dwconv.bias, x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # autocast leaves float64 alone
         x, weight, bias = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight, bias))
     if not hasattr(sites, "tiles"):
         sites.tiles = tiles(sites)
@@ -129,10 +129,10 @@ def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: sparse.Sites) ->
 
 
 def tiles(sites: sparse.Sites) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What is convolved: rows (T, H, W), A where hidden; each row's place (A,) in the output; and the padding.
+    """Return the grids to convolve: rows (T, H, W), A where hidden; each row's place (A,) in the output; the padding.
 
-    These are whole images. On a CPU, patches of many sites are taken one by one with the three sites around them, which
-    stay in the cache.
+    Grids are whole images; on a CPU, if patches have many sites, they are single patches with a border of three sites,
+    which stay in the cache.
     """
     side, (n, height, width) = sites.side, sites.grid
     if sites.cell.device.type != "cpu" or not 0 < len(sites.cell) * (1 + 6 / side) ** 2 < 1.5 * n * height * width:
@@ -144,10 +144,10 @@ def tiles(sites: sparse.Sites) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 class _SubmanifoldConv(torch.autograd.Function):
-    """Rows (A, C) -> (A, C) through a zero-filled grid (N, C, H, W), by the tables of `Sites`.
+    """Rows (A, C) -> (A, C) through zero-filled grids (T, C, H, W), by the tables of `tiles`.
 
     Neighbourhood is symmetric: if a is tap k of b, then b is tap 48 - k of a. So the input's gradient is the same
-    convolution with the kernel turned by 180 degrees: gathers only, no atomic additions, and deterministic.
+    convolution with the kernel rotated by 180 degrees: only gathers, no atomic additions, hence deterministic.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ def _to_rows(x, place):  # (T, C, H, W) -> (T * H * W, C) -> (A, C)
 
 
 def gelu_grn_linear(act: nn.GELU, grn: GRN, linear: nn.Linear, h: torch.Tensor) -> torch.Tensor:
-    """`linear(grn(act(h)))` of channels-last h (N, ..., 4C), of which only h is kept for backward."""
+    """Compute `linear(grn(act(h)))` of channels-last h (N, ..., 4C), keeping only h for backward."""
     weight = linear.weight.to(h.dtype)
     bias = h.new_zeros(len(weight)) if linear.bias is None else linear.bias.to(h.dtype)
     y = _GeluGRNLinear.apply(
@@ -189,9 +189,9 @@ def gelu_grn_linear(act: nn.GELU, grn: GRN, linear: nn.Linear, h: torch.Tensor) 
 
 
 class _GeluGRNLinear(torch.autograd.Function):
-    """GELU, GRN and a linear layer of (N, S, 4C) hidden activations, the widest of the network: only they are kept.
+    """GELU, GRN and a linear layer on hidden activations (N, S, 4C), the network's widest: only these are kept.
 
-    With many sites per image, GRN's scale goes into the weight instead of over the activations, one weight per image:
+    With many sites per image, GRN's scale multiplies not the activations but the weight, one per image:
     linear(x * scale + beta) = x @ (weight * scale).T + (bias + weight @ beta).
     """
 
@@ -209,7 +209,7 @@ class _GeluGRNLinear(torch.autograd.Function):
         return F.linear(torch.addcmul(beta, x, scale), weight, bias)  # (N, S, 4C) -> (N, S, C)
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # the types of forward, whatever is in force now
+    @torch.autocast("cpu", enabled=False)  # the types of forward, whatever autocast is on now
     @torch.autocast("cuda", enabled=False)
     def backward(ctx, grad):
         first_derivative_only()
@@ -240,8 +240,8 @@ class _GeluGRNLinear(torch.autograd.Function):
 
 
 def _sum_of_products(a, b):
-    """Sum over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least; products keep the type of `a` if it is wide."""
+    """Sum over dim 1, (N, S, 4C) -> (N, 1, 4C), in float32 at least; products have the type of `a`, unless float16."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype == torch.float16:  # whose products may overflow
+    if a.dtype == torch.float16:  # its products may overflow
         a = a.to(wide)
     return (a * b).sum(dim=1, keepdim=True).to(wide)

@@ -12,12 +12,12 @@ from torch import nn
 from model import Block, ConvNeXt, check_images, check_size, init_weights
 from sparse import SparseTensor, leaky_stages, masked_stages, reference_conv, sparse_stages
 
-# How the encoder runs: (net, imgs, mask) -> the maps of its four stages. All but "leaky" compute the same.
+# How the encoder runs: (net, imgs, mask) -> the maps of its four stages. All but "leaky" are equivalent.
 BACKENDS = {
     "sparse": sparse_stages,  # visible sites only
     "reference": partial(sparse_stages, conv=reference_conv),  # the convolution by its definition; slow
     "masked": masked_stages,  # dense, with the mask before and after each convolution: the tests' oracle
-    "leaky": leaky_stages,  # dense inside, so that mask and image mix: the paper's "without sparse conv."
+    "leaky": leaky_stages,  # dense, so that hidden and visible sites mix: the paper's "without sparse conv."
 }
 
 
@@ -38,7 +38,7 @@ def random_mask(n: int, h: int, w: int, mask_ratio: float, generator: torch.Gene
     return mask.scatter_(1, order[:, :keep], False).view(n, h, w)
 
 
-@torch.compiler.disable  # it depends on the mask's values
+@torch.compiler.disable  # the check depends on the mask's values
 def check_fraction(mask: torch.Tensor) -> None:
     """Raise ValueError for a mask that hides everything or nothing."""
     if mask.all() or not mask.any():
@@ -52,7 +52,7 @@ class FCMAE(nn.Module):
     Args:
         encoder: a ConvNeXt built with `num_classes=0`.
         mask_ratio: fraction of the patches to hide.
-        decoder_depth, decoder_embed_dim: blocks of the decoder, and their width D.
+        decoder_depth, decoder_embed_dim: number of decoder blocks, and their width D.
         norm_pix_loss: predict each patch's pixels normalised by that patch's own mean and variance.
         backend: how the encoder runs, a name in `BACKENDS`.
     """
@@ -90,12 +90,12 @@ class FCMAE(nn.Module):
     def forward(
         self, imgs: torch.Tensor, mask: torch.Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mask, encode, decode, and take the loss.
+        """Mask, encode, decode, and compute the loss.
 
         imgs: (N, in_chans, H, W), both sides multiples of the patch size.
-        mask: (N, h, w) boolean, True = hidden; None: drawn from `generator`. On the CPU it costs no synchronisation.
+        mask: (N, h, w) boolean, True = hidden; None draws one from `generator`. A CPU mask costs no synchronisation.
         Returns the loss (a scalar), the predicted patches (N, L, p * p * in_chans), and the mask.
-        Raises ValueError for a wrong size or mask, or a mask that hides nothing or everything.
+        Raises ValueError for a wrong image size or mask, or a mask that hides nothing or everything.
         """
         if mask is None:
             check_images(imgs, self.in_chans)
@@ -109,7 +109,7 @@ class FCMAE(nn.Module):
         return self.forward_loss(imgs, pred, mask), pred, mask
 
     def forward_encoder(self, imgs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W), mask (N, h, w) -> (N, dims[-1], h, w), zero where hidden. ValueError if they misfit."""
+        """(N, in_chans, H, W), mask (N, h, w) -> (N, dims[-1], h, w), zero where hidden. ValueError if unfit."""
         last = BACKENDS[self.backend](self.encoder, imgs, mask)[-1]
         return last.dense() if isinstance(last, SparseTensor) else last
 
@@ -120,7 +120,7 @@ class FCMAE(nn.Module):
         return self.pred(self.decoder(x)).flatten(2).transpose(1, 2)  # (N, p * p * C, h, w) -> (N, L, p * p * C)
 
     def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Average, over hidden patches, the mean squared error to the (normalised) pixels."""
+        """Average the mean squared error to the (normalised) pixels over the hidden patches."""
         wide = torch.promote_types(pred.dtype, torch.float32)
         target = self.patchify(imgs).to(wide)  # (N, L, p * p * C)
         if self.norm_pix_loss:
@@ -144,7 +144,7 @@ class FCMAE(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, h * p, w * p)  # (N, h, w, p, p, C) -> (N, C, h, p, w, p)
 
     def reconstruct(self, imgs: torch.Tensor, pred: torch.Tensor) -> torch.Tensor:
-        """Predicted patches (N, L, p * p * C) -> an image (N, C, H, W) on the scale of `imgs`, for looking at.
+        """Turn predicted patches (N, L, p * p * C) into images (N, C, H, W) on the scale of `imgs`, for display.
 
         With `norm_pix_loss` each patch gets the mean and variance of the *true* patch: brightness and contrast are
         given, structure is predicted.

@@ -5,8 +5,8 @@
     python finetune.py --eval --resume runs/finetune/checkpoint-best.pth
     python finetune.py --predict cat.jpg holiday/ --resume runs/finetune/checkpoint-best.pth
 
-Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json and accuracy.png to --output_dir; for the
-best evaluation, or that of --eval, classes.csv, confusion.csv and confusion.png; predictions.csv for --predict.
+Flags follow the authors' release. Writes checkpoints, log.jsonl, config.json and accuracy.png to --output_dir;
+classes.csv, confusion.csv and confusion.png for the best evaluation or --eval; predictions.csv for --predict.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from plumbing.run import Run
 from plumbing.scores import classification_scores, describe_prediction, predictions, write_by_class
 from plumbing.shapes import DRAWN
 
-# Defaults of a data set; a recipe's settings come before them, the command line before both.
+# Defaults by data set. A recipe's settings override them; the command line overrides both.
 TIMM_AA = "rand-m9-mstd0.5-inc1"
 DEFAULTS = {
     "folder": dict(aa=TIMM_AA, reprob=0.25),
     "cifar10": dict(input_size=32, stem_stride=1, batch_size=128, blr=2e-3, aa=TIMM_AA, reprob=0.25, crop_pct=1.0),
-    # In so few updates a head that starts near zero, or lower layers at lower learning rates, hardly learn.
+    # In so few updates, a head near zero or lower layers with reduced learning rates would hardly learn.
     "embedded": dict(
         model="convnextv2_yocto", input_size=32, stem_stride=1, embedded_images=(200, 1000), batch_size=16, epochs=80,
         warmup_epochs=8, eval_freq=20, blr=3.2e-2, clip_grad=1, crop_pct=1.0, min_crop=0.35, head_init_scale=1.0,
@@ -121,7 +121,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.take(f"the data set {data_set}", DEFAULTS[data_set])
     if start:
         names = ["image_max"] + ["crop_pct"] * only_use + ["holdout"] * is_held_out(args, start, data_set)
-        # Drawn images are smaller than in pre-training: more epochs in the same time.
+        # Drawn images are smaller here than in pre-training, for more epochs in the same time.
         names += ["input_size"] * (data_set != "embedded" or only_use or args.linear_probe)
         values = weights.flags_of(start, *names)
         if only_use and "://" not in args.resume:
@@ -145,14 +145,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def trained_on(path: str) -> tuple[str, str | None]:
-    """Read a checkpoint's data set and its path: a folder without a path if the file does not say."""
+    """Read a checkpoint's data set and its path; "folder" and None if the file does not say."""
     config = weights.read_config(path)
     known = config.get("data_set") in data.DATA_SETS
     return (config["data_set"], config.get("data_path")) if known else ("folder", None)
 
 
 def is_held_out(args: argparse.Namespace, path: str, data_set: str) -> bool:
-    """Tell whether --eval is of what the checkpoint's training held out: of the same folder, which has no val/."""
+    """Tell whether --eval uses what the checkpoint's training held out: the same folder, which has no val/."""
     if not args.eval or data_set != "folder" or args.eval_data_path or data.split_folder(args.data_path, "val"):
         return False
     return data.same_images(trained_on(path), (data_set, args.data_path))
@@ -191,7 +191,7 @@ def load_labelled(args: argparse.Namespace) -> tuple[Images | None, Images | Non
 
 
 def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvNeXt, list[str]]:
-    """Build the network to train, with the weights of --finetune; return it, and lines on what was loaded."""
+    """Build the network to train, with the weights of --finetune; return it and a report of what was loaded."""
     start = dict(drop_path_rate=args.drop_path, head_init_scale=args.head_init_scale)
     start |= dict(layer_scale_init_value=args.layer_scale_init_value)
     net = MODELS[args.model](num_classes=args.nb_classes, stem_stride=args.stem_stride, **start)
@@ -202,7 +202,7 @@ def make_classifier(args: argparse.Namespace, classes: list[str]) -> tuple[ConvN
         state_dict = weights.read_file(args.finetune)
         native = weights.to_native(state_dict)
         other_norm = args.mlp_norm not in (None, weights.mlp_norm_of(native))
-        if weights.read_content(args.finetune).get("classes", classes) != classes:  # a head for others is none
+        if weights.read_content(args.finetune).get("classes", classes) != classes:  # drop a head for other classes
             native = {name: value for name, value in native.items() if not name.startswith("head.")}
         report = [f"{args.finetune}: {weights.describe(state_dict)}", *weights.load_weights(net, native, other_norm)]
     if args.linear_probe:
@@ -283,7 +283,7 @@ def classify(
 def evaluate(
     net: nn.Module, images: Images, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Score a network, every image once; return scores and outcomes (`plumbing.scores.classification_scores`)."""
+    """Score a network on every image once; return scores and outcomes (`plumbing.scores.classification_scores`)."""
     rank, world_size = (dist.rank(), dist.world_size()) if args.dist_eval else (0, 1)
     batches, training = divided(range(rank, len(images), world_size), args.batch_size), net.training
     results = classify(net.eval(), images, batches, args, device)
@@ -301,7 +301,7 @@ def describe(scores: dict[str, float]) -> str:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluate the checkpoint of --resume, its moving average too; write the better one's accuracy by class."""
+    """Evaluate the --resume checkpoint and its moving average; write the better one's accuracy by class."""
     networks, names = weights.load_classifier(args.resume, device)
     _, val = load_labelled(args)
     data_set, _ = trained_on(args.resume)
@@ -330,7 +330,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Write the likeliest classes of every image, in the order given, to predictions.csv, and print them."""
+    """Print the most likely classes of every image, and write them to predictions.csv, in the order given."""
     networks, names = weights.load_classifier(args.resume, device)
     net = networks.get("model_ema", networks["model"])
     names = read_lines(args.class_names) if args.class_names else names or []

@@ -1,6 +1,6 @@
 """ConvNeXt V1 and V2: an ordinary dense network (ConvNeXt V2, arXiv 2301.00808, Sec. 4 and Fig. 5).
 
-`sparse.py` runs the same modules on visible sites only, so pre-trained and fine-tuned weights are one set of tensors.
+`sparse.py` runs the same modules on visible sites only, so pre-training and fine-tuning share one set of parameters.
 
 Shapes: N images, C channels, H x W sites.
 """
@@ -15,9 +15,9 @@ from torchvision.ops import StochasticDepth
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels with eps 1e-6: of (..., C), or of (N, C, H, W) when `channels_first`.
+    """LayerNorm over channels with eps 1e-6, for (..., C) or, with `channels_first`, (N, C, H, W).
 
-    Both read the same memory: the channels-first form is a permuted view, free for channels_last tensors.
+    The channels-first form normalises a permuted view, which costs nothing for channels_last tensors.
     """
 
     def __init__(self, dim: int, channels_first: bool = False):
@@ -35,8 +35,8 @@ class GRN(nn.Module):
     """Global Response Normalization of channels-last maps (paper Sec. 4, Alg. 1): (N, H, W, C) -> (N, H, W, C).
 
     Channels compete within each image: a channel is scaled by its L2 norm over space relative to the mean norm of all
-    channels. gamma and beta start at zero, which makes the layer the identity. The norm is taken in float32 at least,
-    because a sum of squares overflows float16.
+    channels. gamma and beta start at zero, which makes the layer the identity. The norm is in float32 at least, because
+    a sum of squares overflows float16.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -49,8 +49,8 @@ class GRN(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         g = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (N, H, W, C) -> (N, 1, 1, C)
         n = g / (g.mean(dim=-1, keepdim=True) + self.eps)
-        # gamma * (x * n) + beta + x, with the two products by x taken as one. The cast keeps a half-precision x from
-        # being promoted by float32 parameters, which would double the memory of the widest tensor of the network.
+        # gamma * (x * n) + beta + x, with the two terms in x merged. The cast keeps float32 parameters from promoting
+        # a half-precision x, which would double the memory of the network's widest tensor.
         return torch.addcmul(self.beta.to(x.dtype), x, (self.gamma * n + 1).to(x.dtype))
 
 
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0, version: int = 2, layer_scale_init_value: float = 1e-6):
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)  # depthwise: each channel by itself
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)  # depthwise: each channel separately
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)  # a 1x1 convolution, on channels-last maps
         self.act = nn.GELU()
@@ -79,13 +79,13 @@ class Block(nn.Module):
         return self.drop_path(x)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything after the depthwise convolution: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder."""
+        """Apply everything after `dwconv`: (N, H, W, C) -> (N, H, W, C). Shared with the sparse encoder."""
         x = self.pwconv1(self.norm(x))  # (N, H, W, C) -> (N, H, W, 4C)
         x = self.pwconv2(self.grn(self.act(x)))  # (N, H, W, 4C) -> (N, H, W, C)
         return x if self.gamma is None else self.gamma * x
 
     def run(self, branch: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        """`branch(*args)`; with `checkpoint_activations` backward keeps only `args`, and computes the rest again."""
+        """Call `branch(*args)`; with `checkpoint_activations`, keep only `args` for backward and recompute the rest."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(branch, *args, use_reentrant=False)
         return branch(*args)
@@ -95,15 +95,15 @@ class ConvNeXt(nn.Module):
     """ConvNeXt classifier, or with `num_classes=0` the bare encoder that FCMAE pre-trains (no final norm, no head).
 
     Args:
-        depths, dims: blocks and channels of the four stages.
+        depths, dims: numbers of blocks and channels of the four stages.
         version: 2 (GRN) or 1 (LayerScale).
-        num_classes: logits; 0 for none.
+        num_classes: number of logits; 0 for no head.
         in_chans: channels of the input image.
         stem_stride: 4 for photographs; 2 or 1 keeps small images at a useful resolution. A last-stage cell covers
             `patch_size = 8 * stem_stride` pixels on a side.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_rate: stochastic depth rate of the last block; the rate grows linearly from 0 at the first.
         head_init_scale: factor on the head's initial weight; its bias is zero.
-        layer_scale_init_value: version 1's LayerScale starts here. From 1e-6 it takes thousands of updates to grow.
+        layer_scale_init_value: initial LayerScale of version 1; from 1e-6 it takes thousands of updates to grow.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ConvNeXt(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for convolutions and linear layers, zero for their biases; for `Module.apply`."""
+    """Initialise convolutions and linear layers (truncated normal of std 0.02, zero biases); for `Module.apply`."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -188,11 +188,11 @@ def check_images(imgs: torch.Tensor, in_chans: int) -> None:
 
 
 def check_size(height: int, width: int, patch_size: int, whole_patches: bool = True) -> None:
-    """Raise ValueError unless an image is at least one patch large and, for `whole_patches`, divides into patches."""
+    """Raise ValueError unless an image has room for a patch and, with `whole_patches`, divides into patches."""
     for side in (height, width) if whole_patches else ():
         if side % patch_size or side == 0:
             small = "" if patch_size == 8 else ", or --stem_stride 1 for small images"
-            fitting = max(2, round(side / patch_size)) * patch_size  # of one patch alone, nothing can be predicted
+            fitting = max(2, round(side / patch_size)) * patch_size  # a single patch leaves nothing to predict from
             size = f"image size {side} is not a multiple of the patch size {patch_size}"
             raise ValueError(f"{size}; try --input_size {fitting}{small}")
     if min(height, width) < patch_size:
@@ -200,7 +200,7 @@ def check_size(height: int, width: int, patch_size: int, whole_patches: bool = T
         raise ValueError(f"{size}; enlarge it, or lower --stem_stride")
 
 
-# Paper App. A.1: name -> (depths, dims). Huge exists as V2 only. Yocto is ours: a fifth of Atto, for minutes on a CPU.
+# Paper App. A.1: name -> (depths, dims). Huge exists as V2 only. Yocto is ours: a fifth of Atto, for quick CPU runs.
 SIZES = {
     "yocto": ((1, 1, 3, 1), (24, 48, 96, 192)),
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),

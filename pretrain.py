@@ -2,7 +2,7 @@
 
     python pretrain.py                                         # drawn images, minutes on a laptop
     python pretrain.py --data_path DIR                         # any folder of images
-    python pretrain.py --data_path DIR --init_weight FILE      # go on from published weights, a file or an address
+    python pretrain.py --data_path DIR --init_weight FILE      # start from published weights, a file or an address
     torchrun --nproc_per_node=8 pretrain.py --data_path DIR    # several GPUs
 
 Flags follow the authors' release. Writes encoder.pth, checkpoints, log.jsonl, config.json and plots to --output_dir.
@@ -44,7 +44,7 @@ DEFAULTS = {
 }  # fmt: skip
 DEFAULTS["cifar100"] = DEFAULTS["cifar10"]
 PAPER = dict(epochs=800, blr=1.5e-4)  # Tab. 8
-SMALL = 20_000  # images of a folder below which the schedule is not the paper's
+SMALL = 20_000  # a folder with fewer images does not get the paper's schedule
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.recipe:
         parser.take("recipe paper", PAPER)
     elif data_set == "folder" and 0 < (count := count_images(args.data_path)) < SMALL:
-        # Epochs grow as the root of the images shrinks, from 100; AdamW's rate as the root of the batch, 64 for 4096.
+        # Epochs grow from 100 as 1 / sqrt(images); AdamW's learning rate scales as sqrt(batch), from 4096 to 64.
         short = dict(epochs=min(PAPER["epochs"], round(100 * math.sqrt(SMALL / count))), blr=8 * PAPER["blr"])
         parser.take(f"{count:,} images, few for the paper's schedule (--recipe paper)", short)
     start = args.init_weight and file_of_run(args.init_weight, "newest", "encoder.pth", "checkpoint-best.pth")
@@ -95,12 +95,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     with value_errors_are_the_users():
         check_size(args.input_size, args.input_size, 8 * args.stem_stride)
         grid = args.input_size // (8 * args.stem_stride)
-        random_mask(1, grid, grid, args.mask_ratio)  # so that a ratio that cannot be drawn is found now
+        random_mask(1, grid, grid, args.mask_ratio)  # a ratio that cannot be drawn raises now
     return args
 
 
 def count_images(directory: str) -> int:
-    """Count image files in a folder or its train/, by their names, up to SMALL."""
+    """Count image files in a folder, or in its train/, by suffix, up to SMALL."""
     folders = os.walk(data.split_folder(directory, "train") or directory, followlinks=True)
     suffixes = (os.path.splitext(name)[1].lower() for _, _, names in folders for name in names)
     return sum(1 for _ in islice((suffix for suffix in suffixes if suffix in data.IMAGE_SUFFIXES), SMALL))
@@ -185,11 +185,11 @@ def draw_masks(args: argparse.Namespace, batch: Batch, grid: int) -> torch.Tenso
 
 
 def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None) -> tuple[str, list, list]:
-    """Load a seeded choice of images, so few that all evaluations together take less than a tenth of the run's time.
+    """Load a seeded choice of images, few enough that all evaluations take less than a tenth of the run's time.
 
-    That counts on no image costing more than one of training: features take a dense forward pass, a loss half of it.
-    Returns the loss's name in the log, what it is computed on (training images if `val` is None), and labelled training
-    images, none unless `val` has the same classes: batches of uint8 images (B, 3, S, S) and labels (B,).
+    This assumes that no image costs more than in training: features take a dense forward pass, a loss half of one.
+    Returns the loss's name in the log, the images for it (training images if `val` is None), and labelled training
+    images (none unless `val` has the same classes), as batches of uint8 images (B, 3, S, S) and labels (B,).
     """
     evaluations = 1 + math.ceil(args.epochs / args.eval_freq)
     labelled = val and images.classes == val.classes is not None
@@ -205,7 +205,7 @@ def load_evaluation(args: argparse.Namespace, images: Images, val: Images | None
 
 
 def evaluate(run: Run, mae: FCMAE, evaluation: tuple[str, list, list], epoch: int) -> None:
-    """Compute `scores`, and log them beside those before training. Only the main process does; the others wait."""
+    """Compute `scores`, and log them beside the untrained ones. Only the main process calls it; the others wait."""
     start, results = time.perf_counter(), scores(mae.eval(), run, *evaluation)
     mae.train()
     record = {"epoch": epoch, "update": run.done} | results
@@ -241,7 +241,7 @@ def scores(mae: FCMAE, run: Run, loss: str, queries: list, bank: list) -> dict[s
 
 @torch.no_grad()
 def reconstruction_panels(mae: FCMAE, imgs: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Reconstruct images (N, C, H, W): originals, visible patches, predicted patches, and the latter two together."""
+    """Reconstruct images (N, C, H, W): originals, visible patches, predicted patches, and both together."""
     _, pred, mask = mae(imgs, generator=generator)
     prediction = mae.reconstruct(imgs, pred)
     hidden = upsample_mask(mask, mae.patch_size)[:, None]  # (N, 1, H, W)

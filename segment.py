@@ -47,7 +47,7 @@ from plumbing.shapes import SCENES, SHAPES, SPLITS, draw_scenes
 
 
 class UPerNet(nn.Module):
-    """The segmentation head of the paper on the encoder's four stages (Xiao et al., arXiv 1807.10221, Fig. 4).
+    """The paper's segmentation head on the encoder's four stages (Xiao et al., arXiv 1807.10221, Fig. 4).
 
         stages                    pyramid pooling
         4  (C_4, H/32) -> norm -> 1, 2, 3, 6, bottleneck -------------> resize --+
@@ -104,7 +104,7 @@ def resize(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes, which have equally many; torch's SyncBatchNorm needs GPUs."""
+    """BatchNorm over the images of all processes, equally many in each; torch's SyncBatchNorm needs GPUs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> the same shape."""
@@ -128,7 +128,7 @@ def segmentation_losses(
 ) -> dict[str, torch.Tensor]:
     """Compute the loss's two terms from logits (N, K, H, W) and labels (N, H, W) in 0 .. K - 1 or 255.
 
-    Each is the mean, over pixels that count, of cross-entropy times the weight (K,) of the class; 0 without any.
+    Each is cross-entropy times the class's weight (K,), averaged over the pixels that count; 0 if there are none.
     """
     labels, count = labels.long(), (labels != IGNORED).sum().clamp(min=1)
 
@@ -144,13 +144,13 @@ def segmentation_losses(
 class LabelledImages(Images):
     """Images with label maps, uint8 (3, H, W) and (H, W).
 
-    As `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts, and `transform` is of
-    image and label map together; without one both come as they are. Class k has `numbers[k]` in files.
+    Like `Images`, but `labels` are file paths, a uint8 array (n, H, W), or None if no pixel counts. `transform` takes
+    image and label map together; without it both come unchanged. Class k is `numbers[k]` in files.
     """
 
     crop = None  # files are not cropped while decoding
     numbers: Sequence[int] = range(IGNORED)
-    pixels: Counter  # of each number, and below a map that has it; `load_images` counts them
+    pixels: Counter  # pixels of each number; below, a map that has it; both set by `load_images`
     files: dict[int, str]
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -178,7 +178,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
     else:
         salt = SPLITS.index(split)
         items, kinds, masks = draw_scenes(args.embedded_images[salt], salt, args.input_size)
-        labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1, dtype=np.uint8)  # disjoint ones, -> (n, S, S)
+        labels = (masks * (kinds[:, :, None, None] + 1)).sum(axis=1, dtype=np.uint8)  # disjoint masks -> (n, S, S)
     images = LabelledImages(items, labels, None, None, STATISTICS[args.statistics], args.seed)
     if args.holdout:
         images = split_holdout(images, args.holdout)[split == "val"]
@@ -192,7 +192,7 @@ def load_images(args: argparse.Namespace, split: str) -> LabelledImages:
 
 
 def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Pair images/ and annotations/ by names without suffix, in the first folder of `splits`; UserError for others."""
+    """Pair images/ and annotations/ by stem, in the first of `splits` that exists; UserError if any has no partner."""
     names = []
     for kind in ("images", "annotations"):
         folder = next((path for split in splits if (path := Path(root, kind, split)).is_dir()), None)
@@ -208,7 +208,7 @@ def list_pairs(root: str, splits: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | None:
-    """Read names and colours of the data's classes, of a folder those in a file; None without one."""
+    """Return names and colours of the data's classes; a folder's come from a file, None without one."""
     if args.data_set == "embedded":
         return ["ground", *SHAPES], [(232, 232, 232), *maps.class_colours(len(SHAPES))]
     names = () if args.nb_classes else ("classes.txt", "objectInfo150.txt")  # the latter is ADE20K's
@@ -217,7 +217,7 @@ def listed_classes(args: argparse.Namespace) -> tuple[list[str], list[tuple]] | 
 
 
 def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Classes:
-    """Return the classes that are listed, or that label maps with these labels need."""
+    """Return the listed classes, or those that label maps with these labels need."""
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
     if len(labels) == 2 and labels[0] == 0 and labels[1] > 1 and not first and (count or 2) <= 2:
@@ -236,7 +236,7 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
 
 
 def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> torch.Tensor:
-    """Give images their classes; return each one's pixels (K,). UserError for other labels, or if few have pixels."""
+    """Set the images' classes; count each one's pixels (K,). UserError for other labels, or if too few have pixels."""
     images.classes, images.numbers, count = classes.names, classes.numbers, len(classes.names)
     if unknown := images.pixels.keys() - {*classes.numbers, 0, IGNORED}:
         known = f"the {count} classes have {min(classes.numbers)} to {max(classes.numbers)}"
@@ -251,7 +251,7 @@ def use_classes(images: LabelledImages, classes: maps.Classes, least: int) -> to
 
 
 def describe_pixels(images: LabelledImages, pixels: torch.Tensor) -> str:
-    """Put the classes' fractions of the pixels (K,) into words, and which classes have none."""
+    """Describe the classes' fractions of the pixels (K,), and which classes have none."""
     empty = [name for name, count in zip(images.classes, pixels) if not count]
     without = f"; no training pixel of {', '.join(empty[:10])} ({len(empty)} in all)" if empty else ""
     ignored = 1 - pixels.sum().item() / sum(images.pixels.values())
@@ -282,12 +282,12 @@ class Augmentation:
         low, high = sorted(self.scale)
         short = self.short * (low + (high - low) * torch.rand(()).item())
         size = list(scaled_size(image.height, image.width, short))
-        # Not torchvision's resizing of masks, which takes the pixel before a position: labels would be shifted.
+        # torchvision would resize a mask by the pixel before each position, which shifts the labels.
         labels = F.interpolate(labels.as_subclass(torch.Tensor)[None, None], size, mode="nearest-exact")[0, 0]
         return v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR), tv_tensors.Mask(labels)
 
     def crop(self, image: Image.Image, labels: tv_tensors.Mask) -> tuple[Image.Image, tv_tensors.Mask]:
-        """Crop at random until no class has more than the fraction --most of pixels that count; at most ten times."""
+        """Crop at random, up to ten times, until no class exceeds the fraction --most of the pixels that count."""
         for _ in range(10):
             crops = self.random_crop(image, labels)
             counts = crops[1].as_subclass(torch.Tensor).flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
@@ -317,8 +317,8 @@ EVALUATION = ("input_size", "test_size", "window", "stride")
 EVALUATION += ("reduce_zero_label", "nb_classes", "val_split", "image_max")
 PLACES = ("data_path", "holdout")
 CPU_SIZES = {4: 96, 2: 64, 1: 48}  # the stem's stride -> --input_size for folders on a CPU
-OTHER_NAMES = {"training": ["train"], "validation": ["val", "valid"]}  # of a split's folder
-NOTHING = ("background", "unlabeled", "unlabelled", "void", "ignore")  # names of label 0 where it does not count
+OTHER_NAMES = {"training": ["train"], "validation": ["val", "valid"]}  # other names of a split's folder
+NOTHING = ("background", "unlabeled", "unlabelled", "void", "ignore")  # names of label 0 if it does not count
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -397,7 +397,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     pixels = use_classes(images, classes, least=2)
     if val:
         use_classes(val, classes, least=1)
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         net, imgs = make_segmenter(args, len(classes.names)).train(), torch.empty(batch_size, 3, *[args.input_size] * 2)
         fix = "lower --batch_size, --input_size or --channels"
         tasks.check_memory(net, lambda: segmentation_losses(*net(imgs), imgs[:, 0]), args.amp, device, fix)
@@ -453,12 +453,12 @@ def make_schedule(run: Run) -> Callable[[int], float]:
 
 # --- evaluation and prediction ----------------------------------------------------------------------------------------
 
-STRIP = 2**24  # probabilities computed at a time, so that large images fit the memory
+STRIP = 2**24  # probabilities computed at a time, so that large images fit in memory
 
 
 @torch.no_grad()
 def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> Iterator[tuple]:
-    """Label each of this process's readable images: its index, image (3, H, W), true and predicted labels (H, W)."""
+    """Label this process's readable images; yield index, image (3, H, W), true and predicted labels (H, W) of each."""
     # One at a time, since GRN would pool over the padding of unequal sizes.
     batches, training = divided(range(dist.rank(), len(images), dist.world_size()), 1), net.training
     net.eval()
@@ -471,7 +471,7 @@ def label(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device
 
 
 def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """uint8 (3, H, W) -> classes' probabilities, means over scales and flips, in strips (K, h, W)."""
+    """uint8 (3, H, W) -> class probabilities, averaged over scales and flips, in strips (K, h, W)."""
     outputs, (height, width) = [], image.shape[1:]
     for scale, flip in product(args.test_scales, (False, True) if args.flip else (False,)):
         size = list(scaled_size(height, width, args.test_size * scale, least=net.encoder.patch_size))
@@ -479,7 +479,7 @@ def probabilities(net: UPerNet, image: torch.Tensor, args: argparse.Namespace) -
         view = normalise(view.flip(2) if flip else view, STATISTICS[args.statistics], image.device)
         logits = slide(net, view[None], args.window, args.stride)  # (1, 3, h, w) -> (1, K, h, w)
         outputs.append(logits.flip(3) if flip else logits)
-    # Bilinear as in `resize`, at the centres of the image's pixels, which are numbered from -1 to 1.
+    # Bilinear as in `resize`, at the centres of the image's pixels, whose coordinates span -1 to 1.
     y, x = ((2 * torch.arange(side, device=image.device) + 1) / side - 1 for side in (height, width))
     for rows in y.split(max(1, STRIP // (width * outputs[0].shape[1]))):
         grid = torch.stack(torch.meshgrid(x, rows, indexing="xy"), dim=-1)[None]  # (1, h, W, 2)
@@ -504,7 +504,7 @@ def slide(net: UPerNet, imgs: torch.Tensor, window: int | None, stride: int | No
 
 
 def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, device: torch.device) -> tuple:
-    """Score a network over all pixels: scores to log, all scores, and six `maps.Example`s spread over the set."""
+    """Score a network over all pixels; return scores to log, all scores, and six `maps.Example`s across the set."""
     classes, count, examples = len(images.classes), 0, {}
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     chosen = {k * len(images) // 6 for k in range(6)}
@@ -522,12 +522,12 @@ def evaluate(net: UPerNet, images: LabelledImages, args: argparse.Namespace, dev
 
 
 def describe(scores: dict) -> str:
-    """Put the chief scores into words, in percent."""
+    """Put the main scores into words, in percent."""
     return f"mIoU {100 * scores['mIoU']:.1f}, accuracy {100 * scores['accuracy']:.1f}"
 
 
 def write_scores(folder: Path, results: tuple[dict, list], classes: maps.Classes) -> None:
-    """Write scores.json, and segmentation.png of the examples."""
+    """Write scores.json, and draw the examples in segmentation.png."""
     make_directory(folder)
     scores, examples = results
     save_json(folder / "scores.json", scores)
@@ -535,7 +535,7 @@ def write_scores(folder: Path, results: tuple[dict, list], classes: maps.Classes
 
 
 def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, UPerNet], maps.Classes]:
-    """Load the networks of --resume, "model" and, if there is one, "model_ema"; and their classes."""
+    """Load the networks of --resume, "model" and perhaps "model_ema"; and their classes."""
     content, path = weights.read_content(args.resume), args.resume
     if not {"model", "classes", "colours", "numbers"} <= content.keys():
         raise UserError(f"{path} is no checkpoint of segment.py; train one with segment.py --finetune {path}")
@@ -545,7 +545,7 @@ def load_segmenters(args: argparse.Namespace, device: torch.device) -> tuple[dic
 
 
 def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluate the checkpoint of --resume on the validation images, its moving average too."""
+    """Evaluate the --resume checkpoint and its moving average on the validation images."""
     nets, classes = load_segmenters(args, device)
     names, _ = listed_classes(args) or (classes.names, None)
     if classes.names not in (names, ["background", *names]):
@@ -565,7 +565,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """Write a label map for every image, and the image with the classes' colours laid over it."""
+    """Write a label map for every image, and the image overlaid with the classes' colours."""
     nets, classes = load_segmenters(args, device)
     net, paths = nets.get("model_ema", nets["model"]), find_images(args.predict, image_max=args.image_max)
     images = LabelledImages(paths, None, classes.names, None, STATISTICS[args.statistics])
@@ -576,7 +576,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         maps.write_labels(folder / f"{name}.png", labels.numpy(), classes)
         maps.draw_overlay(folder / f"{name}-overlay.png", image, labels, classes)
         print(f"{paths[index]}: {describe_largest(classes.names, labels.flatten().bincount(), 5)}")
-    dist.gather(None)  # the other processes' files are there too
+    dist.gather(None)  # wait for the other processes' files
     dist.say(f"in {folder}: a label map and an overlay of each image")
 
 

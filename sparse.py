@@ -1,8 +1,8 @@
 """Submanifold sparse convolution in pure PyTorch, and the ConvNeXt encoder on visible sites (paper Sec. 3, App. A.2).
 
 A masked image is a sparse set of sites. A submanifold convolution computes its output at visible sites only and reads
-hidden sites as zero: exactly a dense convolution with the mask applied before and after it. The weights are those of
-the dense modules in `model.py`; nothing here has parameters.
+hidden sites as zero: exactly a dense convolution with the mask applied before and after it. The weights belong
+to the dense modules in `model.py`; nothing here has parameters.
 
 One mask on the last stage's grid fixes the visible sites of every finer stage, because each cell divides into 2 x 2.
 Rows are numbered coarse to fine: the four children of row r are rows 4r .. 4r + 3. So a 2x2 downsampling convolution is
@@ -37,7 +37,7 @@ class Sites:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Sites":
-        """Take the visible cells of a boolean mask (N, h, w), True = hidden. On the CPU it costs no synchronisation."""
+        """Take the visible cells of a boolean mask (N, h, w), True = hidden. A CPU mask costs no synchronisation."""
         visible = ~mask
         cell = visible.flatten().nonzero().squeeze(1).to(device or mask.device, non_blocking=True)  # (A,)
         return cls(tuple(mask.shape), cell, visible.flatten(1).sum(dim=1).tolist())
@@ -72,7 +72,7 @@ class SparseTensor:
         self.features, self.sites = features, sites
 
     def dense(self) -> torch.Tensor:
-        """(N, C, H, W), zero at hidden sites."""
+        """Scatter the features into a map (N, C, H, W), zero at hidden sites."""
         n, height, width = self.sites.grid
         channels = self.features.shape[1]
         x = self.features.new_zeros(n * height * width, channels)
@@ -98,7 +98,7 @@ def with_zero_row(x: torch.Tensor) -> torch.Tensor:
 
 
 def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: Sites) -> torch.Tensor:
-    """Compute the same: scatter rows into a grid of zeros, convolve densely, gather the rows. (A, C) -> (A, C)."""
+    """Compute `reference_conv` densely: scatter rows into zeros, convolve, gather the rows. (A, C) -> (A, C)."""
     y = dwconv(SparseTensor(x, sites).dense())  # (A, C) -> (N, C, H, W)
     return y.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, sites.cell)  # (N, C, H, W) -> (N * H * W, C) -> (A, C)
 
@@ -109,11 +109,11 @@ def submanifold_conv(x: torch.Tensor, dwconv: nn.Module, sites: Sites) -> torch.
 def sparse_stages(
     net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor, conv: Callable | None = None
 ) -> list[SparseTensor]:
-    """`net.forward_stages` on the visible sites of `imgs` (N, in_chans, H, W): four stages' features, finest first.
+    """Run `net.forward_stages` on the visible sites of `imgs` (N, in_chans, H, W): four stages' features, finest first.
 
     mask: (N, H / patch_size, W / patch_size) boolean, True = hidden, any pattern. Hidden pixels are never read.
-    conv: the blocks' convolution; by default the network's own (`fast.py`), else `submanifold_conv`.
-    Raises ValueError for images or masks of another shape or type.
+    conv: the blocks' convolution; by default the network's own if it has one (`fast.py`), else `submanifold_conv`.
+    Raises ValueError for images or masks of the wrong shape or type.
     """
     check_mask(net, imgs, mask)
     conv = conv or getattr(net, "sparse_conv", submanifold_conv)
@@ -130,7 +130,7 @@ def sparse_stages(
 
 @torch.compiler.disable  # the number of visible sites depends on the mask's values
 def _levels(mask: torch.Tensor, device: torch.device) -> list[Sites]:
-    """The visible sites of every stage, finest first."""
+    """Find the visible sites of every stage, finest first."""
     levels = [Sites.from_mask(mask, device)]
     while len(levels) < 4:
         levels.insert(0, levels[0].finer())
@@ -152,7 +152,7 @@ def _downsample(downsample: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     return F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
-def _layer_norm(x, norm):  # `norm` may be a channels-first module, but rows end in their channels
+def _layer_norm(x, norm):  # `norm` may be a channels-first module, but in rows the channels come last
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
@@ -160,18 +160,18 @@ def _branch(block: Block, x: torch.Tensor, sites: Sites, conv: Callable) -> torc
     y = conv(x, block.dwconv, sites)  # (A, C)
     if len(set(sites.counts)) > 1:
         return _image_by_image(block, y, sites.counts)
-    # Always so in FCMAE: every image has as many sites, so to the MLP and GRN the batch is a dense map of one row.
+    # The only case in FCMAE: images have equally many sites, so the MLP and GRN take them as dense maps of one row.
     y = y.view(len(sites.counts), 1, sites.counts[0], y.shape[1])  # (A, C) -> (N, 1, A / N, C)
     return block.drop_path(block.mlp(y)).view(x.shape)
 
 
-# --- the same by dense convolutions -----------------------------------------------------------------------------------
+# --- the same with dense convolutions ---------------------------------------------------------------------------------
 
 
 def masked_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Compute the same with dense convolutions, the mask before and after each, GRN over visible sites: the oracle.
+    """Compute `sparse_stages` with dense convolutions, masked before and after, and GRN over visible sites: the oracle.
 
-    Same arguments as `sparse_stages`; four maps (N, dims[i], H / s_i, W / s_i), zero at hidden sites.
+    Returns four maps (N, dims[i], H / s_i, W / s_i), zero at hidden sites.
     """
     check_mask(net, imgs, mask)
     mask, stages = mask.to(imgs.device), []
@@ -196,7 +196,7 @@ def _masked_branch(block: Block, x: torch.Tensor, hidden: torch.Tensor) -> torch
 
 
 def leaky_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    """Another function: `net` on the zero-filled image, as in the paper's "without sparse conv." (Sec. 3)."""
+    """Run `net` on the zero-filled image: not equivalent, but the paper's "without sparse conv." (Sec. 3)."""
     check_mask(net, imgs, mask)
     mask = mask.to(imgs.device)
     stages = net.forward_stages(imgs.masked_fill(upsample_mask(mask, net.patch_size)[:, None], 0))
@@ -207,7 +207,7 @@ def leaky_stages(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> list[
 
 
 def upsample_mask(mask: torch.Tensor, scale: int) -> torch.Tensor:
-    """(N, h, w) -> (N, h * scale, w * scale), every cell repeated."""
+    """Repeat every cell: (N, h, w) -> (N, h * scale, w * scale)."""
     return mask.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
 
 
@@ -224,18 +224,18 @@ def check_mask(net: ConvNeXt, imgs: torch.Tensor, mask: torch.Tensor) -> None:
         raise ValueError(f"mask of shape {tuple(mask.shape)} does not match the images' grid of patches {expected}")
 
 
-# --- what FCMAE does without: images with unequal numbers of visible sites, and other modules in GRN's place ---------
+# --- not used by FCMAE: images with unequal numbers of visible sites, and other modules in GRN's place ----------------
 
 
 def _image_by_image(block: Block, y: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """The block's MLP where GRN's norm is over one image, each image being a map of its own: (A, C) -> (A, C)."""
+    """Apply the block's MLP to each image as a map of its own, over which GRN takes its norm: (A, C) -> (A, C)."""
     if not isinstance(block.grn, GRN | nn.Identity):
         raise ValueError(UNEQUAL)
     return torch.cat([block.drop_path(block.mlp(image[None, None])).flatten(0, 2) for image in y.split(counts)])
 
 
 def _over_visible(module: nn.Module, x: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """A module that must not see hidden sites, in GRN's place, on (N, H, W, C): the zeros there would change a mean."""
+    """Apply GRN's replacement to the visible sites of x (N, H, W, C) only: zeros at hidden ones would change a mean."""
     counts = visible.flatten(1).sum(dim=1).tolist()
     if len(set(counts)) > 1:
         raise ValueError(UNEQUAL)

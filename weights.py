@@ -1,4 +1,4 @@
-"""Weights in and out: the tensors of a ConvNeXt under this project's names, and under those of other libraries.
+"""Weights in and out: a ConvNeXt's tensors under this project's names, and under other libraries' names.
 
     python weights.py IN OUT.pth --to timm    # or hf, mmpretrain, authors; IN may have any layout that is known here
     python weights.py IN DIR --to timm        # or hf: a folder that the library opens, its configuration included
@@ -27,7 +27,7 @@ from plumbing.files import UserError, value_errors_are_the_users
 
 State = dict[str, torch.Tensor]
 
-# A column is a layout, a row a kind of tensor, read in both directions; "=" is the name in the first column, "-" none.
+# A column is a layout, a row a kind of tensor, read in both directions; "=" repeats the first column, "-" is no name.
 # The second row is {b}, a block. Fields: p weight or bias, i stage, j block, d stage after the first, q a tensor of its
 # norm (0) or convolution (1), v a tensor of another norm in GRN's place (experiments/norms.py).
 TABLE = """
@@ -49,10 +49,10 @@ head.{p}                   head.fc.{p}                classifier.{p}            
 """
 LAYOUTS, BLOCKS, *NAMES = (row.split() for row in TABLE.strip().splitlines())
 FIELDS = dict(p="weight|bias", i="[0-3]", j=r"\d+", d="[1-3]", q=r"[01]\.(?:weight|bias)", v=r"\w+\.[\w.]+")
-ENCLOSING = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # what a larger network calls its ConvNeXt
-# Wrappers' parts of names: of DistributedDataParallel, torch.compile, Lightning, and MinkowskiEngine (authors').
+ENCLOSING = r"(?:encoder\.|backbone\.(?:encoder\.)?|convnext(?:v2)?\.)?"  # a larger network's prefix for its ConvNeXt
+# Parts of names that wrappers add: DistributedDataParallel, torch.compile, Lightning, MinkowskiEngine (authors').
 WRAPPERS = re.compile(r"\b(module|_orig_mod|model|net|network)\.|(?<!grn\.)\b(ln|linear)\.")
-# What an FCMAE, a detector of detect.py and a segmenter of segment.py hold besides their encoder.
+# Tensors besides the encoder in an FCMAE, a detector of detect.py and a segmenter of segment.py.
 HEADS = re.compile(
     r"mask_token|(proj|pred|decoder)\..+|(backbone\.(norms|fpn)|rpn|roi_heads)\..+"
     r"|(norms|ppm|lateral|fpn)\.\d\..+|(bottleneck|fuse|classifier|auxiliary)\..+"
@@ -61,7 +61,7 @@ STEM = "downsample_layers.0.0.weight"
 
 
 def _patterns(layout: str) -> list[tuple[re.Pattern, dict[str, str]]]:
-    """For each row of NAMES a pattern of its name in `layout`, and the names in all layouts."""
+    """Return, for each row of NAMES, a pattern for its name in `layout` and its names in all layouts."""
     rows = []
     for row in NAMES:
         cells = [(row[0] if cell == "=" else cell).replace("{b}", block) for cell, block in zip(row, BLOCKS)]
@@ -75,7 +75,7 @@ PATTERNS = {layout: _patterns(layout) for layout in LAYOUTS}
 
 
 def _rename(key: str, source: str, target: str) -> str | None:
-    """A tensor's name in another layout, None if there is none."""
+    """Return a tensor's name in another layout, or None if it has none."""
     key = re.sub(r"\.kernel$", ".weight", WRAPPERS.sub("", key))
     for pattern, names in PATTERNS[source]:
         if (match := pattern.fullmatch(key)) and names[target] != "-":
@@ -87,7 +87,7 @@ def _rename(key: str, source: str, target: str) -> str | None:
 
 
 def detect_layout(state_dict: State) -> str:
-    """Name the layout, "native" for both of the authors' own; UserError for anything else."""
+    """Name the layout, "native" for both of the authors' layouts; UserError for anything else."""
     for layout in LAYOUTS:
         if any(_rename(key, layout, "native") == "stages.0.0.dwconv.weight" for key in state_dict):
             return layout
@@ -97,9 +97,9 @@ def detect_layout(state_dict: State) -> str:
 
 
 def to_native(state_dict: State) -> State:
-    """Tensors of any known layout under this project's names and in its shapes; of larger networks, the encoder's.
+    """Convert tensors of any known layout to this project's names and shapes; of larger networks, keep the encoder.
 
-    UserError for an unknown layout, and for tensors that are no part of a classifier or of an FCMAE, detector or
+    UserError for an unknown layout, and for tensors that belong neither to a classifier nor to an FCMAE, detector or
     segmenter of this project.
     """
     layout, native, foreign = detect_layout(state_dict), {}, []
@@ -116,7 +116,7 @@ def to_native(state_dict: State) -> State:
 
 
 def _native_shape(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor of any layout in native shape. The taps of the authors' sparse kernels run down columns."""
+    """Return a tensor of any layout in native shape. The authors' sparse kernels list their taps column by column."""
     try:
         if name.endswith((".grn.gamma", ".grn.beta")):
             value = value.reshape(1, 1, 1, -1)
@@ -164,7 +164,7 @@ def from_native(state_dict: State, layout: str) -> State:
 
 
 def architecture(native: State) -> dict:
-    """Arguments for which `ConvNeXt(**architecture(native))` fits, GRN's replacement aside; num_classes 0: no head."""
+    """Return the arguments of a fitting `ConvNeXt(**arguments)`, GRN's replacement aside; num_classes 0: no head."""
     kernels = [STEM, *(f"stages.{i}.0.dwconv.weight" for i in range(4))]
     if missing := [key for key in kernels if key not in native or native[key].dim() != 4]:
         raise UserError(f"the weights lack {', '.join(missing)}, kernels of four dimensions that every ConvNeXt has")
@@ -180,7 +180,7 @@ def architecture(native: State) -> dict:
 
 
 def mlp_norm_of(native: State) -> str | None:
-    """Name what stands in GRN's place, as in `experiments.norms.MLP_NORMS`: "grn" in V2, None in V1."""
+    """Name the norm in GRN's place, as in `experiments.norms.MLP_NORMS`: "grn" in V2, None in V1."""
     names = [key.split(".grn.")[1].split(".") for key in native if ".grn." in key]
     return next((variant[0] for variant in names if len(variant) > 1), "grn" if names else None)
 
@@ -192,7 +192,7 @@ def _model_name(depths: tuple, dims: tuple, version: int, **_) -> str:
 
 @value_errors_are_the_users()
 def build(native: State, load: bool = True, **start: float) -> ConvNeXt:
-    """Build a network that fits the tensors, with them as weights, or initial ones (`start`: arguments of ConvNeXt)."""
+    """Build a network that fits the tensors and, with `load`, load them; `start`: further arguments of ConvNeXt."""
     net = replace_mlp_norm(ConvNeXt(**architecture(native), **start), mlp_norm_of(native))
     if load:
         load_weights(net, native)
@@ -219,9 +219,9 @@ def replace_mlp_norm(net: ConvNeXt, name: str | None) -> ConvNeXt:
 def load_weights(model: ConvNeXt, native: State, other_norm: bool = False) -> list[str]:
     """Copy native tensors into `model`, strictly; return a report, line by line.
 
-    Exceptions: a stem for images of other channels is adapted (`adapt_stem`). The model's initial values stay in final
-    norm and head where the model or the file has none, in a head for other classes, and with `other_norm` in GRN's
-    place. UserError for another stem stride, and for whatever else is missing, unexpected or of another shape.
+    Exceptions: a stem for other input channels is adapted (`adapt_stem`). Initial values stay in final norm and head if
+    the model or the file has none, in a head for another number of classes, and, with `other_norm`, in GRN's place.
+    UserError for another stem stride, and for anything else missing, unexpected or of another shape.
     """
     source, tensors, own, report = architecture(native), dict(native), model.state_dict(), []
     if source["in_chans"] != model.in_chans:
@@ -253,9 +253,9 @@ def _load_strictly(net: nn.Module, state_dict: State, problem: str) -> None:
 
 
 def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Adapt a stem's kernel (o, i, s, s) -> (o, in_chans, s, s): the same response to images of equal channels.
+    """Adapt a stem's kernel (o, i, s, s) -> (o, in_chans, s, s): the same response if all channels are equal.
 
-    Fewer channels take the sums of the old ones in turn; more repeat them, each divided by its number of copies.
+    For fewer channels, old ones are summed in turn; for more, they repeat, each divided by its number of copies.
     """
     old = kernel.shape[1]
     turn, fractions = torch.arange(max(old, in_chans)), kernel.new_zeros(old, in_chans)
@@ -267,7 +267,7 @@ def adapt_stem(kernel: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 
 def read_content(path: str | Path) -> dict:
-    """Read a checkpoint or a .safetensors file, of plain types; mmdetection's detector as detect.py would save it."""
+    """Read a checkpoint of plain types or a .safetensors file; mmdetection's detector as detect.py would save it."""
     if Path(path).suffix == ".safetensors":
         import safetensors.torch  # an optional package
 
@@ -290,7 +290,7 @@ def read_config(path: str | Path) -> dict:
 
 
 def read_file(path: str | Path, ema: bool = False) -> State:
-    """Read the state dict in a file of any layout, with `ema` the averaged weights; a UPerNet's under our names."""
+    """Read the state dict in a file of any layout, with `ema` the averaged weights; rename a UPerNet's to our names."""
     content = read_content(path)
     top = ", ".join(map(str, list(content)[:5])) or "nothing"
     if ema:
@@ -317,7 +317,7 @@ def write_file(path: Path, state_dict: State, top: str | None = None) -> None:
 
 
 def flags_of(path: str | Path, *more: str) -> dict:
-    """Read a file's values of flags: model, stem_stride, mlp_norm; and `more` of the run that wrote it."""
+    """Read flags from a file: model, stem_stride and mlp_norm, and `more` flags of the run that wrote it."""
     config = read_config(path)
     return _flags_of(to_native(read_file(path))) | {key: config[key] for key in more if key in config}
 
@@ -343,9 +343,9 @@ def load_classifier(path: str, device: torch.device) -> tuple[dict[str, ConvNeXt
 
 
 def load_parts(net: nn.Module, encoder: ConvNeXt, path: str, what: str) -> list[str]:
-    """Give `net`, what is built on `encoder` (`what`), the weights of a file of any layout; return a report.
+    """Load a file of any layout into `net`, a network (`what`) built on `encoder`; return a report.
 
-    The encoder's must all fit. The rest is taken where the file has a tensor of that name and shape.
+    All of the encoder's tensors must fit. Others are loaded if the file has one of the same name and shape.
     """
     tensors, own = {WRAPPERS.sub("", name): value for name, value in read_file(path).items()}, net.state_dict()
     report = [f"{path}: {describe(tensors)}", *load_weights(encoder, to_native(tensors))]
@@ -368,7 +368,7 @@ def load_saved(content: dict, make: Callable[[], nn.Module], path: str, device: 
 
 # --- detectors and segmenters of other libraries ----------------------------------------------------------------------
 
-# The modules outside the encoder of OpenMMLab's Mask R-CNN and of transformers' UPerNet, there and here; n is i + 1.
+# Modules outside the encoder: names in OpenMMLab's Mask R-CNN and transformers' UPerNet -> ours; n is i + 1.
 MODULES = {
     "backbone.norm{i}": "backbone.norms.{i}",
     "neck.lateral_convs.{i}": "backbone.fpn.inner_blocks.{i}",
@@ -396,7 +396,7 @@ MODULES = {
 
 
 def _own_modules(state_dict: State, layout: str, prefix: str) -> State:
-    """The tensors of MODULES and, after `prefix`, of the encoder in this layout under this project's names."""
+    """Give this project's names to the tensors of MODULES and, after `prefix`, of the encoder in this layout."""
     modules = {theirs.format(i=i, n=i + 1): own.format(i=i) for theirs, own in MODULES.items() for i in range(4)}
     renamed = {}
     for key, value in state_dict.items():
@@ -410,15 +410,15 @@ def _own_modules(state_dict: State, layout: str, prefix: str) -> State:
 
 
 def upernet_names(state_dict: State) -> State:
-    """Rename the tensors of transformers' UPerNet as in `segment.UPerNet`; anything else stays."""
+    """Rename the tensors of transformers' UPerNet as in `segment.UPerNet`; leave others as they are."""
     is_upernet = "decode_head.psp_modules.0.1.conv.weight" in state_dict
     return _own_modules(state_dict, "hf", "encoder.") if is_upernet else state_dict
 
 
 def _own_detector(state_dict: State, meta: dict) -> dict:
-    """A checkpoint as of detect.py, with the flags of the released configurations, from mmdetection's Mask R-CNN.
+    """Convert mmdetection's Mask R-CNN to a checkpoint of detect.py, with the flags of the released configurations.
 
-    There the last of K + 1 classes is the background, here the first, which has boxes and masks too, that nobody reads.
+    The background is the last of K + 1 classes there and the first here, where it also has boxes and masks, unused.
     """
     tensors = _own_modules(state_dict, "mmpretrain", "backbone.encoder.")
     for name, value in tensors.items():
@@ -445,18 +445,18 @@ def _own_detector(state_dict: State, meta: dict) -> dict:
 
 
 def write_folder(directory: Path, native: State, layout: str, config: dict, classes: list[str] | None) -> None:
-    """Write a folder for "hf"'s from_pretrained or "timm"'s local-dir:, which prepares images by a run's `config`.
+    """Write a folder for "hf"'s from_pretrained or "timm"'s local-dir:, which prepares images as a run's `config` says.
 
-    An encoder gets a final norm that does nothing but normalise.
+    An encoder gets a final norm with weight one and bias zero.
     """
-    import data  # not at the top, since converting needs none
+    import data  # not at the top, since converting does not need it
 
     depths, dims, version, count, channels, stride = architecture(native).values()
     names = classes if classes and len(classes) == count else [f"class {k}" for k in range(count)]
     mean, std = data.STATISTICS.get(config.get("data_set"), data.STATISTICS["folder"])
     size, crop, v2 = config.get("input_size", 224), config.get("crop_pct"), "v2" * (version == 2)
     side, square = data.short_side(size, crop), dict(height=size, width=size)  # no side: warped to the square
-    base = "atto" if dims[0] < SIZES["tiny"][1][0] else "tiny"  # for the kind of its MLP; model_args has the sizes
+    base = "atto" if dims[0] < SIZES["tiny"][1][0] else "tiny"  # sets the kind of MLP; model_args has the sizes
     timm = dict(
         architecture=f"convnext{v2}_{base}", num_classes=len(names),
         model_args=dict(depths=depths, dims=dims, patch_size=stride),
@@ -489,7 +489,7 @@ def export(path: Path, net: ConvNeXt, size: int) -> None:
     if path.suffix == ".pt2":
         torch.export.save(torch.export.export(net, images, dynamic_shapes=batch), path)
     else:
-        large = sum(p.nbytes for p in net.parameters()) > 2**30  # protocol buffers hold 2 GiB
+        large = sum(p.nbytes for p in net.parameters()) > 2**30  # protocol buffers hold at most 2 GiB
         names = dict(input_names=["images"], output_names=["logits" if net.num_classes else "features"])
         torch.onnx.export(net, images, path, dynamo=True, dynamic_shapes=batch, external_data=large, **names)
 

@@ -1,1 +1,1 @@
-"""Experiments on the method: what the paper compares it with, its claims at a small scale, and speed."""
+"""Experiments on the method: the paper's alternatives, its claims at a small scale, and speed."""

@@ -4,7 +4,7 @@
     python -m experiments.bench step            # the whole pre-training step, optimiser included
     python -m experiments.bench finetune        # the dense training step against timm's model
 
-Prints a table, and writes it and for `encoder` a figure to --output_dir.
+Prints a table, and writes it to --output_dir, for `encoder` with a figure.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(amp: str, device: torch.device, forward: Callable, *after: Callable) -> None:
-    """Call `forward` in this autocast type; if calls that use or clear gradients follow, backward before them."""
+    """Call `forward` with this autocast type; if calls that use or clear gradients follow, run backward first."""
     with torch.set_grad_enabled(bool(after)), dist.autocast(amp, device):
         loss = forward()
     if after:
@@ -70,7 +70,7 @@ def run(amp: str, device: torch.device, forward: Callable, *after: Callable) -> 
 
 
 def interleaved(calls: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each call, over rounds in which every one runs once, in random order."""
+    """Measure each call's median seconds over rounds that run every call once, in random order."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
 
     def seconds(call):
@@ -89,7 +89,7 @@ def interleaved(calls: dict[str, Callable[[], None]], repeats: int, device: torc
 
 
 def memory(call: Callable[[], None], device: torch.device) -> float:
-    """MiB: on a GPU the peak beyond what was allocated before; elsewhere what autograd keeps for backward."""
+    """Measure MiB: on a GPU, the peak above what was allocated; elsewhere, what autograd keeps for backward."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -109,7 +109,7 @@ def memory(call: Callable[[], None], device: torch.device) -> float:
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Measure each candidate of the task: time, throughput, time relative to the task's base, and memory, a row each.
 
-    With a mask also time relative to the limit: the fraction of visible patches times the unmasked network's time.
+    With a mask, also time relative to the limit: the fraction of visible patches times the unmasked network's time.
     """
     rows, (task, base) = [], TASKS[args.task]
     models = zip(args.model, args.batch_size * len(args.model))
@@ -137,7 +137,7 @@ Task = dict[str, tuple[Callable, ...]]
 
 
 def encoder(args: argparse.Namespace, device: torch.device, model: str, batch: int) -> Task:
-    """Forward and backward of the encoder by each backend, and unmasked: "dense", the same network, and timm's."""
+    """Forward and backward of the encoder with each backend, and unmasked: "dense", the same network, and timm's."""
     imgs, mask, candidates = noise(args, device, batch), draw_masks(args, batch), {}
     networks = {name: FCMAE(ours(args, model), args.mask_ratio, backend=name) for name in args.backend}
     networks["dense"] = ours(args, model)
@@ -172,7 +172,7 @@ def finetune(args: argparse.Namespace, device: torch.device, model: str, batch: 
     return candidates
 
 
-# Task, and the candidate by whose time the others' are divided.
+# Each task's function, and the candidate whose time divides the others'.
 TASKS = {"encoder": (encoder, "masked"), "step": (step, "masked"), "finetune": (finetune, "timm")}
 
 
@@ -216,7 +216,7 @@ def adamw(net: nn.Module) -> tuple[Callable, Callable]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Align the rows under their names."""
+    """Print the rows, aligned under their column names."""
     lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:

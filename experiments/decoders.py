@@ -2,7 +2,7 @@
 
 The paper gives no details of them; these are simple versions, `decoder_depth` blocks deep.
 
-Shapes: N images, D the decoder's width, h x w the grid of patches, s the stem's stride, p = 8 * s pixels a patch side.
+Shapes: N images, D the decoder's width, h x w the grid of patches, s the stem's stride, p = 8 * s a patch's side.
 """
 
 import torch
@@ -38,7 +38,7 @@ class Positions(nn.Module):
 
 
 class TransformerBlock(nn.TransformerEncoderLayer):
-    """torch's, with the norm first, on a map: (N, D, h, w) -> (N, D, h, w). Its heads are up to 32 wide."""
+    """torch's encoder layer, norm first, on maps (N, D, h, w) -> (N, D, h, w). Heads are up to 32 wide."""
 
     def __init__(self, dim: int):
         options = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True, layer_norm_eps=1e-6)
@@ -50,7 +50,7 @@ class TransformerBlock(nn.TransformerEncoderLayer):
 
 
 class UNetMAE(FCMAE):
-    """With a U-Net, which predicts on the stem's grid."""
+    """Autoencoder with a U-Net decoder, which predicts on the stem's grid."""
 
     skip = False
 
@@ -70,7 +70,7 @@ class UNetMAE(FCMAE):
 
 
 class UNetSkipMAE(UNetMAE):
-    """The same, where each finer grid also takes the encoder's features of that resolution, zero at hidden sites."""
+    """The same, but each finer grid also takes the encoder's features at that resolution, zero at hidden sites."""
 
     skip = True
 

@@ -86,7 +86,7 @@ class SqueezeExcite(nn.Module):
 
 
 class CBAM(SqueezeExcite):
-    """Channels, then sites, gated by their means and maxima (Woo et al. 2018), by a 1x1 where CBAM has a 7x7 kernel."""
+    """Channels, then sites, gated by their means and maxima (Woo et al. 2018); a 1x1 kernel replaces CBAM's 7x7."""
 
     def __init__(self, dim: int):
         super().__init__(dim)
@@ -100,7 +100,7 @@ class CBAM(SqueezeExcite):
 
 
 class Nothing(nn.Identity):
-    """The identity, but seen in the state dict: weights without GRN are known from weights that have lost it."""
+    """The identity, but visible in the state dict, to tell weights without GRN from weights that have lost it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -108,7 +108,7 @@ class Nothing(nn.Identity):
 
 
 def _under(name: str, make: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
-    """`make` with keys `stages.0.0.grn.<name>.*` in the state dict, by which its weights are known."""
+    """Give `make` the state-dict keys `stages.0.0.grn.<name>.*`, by which its weights are recognised."""
     return lambda dim: nn.Sequential(OrderedDict([(name, make(dim))]))
 
 
@@ -131,7 +131,7 @@ MLP_NORMS = {"grn": GRN} | {name: _under(name, make) for name, make in _ALTERNAT
 def replace_norm(net: ConvNeXt, name: str) -> ConvNeXt:
     """Replace GRN by `MLP_NORMS[name]`, with its initial values, in every block of `net`, which is returned.
 
-    Raises ValueError for an unknown name, for a V1 network, and for batch normalisation in blocks computed twice.
+    Raises ValueError for an unknown name, for a V1 network, and for batch normalisation with activation checkpointing.
     """
     if name not in MLP_NORMS:
         raise ValueError(f"--mlp_norm {name} is not one of {', '.join(MLP_NORMS)}")

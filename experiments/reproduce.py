@@ -5,9 +5,9 @@
     python -m experiments.reproduce --claim 1 --condition sparse --seeds 12   # one number by each metric
     python -m experiments.reproduce --budget night --jobs 2                   # feature collapse, given time
 
-Budgets, commands, metrics and claims stand in claims.json. A job is done when its output exists; the same command runs
+Budgets, commands, metrics and claims are in claims.json. A job is done when its output exists; the same command runs
 what is left. Rows have keys (claim, condition, metric, seed), and stay until a job that is done here replaces them. In
-README.md tables, figures and bold paragraphs are written here; all others are by hand, and stay.
+README.md, tables, figures and bold paragraphs are written here; all others are written by hand, and stay.
 """
 
 import argparse
@@ -38,13 +38,13 @@ ROOT = Path(__file__).parent.parent
 
 
 class Condition(NamedTuple):
-    """A network that claims compare, with the flags in which its pre-training and its fine-tuning differ."""
+    """A network that claims compare, with the flags that set its pre-training and fine-tuning apart."""
 
     version: str = "V2"
     changes: str = ""
     then: str = ""
     metrics: dict[str, str] = {"fine-tuning": "finetune", "probe": "probe"}  # noqa: RUF012 (metric: command)
-    tensor: str = "after GRN"  # V2's, where a table also has the one before
+    tensor: str = "after GRN"  # of V2, whose tables also have the one before GRN
     paper: float | None = None  # Base, ImageNet-1K, fine-tuned
 
 
@@ -57,14 +57,14 @@ class Claim(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A number in the table of a job: a column's mean over layers, or over the last `part`-th of them."""
+    """A number from a job's table: a column's mean over layers, or over the last `part`-th of them."""
 
     quantity: str
     column: str
     minus: str = ""  # a column to subtract
     where: dict = cli.NONE  # column: value, of the rows that count
     part: int = 1
-    least: float | None = None  # difference that counts where the paper has no number; None: only described
+    least: float | None = None  # difference that counts if the paper has no number; None: only described
     digits: int = 1
 
     def of(self, rows: list[dict]) -> float:
@@ -95,7 +95,7 @@ class Job(NamedTuple):
 
 
 def unique(jobs: Iterable[Job]) -> list[Job]:
-    """List every job once, after those that it needs."""
+    """List every job once, after the jobs that it needs."""
     return list(dict.fromkeys(part for job in jobs for part in (*unique(job.needs), job)))
 
 
@@ -126,7 +126,7 @@ class Plan:
 
 
 def run_all(jobs: list[Job], side_by_side: int, photographs: str | None = None) -> None:
-    """Run what is not done, in processes of their own. A failure, or a signal, ends all; run again, they go on."""
+    """Run unfinished jobs, each in its own process. A failure or a signal ends all; running again continues them."""
     waiting, running = [job for job in jobs if not job.output.exists()], {}
     threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()) // side_by_side)
     options = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stderr=subprocess.STDOUT)
@@ -163,7 +163,7 @@ def _grouped(rows: Iterable[dict], column: str) -> dict[str, list[dict]]:
 
 
 def networks_of(job: Job, tensor: str = "after GRN") -> dict[str, list[dict]]:
-    """Rows by network, of what analyze.py wrote, of two tensors the one; or a training's log, by epoch."""
+    """Group the rows that analyze.py wrote by network, of `tensor` if there are two; or a training's log by epoch."""
     if job.output.suffix == ".pth":
         records = map(json.loads, job.beside("log.jsonl").read_text().splitlines())
         return _grouped((record | dict(epoch=math.ceil(record["epoch"]), layer="") for record in records), "epoch")
@@ -173,7 +173,7 @@ def networks_of(job: Job, tensor: str = "after GRN") -> dict[str, list[dict]]:
 
 
 def recorded_rows(results: Path) -> dict[tuple, list[dict]]:
-    """Read the tables' rows by (claim, condition, metric, seed); a course along pre-training has several."""
+    """Read the tables' rows by (claim, condition, metric, seed); a course over pre-training has several rows."""
     rows = {}
     for path in sorted(results.glob("*.csv")):
         name = path.stem.removeprefix("claim_").replace("_", " ")
@@ -183,11 +183,11 @@ def recorded_rows(results: Path) -> dict[tuple, list[dict]]:
 
 
 def rows_for(key: tuple, job: Job, condition: Condition, recorded: dict) -> list[dict]:
-    """Return the rows of a key and how they came about, if its job is done here, else as `recorded`."""
+    """Return a key's rows and how they came about, if its job is done here; else those in `recorded`."""
     if key[2] == "maps" or not job.output.exists():
         return recorded.get(key, [])
     metric, networks = METRICS[key[2]], networks_of(job, condition.tensor)
-    row = dict(zip(("condition", "metric", "seed"), map(str, key[1:])))  # texts, as in rows on file
+    row = dict(zip(("condition", "metric", "seed"), map(str, key[1:])))  # strings, as in rows on file
     if key[0].endswith("course"):
         rows = []
         for epoch, table in networks.items():
@@ -202,7 +202,7 @@ def rows_for(key: tuple, job: Job, condition: Condition, recorded: dict) -> list
     return [row | {k: "; ".join(dict.fromkeys(fact[k] for fact in facts)) for k in ("commit", "hardware", "versions")}]
 
 
-# Student's t, 97.5%, by degrees of freedom from 1 to 10; more take the last, which is a little too strict.
+# Student's t, 97.5%, by degrees of freedom from 1 to 10; more take the last, which is slightly too strict.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 TIE = 2.0  # points of accuracy: conditions whose difference is certainly smaller are level
 SEEN, NOT_SEEN, OPPOSITE = "seen here", "not seen at this scale", "opposite here"
@@ -210,22 +210,22 @@ SHORT = {SEEN: "seen", NOT_SEEN: "not seen", OPPOSITE: "opposite"}
 
 
 class Difference(NamedTuple):
-    """A comparison by one metric, over the seeds that have all its conditions: pairs share a seed's draws."""
+    """A comparison by one metric, paired by seed, over the seeds that all its conditions have."""
 
     text: str
     metric: str
-    values: list[float]  # of the seeds
-    least: float = 0.0  # that counts
+    values: list[float]  # one per seed
+    least: float = 0.0  # least difference that counts
     paper: float | None = None
 
     def papers(self) -> str:
         return "" if self.paper is None else f"{self.paper:+.1f}"
 
     def judged(self) -> tuple[float, float, str, bool]:
-        """Mean, half its 95% interval, the word, and whether it decides against a claim.
+        """Return the mean, half its 95% interval, the word, and whether it decides against a claim.
 
-        Seen if the interval is above zero, opposite if below; a tie if within `TIE` of zero, or beyond. Not seen, and
-        certainly less than counts, decides against a claim, too.
+        Seen if the interval is above zero, opposite if below; "level with": seen if within `TIE` of zero, opposite if
+        beyond. A difference not seen, and certainly less than counts, also decides against a claim.
         """
         n, mean = len(self.values), statistics.fmean(self.values)
         margin = math.inf if n < 2 else T[min(n - 1, len(T)) - 1] * statistics.stdev(self.values) / math.sqrt(n)
@@ -240,7 +240,7 @@ class Difference(NamedTuple):
 
 
 def compare(claim: Claim, values: dict[str, dict[str, dict[int, float]]]) -> list[Difference]:
-    """Compare values (condition -> metric -> seed -> number), by metrics that have a seed for all conditions."""
+    """Compare values (condition -> metric -> seed -> number), by metrics with a seed that all conditions share."""
     differences = []
     for text, (metric, settings) in product(claim.expect, METRICS.items()):
         sides = [side.split(" - ") for side in re.split(" above | level with ", text)]
@@ -258,7 +258,7 @@ def compare(claim: Claim, values: dict[str, dict[str, dict[int, float]]]) -> lis
 def verdict(differences: list[Difference], expected: int) -> tuple[str, Difference]:
     """Return a claim's word, and the first comparison that gives it. One metric decides, unless another contradicts.
 
-    By a metric a claim is seen if all its `expected` comparisons are, and is not if one decides against it.
+    A metric shows a claim if it shows all its `expected` comparisons, and contradicts it if one decides against it.
     """
     words = _grouped([dict(metric=d.metric, word=d.judged()[2]) for d in differences], "metric")
     seen = [metric for metric, part in words.items() if [row["word"] for row in part] == [SEEN] * expected]
@@ -269,7 +269,7 @@ def verdict(differences: list[Difference], expected: int) -> tuple[str, Differen
 
 
 def draw(claim: Claim, differences: list[Difference], path: Path) -> None:
-    """Draw every difference with its interval, its seeds as points, the least that counts, and the paper's."""
+    """Draw every difference with its interval, seeds as points, the least that counts, and the paper's value."""
     names, metrics = (list(dict.fromkeys(d[k] for d in differences)) for k in (0, 1))
     figure, [[axis]] = new_figure(1, 1, 8.5, 2 + 0.55 * len(names))
     axis.axvline(0, color="black", linewidth=1)
@@ -288,7 +288,7 @@ def draw(claim: Claim, differences: list[Difference], path: Path) -> None:
 
 
 def draw_course(rows: list[dict], path: Path) -> None:
-    """Along pre-training, every seed a line; for channel maps beside `path`, the last block's collapse above them."""
+    """Draw metrics over pre-training, a line per seed; above channel maps beside `path`, the last block's collapse."""
     from matplotlib.image import imread
 
     networks, maps = sorted({row["condition"] for row in rows}), sorted(path.parent.glob(f"{path.stem}_*.png"))
@@ -401,7 +401,7 @@ def main(args: argparse.Namespace) -> None:
     plan, results = Plan(args.budget, Path(args.output_dir)), Path(args.results, args.budget.replace("laptop", ""))
     seeds, recorded = args.seeds or plan.budget["seeds"], recorded_rows(results) if args.missing else {}
     keys = {key: job for seed in seeds for key, (job, _) in plan.keys(args.claim or plan.claims, seed).items()}
-    recorded |= {(*key[:2], "maps", key[3]): [] for key in recorded}  # which come with the others
+    recorded |= {(*key[:2], "maps", key[3]): [] for key in recorded}  # maps come with the others
     jobs = unique(job for key, job in keys.items() if key not in recorded and key[1] in (args.condition or key))
     if args.dry_run:
         print("\n".join(f"python {job.command}" for job in jobs if not job.output.exists()))

@@ -4,8 +4,8 @@
     python -m experiments.worth --data_path DIR --minutes 30 --init_weight FILE_OR_URL
 
 DIR holds train/<class>/ and val/<class>/. A third of the time goes to pre-training, from the given weights or random
-ones. Then every start is fine-tuned for the same epochs, with three seeds or, in little time, fewer. The same command
-continues where it was stopped. Writes worth.csv and worth.png.
+ones. Then every start is fine-tuned for the same number of epochs, with three seeds, or fewer if time is short. The
+same command continues where it was stopped. Writes worth.csv and worth.png.
 """
 
 import argparse
@@ -44,14 +44,14 @@ def run_job(folder: Path, output: str, *command: str | int | Path) -> float:
 
 
 def fitting_epochs(seconds: float, folder: Path, *command: str | int | Path) -> int:
-    """Count the epochs that fit into `seconds`, by a job of one."""
+    """Estimate how many epochs fit into `seconds`, from a job of one epoch."""
     whole = run_job(folder, "checkpoint-1.pth", *command, "--epochs", 1, "--disable_eval")
     epoch = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["seconds"]
     return 1 + max(0, int((seconds - whole) / max(epoch, 0.1)))  # the log rounds to tenths: a short epoch takes 0.0
 
 
 def verdict(top1: dict[str, list[float]], minutes: float) -> str:
-    """Advise by the means of the starts, of which the last is pre-trained here, and the spread of their seeds."""
+    """Give advice by the starts' means and their spread over seeds; the last start is the one pre-trained here."""
     *before, (_, here) = top1.items()
     best, values = max(before, key=lambda item: fmean(item[1]))
     gain, seeds = fmean(here) - fmean(values), len(here)
@@ -74,7 +74,7 @@ def draw(path: Path, rows: list[dict], top1: dict[str, list[float]]) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what is left of the comparison, and write the table and the picture."""
+    """Run what is left of the comparison, and write the table and the figure."""
     given = args.init_weight and file_of_run(args.init_weight, "checkpoint-best.pth", "encoder.pth", "newest")
     taken = [f"--{name}={value}" for name, value in weights.flags_of(given, "input_size").items()] if given else []
     flags, start = ["--data_path", args.data_path, *taken, *args.flags], ["--init_weight", given] if given else []
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     pretraining = run_job(directory / "pretrain", f"checkpoint-{epochs}.pth", *pretrain, "--epochs", epochs)
     starts = {"random": None} | ({"published": given} if given else {})
     starts["pre-trained"] = directory / "pretrain/encoder.pth"
-    names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the size of images from it
+    names = [*starts][:0:-1]  # the one pre-trained here first: analyze.py takes the image size from it
     probe = "--checkpoint", *map(starts.get, names), "--label", *names, "--untrained", "--data_path", args.data_path
     run_job(directory / "probe", "probe.csv", "analyze.py", "probe", *probe)
     table = csv.DictReader((directory / "probe/probe.csv").read_text().splitlines())

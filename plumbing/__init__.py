@@ -1,1 +1,1 @@
-"""What scripts need and no reader of the method must open: command line, processes, the run, its files and plots."""
+"""Support for the scripts, not needed to understand the method: command line, processes, runs, files and plots."""

@@ -13,7 +13,7 @@ def training_transform(
     size: int, statistics: tuple, min_crop: float = 0.08, interpolation: str = "bicubic", aa: str | None = None,
     color_jitter: float | None = None, reprob: float = 0.0, remode: str = "pixel", recount: int = 1,
 ) -> v2.Transform:  # fmt: skip
-    """Augmentation for classification; the arguments are finetune.py's flags."""
+    """Make the augmentation for classification; the arguments are finetune.py's flags."""
     mode = v2.InterpolationMode(interpolation)
     if size <= 32:  # as the authors do: crops of so small an image would leave little
         steps = [v2.Resize((size, size), interpolation=mode), v2.RandomCrop(size, padding=4)]
@@ -31,11 +31,11 @@ def training_transform(
 
 
 def automatic_augmentation(name: str, mean: tuple, interpolation: v2.InterpolationMode) -> v2.Transform:
-    """Translate timm's name of an automatic augmentation to torchvision's transform; UserError where it has none.
+    """Translate timm's name of an automatic augmentation to torchvision's transform; UserError if there is none.
 
-    "rand-m9-mstd0.5-inc1" is RandAugment, where m is the magnitude of 10 and n the number of operations (2), each
+    "rand-m9-mstd0.5-inc1" is RandAugment: m is the magnitude out of 10 and n the number of operations (2), each
     applied with probability 0.5. timm also draws the magnitude around m with a std of mstd, which torchvision does not.
-    As in timm, `interpolation` resamples the images, and the border that a move uncovers takes the colour `mean`.
+    As in timm, `interpolation` resamples the images, and uncovered borders get the colour `mean`.
     """
     options = dict(interpolation=interpolation, fill=[round(255 * value) for value in mean])
     if re.fullmatch(r"rand(-(m|n|mstd|inc)\d+(\.\d+)?)*", name):
@@ -44,7 +44,7 @@ def automatic_augmentation(name: str, mean: tuple, interpolation: v2.Interpolati
         if magnitude > 10 or not 1 <= count <= 10:
             problem = f"m (magnitude) {magnitude:g} and n (operations) {count:g}"
             raise UserError(f"--aa {name} has {problem}; both end at 10, and n begins at 1")
-        # torchvision counts to 30 where timm counts to 10
+        # torchvision's magnitudes end at 30, timm's at 10
         operation = v2.RandAugment(num_ops=1, magnitude=round(3 * magnitude), num_magnitude_bins=31, **options)
         return v2.Compose([v2.RandomApply([operation], p=0.5)] * int(count))
     kinds = {"original": v2.AutoAugment, "v0": v2.AutoAugment, "trivial": v2.TrivialAugmentWide}
@@ -55,7 +55,7 @@ def automatic_augmentation(name: str, mean: tuple, interpolation: v2.Interpolati
 
 
 class EraseBytes(v2.RandomErasing):
-    """torchvision's RandomErasing on images that are still bytes: what it fills in is drawn on the normalised scale."""
+    """torchvision's RandomErasing on images that are still bytes; fill values are drawn on the normalised scale."""
 
     def __init__(self, statistics: tuple, mode: str, count: int):
         # timm divides the erased area among `count` rectangles.
@@ -63,7 +63,7 @@ class EraseBytes(v2.RandomErasing):
         self.mode, (self.mean, self.std) = mode, (torch.tensor(values).view(3, 1, 1) for values in statistics)
 
     def make_params(self, flat_inputs: list) -> dict:
-        """As torchvision's, with the values converted to bytes."""
+        """Draw torchvision's parameters, with the fill values converted to bytes."""
         params = super().make_params(flat_inputs)
         if params["v"] is not None:
             v = params["v"].float()
@@ -74,7 +74,7 @@ class EraseBytes(v2.RandomErasing):
 
 
 def mixing(args: argparse.Namespace, classes: int) -> v2.Transform:
-    """MixUp and CutMix: images (N, 3, S, S), labels (N,) -> mixed images, and fractions (N, classes) where it mixes."""
+    """Make MixUp and CutMix: images (N, 3, S, S), labels (N,) -> mixed images and, if mixed, fractions (N, classes)."""
     kinds = [(v2.MixUp, args.mixup, 1 - args.mixup_switch_prob), (v2.CutMix, args.cutmix, args.mixup_switch_prob)]
     kinds = [(kind(alpha=alpha, num_classes=classes), chance) for kind, alpha, chance in kinds if alpha > 0]
     if not kinds:

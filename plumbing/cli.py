@@ -14,13 +14,13 @@ from plumbing import dist
 from plumbing.files import UserError
 
 NONE = MappingProxyType({})
-# What a beginner needs, and `--help` shows first.
+# Flags that a beginner needs, which `--help` shows first.
 FIRST = ("data_path", "finetune", "init_weight", "recipe", "model", "input_size", "epochs", "batch_size")
 FIRST += ("output_dir", "resume", "eval", "predict", "checkpoint", "images")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that parses again with the defaults that flags imply (`take`, weakest first).
+    """An ArgumentParser that can parse again with defaults that flags imply (`take`, weakest first).
 
     by_data: data set -> its defaults, also shown by `--help`.
     """
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.by_data, self.origins = by_data, {}
 
     def parse_args(self, argv: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """As argparse's, with ~ expanded, which shells leave as it is in --flag=~/path."""
+        """Parse as argparse does, but expand ~ in --flag=~/path, which shells do not."""
         words = [word.replace("=~", "=\0~").split("\0") for word in (sys.argv[1:] if argv is None else argv)]
         return super().parse_args(["".join(map(os.path.expanduser, parts)) for parts in words], namespace)
 
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         for group in self._action_groups:
             groups[group.title] = [a for a in group._group_actions if a.dest not in (*FIRST, "help")]
         for title, actions in groups.items():
-            formatter.start_section(title)  # one without actions is not shown
+            formatter.start_section(title)  # empty sections are not shown
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text("In parentheses: the default, and that of data sets which have their own.")
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Show each flag in one line: its choices, its default, and those of data sets."""
+    """Show each flag in one line: its choices, its default, and data sets' defaults."""
 
     def __init__(self, prog: str, by_data: Mapping[str, dict]):
         super().__init__(prog, max_help_position=30, width=max(100, shutil.get_terminal_size().columns - 2))
@@ -93,11 +93,11 @@ class Help(argparse.HelpFormatter):
         if action.default is True:
             words = [f"on; off by --no-{action.dest}"]
         for name, defaults in self.by_data.items():
-            if action.dest in defaults and name != "cifar100":  # which has cifar10's
+            if action.dest in defaults and name != "cifar100":  # cifar10's are the same
                 words.append(f"{name} {defaults[action.dest]}")
         choices = f": {', '.join(map(str, action.choices))}" if action.choices and not action.metavar else ""
         shown = f" ({', '.join(words)})" if words else ""
-        return f"{action.help}{choices}{shown}".replace("%", "%%")  # argparse fills in what follows a single one
+        return f"{action.help}{choices}{shown}".replace("%", "%%")  # argparse would expand a single %
 
 
 class BoolFlag(argparse.BooleanOptionalAction):
@@ -123,7 +123,7 @@ class BaseRate(argparse.Action):
 
 
 def number(kind: type, low: float, high: float | None = None, above: bool = False) -> Callable[[str], float]:
-    """Make an argparse type for an int or float in [low, high], without `low` itself when `above`."""
+    """Make an argparse type for an int or float in [low, high], excluding `low` if `above`."""
     high = high if high is not None else 2**63 - 1 if kind is int else math.inf
 
     def check(text: str) -> float:
@@ -177,7 +177,7 @@ def add_data_flags(
 
 
 def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: float, warmup: int | None) -> Callable:
-    """Add batches, epochs and the learning rate; no `warmup` for scripts that count theirs in updates."""
+    """Add batches, epochs and the learning rate; `warmup` is None for scripts that count it in updates."""
     group = parser.add_argument_group("optimisation")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--batch_size", type=count, default=64, help="images per process and pass")
@@ -196,7 +196,7 @@ def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: floa
 
 
 def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None:
-    """Add the run's flags: precision, output, checkpoints, log; `compile` where the network can be compiled."""
+    """Add the run's flags: precision, output, checkpoints, log; `compile` if the network can be compiled."""
     add = parser.add_argument_group("run").add_argument
     add("--amp", choices=("none", "bf16", "fp16"), help="autocast type, by default the fastest safe one")
     parser.set_defaults(compile=False)
@@ -223,7 +223,7 @@ def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None
 
 
 def choose_data_set(args: argparse.Namespace, enough: Sequence[str] = ("data_path",)) -> str:
-    """Choose the data set that --data_set and paths (`enough`) mean; UserError if they contradict each other."""
+    """Choose the data set that --data_set and paths (`enough`) imply; UserError if they contradict each other."""
     place = any(getattr(args, name) for name in enough)
     if args.data_set == "folder" and not place:
         raise UserError("--data_set folder needs --data_path DIR")

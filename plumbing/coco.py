@@ -31,25 +31,25 @@ NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 NUMBERS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 ELSEWHERE = "give --train_annotations, --train_images and the same of val, or --holdout 0.2 to split one file; "
 ELSEWHERE += "the package supervision converts YOLO's and VOC's boxes (DetectionDataset)"
-SCREEN = 1600  # pixels of the long side of a picture
+SCREEN = 1600  # pixels of the long side of a drawn image
 
 
 # --- annotations in ---------------------------------------------------------------------------------------------------
 
 
 def read_annotations(path: str | Path, folders: list[Path], masks: bool | None = None) -> tuple[dict, list[str]]:
-    """Read a COCO file, look at it as a whole, and return the data set and its images' paths.
+    """Read and check a COCO file; return the data set and its images' paths.
 
-    Annotations are numbered anew, and their segmentations become compressed run-length codes; one that cannot be used
-    is left out and counted by reason. UserError for another format, boxes in other units, images of another size than
-    annotated, and where nothing is left.
+    Annotations are renumbered, and their segmentations become compressed run-length codes; unusable ones are left out
+    and counted by reason. UserError for another format, boxes in other units, images of another size than annotated,
+    and if nothing is left.
 
-    folders: where the images may lie; the first that holds one. masks: False leaves segmentations unread.
+    folders: where the images may lie; the first that holds one is used. masks: False leaves segmentations unread.
     """
     try:
         data_set = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         images, categories = ({int(row["id"]): row for row in data_set[name]} for name in ("images", "categories"))
-        for row in images.values():  # some tools write text, or -1 for what they do not know
+        for row in images.values():  # some tools write text, or -1 for unknown sizes
             row |= {side: max(0.0, float(row.get(side) or 0)) for side in ("width", "height")}
         names = [str(row["file_name"]).replace("\\", "/") for row in images.values()]
         classes = [{"id": number, "name": str(categories[number]["name"])} for number in sorted(categories)]
@@ -64,7 +64,7 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
     paths, annotations, boxes, left_out = _measure(path, images.values(), names, folders), [], [], {}
     for k, row in enumerate(rows):
         try:
-            # Counted from 1: pycocotools never matches an annotation of id 0, and ids may be missing or stand twice.
+            # Counted from 1: pycocotools never matches an annotation of id 0, and ids may be missing or repeated.
             ids = {"id": len(annotations) + 1} | {key: int(row[key]) for key in ("image_id", "category_id")}
             image, _ = images[ids["image_id"]], categories[ids["category_id"]]
             annotations.append(ids | _annotation(row, image["width"], image["height"], masks, boxes))
@@ -72,7 +72,7 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
             left_out.setdefault("without a bbox, or of an image_id or category_id that the file lacks", []).append(k)
         except ValueError as error:
             left_out.setdefault(str(error), []).append(k)
-    x, y, right, bottom, width, height = np.array(boxes or [[0] * 6], dtype=float).T  # if they are corners
+    x, y, right, bottom, width, height = np.array(boxes or [[0] * 6], dtype=float).T  # as if they were corners
     beyond = (x + right > width + 1) | (y + bottom > height + 1)
     if beyond.mean() > 0.1 and ((x < right) & (y < bottom) & (right <= width) & (bottom <= height)).all():
         raise UserError(f"{path}: each bbox seems to be corners, x1, y1, x2, y2; COCO's is left, top, width, height")
@@ -88,14 +88,14 @@ def read_annotations(path: str | Path, folders: list[Path], masks: bool | None =
 
 
 def _measure(path: str | Path, images: Collection[dict], names: list[str], folders: list[Path]) -> list[str]:
-    """Record each image's upright size in its entry; return the files. UserError where an entry gives another size."""
+    """Record each image's upright size in its entry; return the files. UserError if an entry gives another size."""
     folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
     if not folder:
         raise UserError(f"{folders[0]} has no image of {path}, such as {names[:1]}; {ELSEWHERE}")
     files = [folder / name for name in names]
     for row, file in zip(images, files):
         size = annotated = row["width"], row["height"]
-        with suppress(Exception), opened(file) as image:  # where it is damaged, the run names and counts it
+        with suppress(Exception), opened(file) as image:  # if it is damaged, the run names and counts it
             size = upright_size(image)
         if all(annotated) and annotated != size:
             sizes = f"{file} is {size[0]} x {size[1]} pixels, and {annotated[0]:g} x {annotated[1]:g} there"
@@ -105,7 +105,7 @@ def _measure(path: str | Path, images: Collection[dict], names: list[str], folde
 
 
 def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: list) -> dict:
-    """An annotation's box, mask and area, in COCO's types; ValueError, with the reason, for one that cannot be used."""
+    """Return an annotation's box, mask and area, in COCO's types; ValueError, with the reason, if it is unusable."""
     box = [float(value) for value in row["bbox"]]
     if len(box) != 4 or not all(map(math.isfinite, box)):
         raise ValueError("whose bbox is not four numbers, left, top, width, height")
@@ -126,7 +126,7 @@ def _annotation(row: dict, width: int, height: int, masks: bool | None, boxes: l
 
 
 def _encoded(code: list | dict, height: int, width: int) -> dict:
-    """Polygons or a run-length code, encoded; ValueError if it does not fit the image: pycocotools notices little."""
+    """Encode polygons or run lengths; ValueError if they do not fit the image, which pycocotools hardly checks."""
     with suppress(KeyError, TypeError, ValueError):
         if isinstance(code, dict):
             counts = _run_lengths(code["counts"]) if isinstance(code["counts"], str) else [*map(int, code["counts"])]
@@ -141,7 +141,7 @@ def _encoded(code: list | dict, height: int, width: int) -> dict:
 
 
 def _run_lengths(text: str) -> list[int]:
-    """Decode a compressed run-length code's counts: five bits a character, differences from the fourth count on."""
+    """Decode a compressed run-length code's counts: five bits a character; differences from the fourth count on."""
     counts = []
     for digits in re.findall("[P-o]*[0-O]", text):  # from P on, another character of the count follows
         number = sum((ord(digit) - 48 & 31) << 5 * k for k, digit in enumerate(digits))
@@ -175,7 +175,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 
 def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str, ...], visible: float) -> dict:
-    """Drawn shapes, kinds (N, k) and masks (N, k, S, S), as a data set; those below `visible` pixels are left out."""
+    """Convert drawn shapes, kinds (N, k) and masks (N, k, S, S), to a data set; drop those below `visible` pixels."""
     rows, size = [], masks.shape[-1]
     for image, layer in np.argwhere(masks.sum(axis=(2, 3)) >= visible).tolist():
         code = encode_mask(masks[image, layer])
@@ -187,11 +187,11 @@ def embedded_annotations(kinds: np.ndarray, masks: np.ndarray, names: tuple[str,
     return {"images": images, "annotations": rows, "categories": categories}
 
 
-# --- detections out, their scores and their pictures ------------------------------------------------------------------
+# --- detections out, their scores and drawings ------------------------------------------------------------------------
 
 
 def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dict]:
-    """Put an image's boxes, labels, scores and masks, probabilities (n, 1, H, W), into COCO's format of results."""
+    """Convert an image's boxes, labels, scores and mask probabilities (n, 1, H, W) to COCO's results format."""
     boxes, rows = box_convert(output["boxes"].float(), "xyxy", "xywh"), []
     for box, label, score in zip(*(values.tolist() for values in (boxes, output["labels"], output["scores"]))):
         box = [round(x, 3) for x in box]
@@ -202,17 +202,17 @@ def as_results(output: dict, image_id: int, category_ids: list[int]) -> list[dic
 
 
 def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str, ...]) -> dict:
-    """Compute COCO's numbers for detections, given by index of the image, on these images alone.
+    """Compute COCO's numbers for detections, by image index, on these images only.
 
     Returns {"images": number, "box": the twelve numbers, "box_AP_by_class": by category}, and the same for "mask", as
-    `kinds` say. Numbers are fractions of one, and None where there is no such object.
+    `kinds` say. Numbers are fractions of one, or None if there is no such object.
     """
     scores, truth = {"images": len(detections)}, coco.COCO()
     truth.dataset = data_set
     with redirect_stdout(io.StringIO()):  # pycocotools prints what it does
         truth.createIndex()
         for kind in kinds:
-            # It writes into detections; and with a box at hand it would sort masks by the size of their box.
+            # pycocotools writes into detections, and, given a box too, would measure a mask's size by its box.
             names = "image_id", "category_id", "score", "bbox" if kind == "box" else "segmentation"
             rows = [{name: row[name] for name in names} for index in sorted(detections) for row in detections[index]]
             results = truth.loadRes(rows) if rows else coco.COCO()
@@ -229,10 +229,10 @@ def evaluate(data_set: dict, detections: dict[int, list[dict]], kinds: tuple[str
 
 
 def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], side: int | None = None) -> Image.Image:
-    """Draw objects' boxes, masks and, of several classes, names and scores on an image.
+    """Draw objects' boxes and masks on an image and, if there are several classes, names and scores.
 
-    rows: annotations or results; names: of category ids; side: the longer one that the image is scaled to; without it,
-    larger images are scaled to a screen.
+    rows: annotations or results; names: by category id; side: long side that the image is scaled to; without it, images
+    larger than a screen are scaled down.
     """
     from matplotlib import font_manager
 
@@ -240,7 +240,7 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], si
     width, height = (max(1, round(length * scale)) for length in image.size)
     picture, colours = image.resize((width, height)), dict(zip(names, maps.class_colours(len(names))))
     painted = picture.copy()
-    rows = sorted(rows, key=lambda row: row.get("score", 1))  # the best comes last, above the others
+    rows = sorted(rows, key=lambda row: row.get("score", 1))  # the best comes last, on top of the others
     for row in rows:
         if "segmentation" in row:
             mask = Image.fromarray(255 * rle.decode(row["segmentation"]))
@@ -253,7 +253,7 @@ def draw_objects(image: Image.Image, rows: list[dict], names: dict[int, str], si
         pen.rectangle([left, top, left + max(1, w), top + max(1, h)], outline=colour, width=max(1, size // 6))
         if len(names) > 1:
             text = " ".join(names[row["category_id"]].split()) + (f" {row['score']:.2f}" if "score" in row else "")
-            size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, below the object's
+            size = max(9, min(size, int(h / 3), int(1.6 * w / max(1, len(text)))))  # legible, within the object
             corner = min(max(0, left), width - 0.65 * size * len(text)), max(1, top - 1.3 * size)
             style = dict(font=ImageFont.truetype(font, size), anchor="lt")
             x1, y1, x2, y2 = pen.textbbox(corner, text, **style)

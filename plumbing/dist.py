@@ -14,7 +14,7 @@ from plumbing.files import UserError
 
 
 def setup(name: str | None, deterministic: bool = False) -> torch.device:
-    """Join the processes that torchrun started, if it did; this one's device: CUDA where there is one, or as asked.
+    """Join the processes that torchrun started, if any; return this one's device: `name`, else CUDA if there is one.
 
     deterministic: choose operations that give the same bits every time. On a CPU all do.
     """
@@ -30,7 +30,7 @@ def setup(name: str | None, deterministic: bool = False) -> torch.device:
             device = torch.device("cuda", local_rank())
             torch.cuda.set_device(device)
         store, number, count = next(distributed.rendezvous("env://"))
-        # torchrun keeps its store over restarts: without a prefix, processes would wait for the previous attempt's.
+        # torchrun keeps its store over restarts: without a prefix, processes would wait for those of the last attempt.
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=number, world_size=count)
@@ -43,7 +43,7 @@ def setup(name: str | None, deterministic: bool = False) -> torch.device:
 
 
 def _keep_heap_mapped() -> None:
-    """Have glibc keep freed memory: by default it maps, zeroes and unmaps every large one (4 to 19% of the time)."""
+    """Have glibc keep freed memory: by default it maps, zeroes and unmaps all large blocks (4 to 19% of the time)."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -51,12 +51,12 @@ def _keep_heap_mapped() -> None:
 
 
 def rank() -> int:
-    """Return this process's number, known before `setup` too."""
+    """Return this process's number, also known before `setup`."""
     return int(os.environ.get("RANK", 0))
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine, which numbers the GPUs."""
+    """Return this process's number on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -66,7 +66,7 @@ def world_size() -> int:
 
 
 def say(line: str) -> None:
-    """Print in the main process, whatever the names of files and classes hold."""
+    """Print in the main process, escaping characters that the output cannot encode."""
     if rank() == 0:
         encoding = sys.stdout.encoding or "utf-8"
         print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -81,7 +81,7 @@ def total(values: Sequence[torch.Tensor]) -> list[float]:
 
 
 def maximum(number: int) -> int:
-    """Return the largest of the processes' numbers; on the CPU, so that no GPU is waited for."""
+    """Return the largest of the processes' numbers; on the CPU, so as not to wait for a GPU."""
     largest = torch.tensor(number)
     if world_size() > 1:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
@@ -89,7 +89,7 @@ def maximum(number: int) -> int:
 
 
 def gather(value: Any) -> list:
-    """Collect every process's value, in the order of ranks; nobody goes on before all have come here."""
+    """Collect every process's value, in the order of ranks; no process goes on before all have arrived."""
     gathered = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(gathered, value)
@@ -109,8 +109,8 @@ def main_process_first() -> Iterator[None]:
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move a model to its device, in channels_last, and return it.
 
-    Where a dimension of size 1 leaves two ways to number the strides, as in a depthwise kernel, parameters keep the
-    plain one, which their gradients have too: DDP warns of any difference.
+    Where a dimension of size 1 allows two sets of strides, as in a depthwise kernel, parameters keep the contiguous
+    one, as their gradients do: DDP warns of any difference.
     """
     model.to(device, memory_format=torch.channels_last)
     for parameter in model.parameters():
@@ -120,7 +120,7 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def autocast(amp: str | None, device: torch.device) -> torch.autocast:
-    """Set the precision of `--amp`: by default bfloat16 on GPUs that have it, float16 on others, float32 on CPUs."""
+    """Return the precision of `--amp`: by default bfloat16 on GPUs that have it, float16 on others, float32 on CPUs."""
     if amp is None and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, a run's checkpoints, and mistakes of the user."""
+"""Files, written whole or not at all; a run's checkpoints; the user's mistakes."""
 
 import csv
 import json
@@ -20,9 +20,9 @@ import torchvision
 
 
 class UserError(SystemExit):
-    """A mistake that the user can mend. Uncaught, it ends the script with its line on standard error, and no traceback.
+    """A mistake that the user can fix. Uncaught, it ends the script with one line on standard error and no traceback.
 
-    Of the processes on a machine, which make the same mistake, one prints it.
+    All processes of a machine make the same mistake; one prints it.
     """
 
     def __init__(self, message: str):
@@ -39,7 +39,7 @@ def value_errors_are_the_users() -> Iterator[None]:
 
 
 def make_directory(path: str | Path) -> Path:
-    """Make a folder, unless it exists; UserError where it cannot be made."""
+    """Make a folder, unless it exists; UserError if it cannot be made."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,7 +77,7 @@ def save_csv(path: Path, rows: list[dict]) -> None:
 
 
 def save_tensors(path: Path, content: dict) -> None:
-    """`torch.save` of plain types."""
+    """Write plain types with `torch.save`."""
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -85,7 +85,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def load_file(path: str | Path) -> dict:
-    """Read a `torch.save` file of plain types; no code in it is run. UserError for one that is missing or damaged."""
+    """Read a `torch.save` file of plain types; no code in it is run. UserError if it is missing or damaged."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist, or is no file")
     try:
@@ -101,7 +101,7 @@ def load_file(path: str | Path) -> dict:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Read the lines of a text, such as class names, without blank ones and comments (#). UserError without a text."""
+    """Read a text file's lines, such as class names, without blank ones and comments (#). UserError if unreadable."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def download(address: str) -> str:
 
     def write(temporary: Path) -> None:
         with urlopen(address, timeout=60) as response:
-            expected = response.length  # torch.hub does not compare
+            expected = response.length  # torch.hub does not check it
         torch.hub.download_url_to_file(address, str(temporary), progress=sys.stderr.isatty())
         if expected not in (None, temporary.stat().st_size):
             raise OSError(f"{temporary.stat().st_size:,} of {expected:,} bytes came")
@@ -148,7 +148,7 @@ def download(address: str) -> str:
 
 
 def file_of_run(path: str, *order: str) -> str:
-    """Return a file, downloaded from an address; of a run's folder the first in `order` that exists."""
+    """Return the path of a file, of a download or, in a run's folder, of the first in `order` that exists."""
     if path.startswith(("http://", "https://")):
         return download(path)
     if not os.path.isdir(path):
@@ -161,7 +161,7 @@ def file_of_run(path: str, *order: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Name what a result depends on besides this code."""
+    """Return the versions that a result depends on, besides this code's."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

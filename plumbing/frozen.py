@@ -1,4 +1,4 @@
-"""Frozen features of a network, layer by layer, and how well a linear probe and nearest neighbours classify by them.
+"""Frozen features of a network, layer by layer, and how well linear probes and nearest neighbours classify with them.
 
 Shapes: N images, H x W sites, L = H * W, C channels, K classes, D feature dimensions.
 """
@@ -36,7 +36,7 @@ def collect_features(
     loader: batches of (images (B, 3, S, S), labels (B,)).
     where: one or several names that `layer_names` knows.
     measure: (B, H, W, C) -> (B, ...), or (B, D) -> (B, ...) for "norm". It runs as soon as a layer is computed, so only
-        one batch's features exist at a time. By default the features themselves: for few images.
+        one batch's features exist at a time. By default the features themselves, for few images.
     Returns {layer: (N, ...)} in the network's order, and the labels (N,).
     """
     names = [name for part in ([where] if isinstance(where, str) else where) for name in layer_names(model, part)]
@@ -46,7 +46,7 @@ def collect_features(
         features = output.permute(0, 2, 3, 1) if name.count(".") == 2 else output  # of a block -> (B, H, W, C)
         measured[name].append(measure(features).cpu())
 
-    with ExitStack() as hooks:  # removed at its end
+    with ExitStack() as hooks:  # removed at the end
         for name in names:
             hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, name)))
         for imgs, batch_labels in loader:
@@ -61,7 +61,7 @@ def flat(features: Tensor) -> Tensor:
 
 
 def mean_and_std(features: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, 2 C): over space."""
+    """Mean and standard deviation over space: (N, H, W, C) -> (N, 2 C)."""
     std, mean = torch.std_mean(flat(features), dim=1, correction=0)
     return torch.cat([mean, std], dim=1)
 
@@ -72,13 +72,13 @@ def stage_ends(model: nn.Module) -> list[str]:
 
 
 def score(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> dict[str, float]:
-    """Score features `queries` (N, D) by `bank` (M, D), in percent: "probe" and "knn", the 10 nearest."""
+    """Classify `queries` (N, D) by `bank` (M, D); accuracies in percent: "probe" and "knn", by the 10 nearest."""
     probe, (x, y) = ridge_accuracy(bank, bank_labels, queries, labels), standardised(bank, queries)
     return {"probe": 100 * probe, "knn": 100 * knn_accuracy(x, bank_labels, y, labels)}
 
 
 def standardised(bank: Tensor, *others: Tensor) -> list[Tensor]:
-    """Features (M, D) and others (N, D) in float64, shifted and scaled to zero mean and unit variance in `bank`."""
+    """Shift and scale features (M, D) and others (N, D), in float64, to zero mean and unit variance over `bank`."""
     std, mean = torch.std_mean(bank.double(), dim=0, correction=0)
     return [(part.double() - mean) / torch.where(std == 0, 1, std) for part in (bank, *others)]
 
@@ -97,8 +97,8 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def ridge_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, strength: float = 0.01) -> float:
     """Return the accuracy on `queries` (N, D) of a linear layer fitted to `bank` (M, D); labels (N,) and (M,).
 
-    Ridge regression on one-hot classes in closed form, `strength` x M on the diagonal of the features' products, each
-    feature of variance one: nothing is tuned, and nothing random.
+    Closed-form ridge regression of one-hot classes on standardised features, with `strength` x M added to the diagonal
+    of their products: nothing is tuned or random.
     """
     x, queries = standardised(bank, queries)
     targets = F.one_hot(bank_labels).double()  # (M, K)

@@ -1,4 +1,4 @@
-"""Data sets and loaders whose order and draws follow from the position in the run, whatever the number of workers."""
+"""Data sets and loaders whose order and draws depend on the position in the run, not on the number of workers."""
 
 import atexit
 import multiprocessing
@@ -27,7 +27,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 
 def mix_seed(purpose: str, *numbers: int) -> int:
-    """Mix one 63-bit seed from what it is for and where it is used, the same on every machine."""
+    """Mix a 63-bit seed from its purpose and the position in the run, the same on every machine."""
     entropy = (zlib.crc32(purpose.encode()), len(numbers), *numbers)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
@@ -42,7 +42,7 @@ def seeded(purpose: str, *numbers: int) -> Iterator[None]:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Open an image file and read its header. Raises nearly anything if it is damaged, or over 178 million pixels."""
+    """Open an image file and read its header. Raises nearly anything if damaged or over 178 million pixels."""
     if not os.path.isfile(path):  # reading a pipe would wait for ever
         raise FileNotFoundError("no such file")
     with warnings.catch_warnings():
@@ -71,7 +71,7 @@ class Samples(Dataset):
     """Samples indexed by (epoch, index), which seed the augmentation.
 
     A subclass has `read(index)`, which decodes one of `items` and may raise anything, and `augment(sample, index)`.
-    The next readable sample replaces an unreadable one, which `unreadable` (n,), shared with loaders' workers, marks.
+    An unreadable sample is marked in `unreadable` (n,), which workers share, and replaced by the next readable one.
     """
 
     image_max: float | None = None  # white in images of 16 bits, as --image_max says
@@ -84,7 +84,7 @@ class Samples(Dataset):
         return len(self.items)
 
     def __getitem__(self, position: tuple[int, int]) -> tuple[Any, Any]:
-        """The (image, target) of an (epoch, index). OSError if no file at all can be read."""
+        """Return the (image, target) of an (epoch, index). OSError if no file at all can be read."""
         epoch, index = position
         for k in range(len(self)):
             at = (index + k) % len(self)
@@ -100,14 +100,14 @@ class Samples(Dataset):
         raise OSError(f"none of the {len(self)} images can be read; check the files named above")
 
     def readable(self, batch: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """(N,) bool: which samples of a loaded batch of (epoch, index) are themselves, not replacements."""
+        """(N,) bool: which samples of a loaded batch of (epoch, index) are not replacements."""
         return ~self.unreadable[[index for _, index in batch]]
 
 
 class EpochSampler:
-    """Batches of (epoch, index) for one rank, from `first_batch` on; the order of all ranks follows from (seed, epoch).
+    """Batches of (epoch, index) for one rank, from `first_batch` on; (seed, epoch) determine the order of all ranks.
 
-    `world_size * batch_size` consecutive samples of that order make a batch of each rank. The remainder is dropped.
+    `world_size * batch_size` consecutive samples of that order make one batch per rank. The remainder is dropped.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int):
@@ -132,7 +132,7 @@ def divided(indices: Sequence[int], batch_size: int) -> list[list[tuple[int, int
 
 
 class Loader(DataLoader):
-    """A DataLoader that names the cure where no image can be read, and where workers cannot share memory (Docker)."""
+    """A DataLoader that names the fix if no image can be read, or if workers lack shared memory (Docker)."""
 
     def __iter__(self) -> Iterator:
         try:
@@ -150,14 +150,14 @@ class Loader(DataLoader):
 
 
 def make_loader(samples: Samples, batches: EpochSampler | list, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Make a loader of (images, targets), joined by `samples.collate` if it has one; workers outlive the epoch."""
+    """Make a loader of (images, targets), joined by `samples.collate` if it has one; workers persist between epochs."""
     more = dict(persistent_workers=True, worker_init_fn=partial(_outlive_signals, _ending())) if workers else {}
     more |= dict(num_workers=workers, pin_memory=pin_memory, collate_fn=getattr(samples, "collate", None))
     return Loader(samples, batch_sampler=batches, **more)
 
 
 def progress(batches: Collection, every: float = 30) -> Iterator:
-    """Yield from a loader of the images to evaluate, with a bar or, without a terminal, a line every half minute."""
+    """Yield a loader's batches for evaluation, with a bar or, without a terminal, a line every half minute."""
     start = said = time.perf_counter()
     for done, batch in enumerate(tqdm(batches, unit="batch", disable=None, leave=False), start=1):
         yield batch
@@ -175,6 +175,6 @@ def _ending():
 
 
 def _outlive_signals(ending, _) -> None:
-    """In a worker: outlive signals to all processes until the update that it works for; obey the parent's last one."""
+    """Let a worker ignore signals sent to all processes while the parent completes an update, and exit when it ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(0) if ending.is_set() else None)

@@ -1,4 +1,4 @@
-"""Label maps: images with the number of a class, or `IGNORED`, in every pixel. How they are read, written and drawn."""
+"""Read, write and draw label maps: images with the number of a class, or `IGNORED`, in every pixel."""
 
 import re
 from collections import Counter
@@ -34,7 +34,7 @@ class Classes(NamedTuple):
 
 
 def read_map(path: str | Path) -> np.ndarray:
-    """Read a label map (H, W) of numbers 0 to 65535, grey RGB included. ValueError for others, UserError for a JPEG."""
+    """Read a label map (H, W) of numbers 0 to 65535, also as grey RGB. ValueError for others, UserError for a JPEG."""
     with opened(path) as image:
         if image.format == "JPEG":
             raise UserError(f"{path} is a JPEG file, whose compression changes numbers; save label maps as PNG")
@@ -47,7 +47,7 @@ def read_map(path: str | Path) -> np.ndarray:
 
 
 def read_labels(path: str | Path, numbers: Sequence[int]) -> np.ndarray:
-    """Read a label map, uint8 (H, W): class k has `numbers[k]` in the file, and other numbers do not count."""
+    """Read a label map, uint8 (H, W): class k is `numbers[k]` in the file; other numbers become IGNORED."""
     table = np.full(2**16, IGNORED, dtype=np.uint8)
     table[list(numbers)] = np.arange(len(numbers))
     return table[read_map(path)]
@@ -66,7 +66,7 @@ def write_labels(path: Path, labels: np.ndarray, classes: Classes) -> None:
 def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, str]]:
     """Count every label's pixels in the maps of (image, map) paths; also name one map for each label.
 
-    UserError for a map in JPEG or of another size than its image, and if no map can be read: single ones are left out.
+    UserError for a map in JPEG or of another size than its image, and if none can be read; unreadable ones are skipped.
     """
     pixels, files, errors = Counter(), {}, []
 
@@ -96,7 +96,7 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
 
 
 def read_classes(path: str | Path) -> tuple[list[str], list[tuple]]:
-    """Read class names, one per line, and colours if each line ends in three numbers; or objectInfo150.txt."""
+    """Read class names, one per line, and colours if each line ends in three numbers; or ADE20K's list."""
     lines = read_lines(path)
     if lines and lines[0].startswith("Idx\t"):
         lines = [line.split("\t")[-1] for line in lines[1:]]
@@ -123,14 +123,14 @@ def class_colours(count: int) -> list[tuple]:
 
 
 def paint(labels: torch.Tensor, colours: list[tuple]) -> torch.Tensor:
-    """Labels (H, W) in their classes' colours, black where they do not count: uint8 (3, H, W)."""
+    """Paint labels (H, W) in their classes' colours, black where ignored: uint8 (3, H, W)."""
     table = torch.zeros(IGNORED + 1, 3, dtype=torch.uint8)
     table[: len(colours)] = torch.tensor(colours, dtype=torch.uint8)
     return table[labels.long()].permute(2, 0, 1)  # (H, W) -> (H, W, 3) -> (3, H, W)
 
 
 def mark_errors(image: torch.Tensor, truth: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-    """Draw the image in pale grey, wrong pixels in red, and black where none count: uint8 (3, H, W)."""
+    """Draw the image in pale grey, wrong pixels in red, ignored ones in black: uint8 (3, H, W)."""
     grey = 160 + 0.35 * image.float().mean(dim=0, keepdim=True)  # (3, H, W) -> (1, H, W)
     red = torch.tensor([214.0, 39.0, 40.0]).view(3, 1, 1)
     marked = torch.where(prediction == truth, grey, red)  # (1, H, W) -> (3, H, W)
@@ -148,7 +148,7 @@ def draw_segmentation(path: Path, examples: Sequence[Example], classes: Classes)
 
 
 def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, classes: Classes) -> None:
-    """Draw an image beside its prediction, laid over it."""
+    """Draw an image, and beside it the prediction laid over the image."""
     image, prediction = scaled((image, prediction), 480)
     overlay = (0.4 * image + 0.6 * paint(prediction, classes.colours)).round()
     draw_with_legend(path, {"image": [image], "labels": [overlay]}, prediction.flatten(), classes, 4)
@@ -157,7 +157,7 @@ def draw_overlay(path: Path, image: torch.Tensor, prediction: torch.Tensor, clas
 def draw_with_legend(path: Path, columns: dict, labels: torch.Tensor, classes: Classes, inches: float) -> None:
     """Draw columns of uint8 images (3, H, W), with a legend of the ten most frequent `labels` (n,)."""
     height, width = (max(image.shape[axis] for image in columns["image"]) for axis in (1, 2))
-    panels = {  # white beside smaller ones
+    panels = {  # smaller images are padded with white
         title: torch.stack([F.pad(i / 255, (0, width - i.shape[2], 0, height - i.shape[1]), value=1.0) for i in images])
         for title, images in columns.items()
     }

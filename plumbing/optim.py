@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def apply_update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_grad: float | None):
-    """Clip the accumulated gradient, step (in float16 if it is finite), clear it; return its norm before clipping."""
+    """Clip the accumulated gradient, step (in float16 only if finite), clear it; return its norm before clipping."""
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -14,8 +14,8 @@ from plumbing.files import write_atomically
 
 def new_figure(rows: int, columns: int, width: float, height: float):
     """Make a matplotlib figure and its axes (rows, columns), without a display."""
-    if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's
-        os.environ.pop("MPLBACKEND", None)  # none is used here, and a name unknown to matplotlib would stop its import
+    if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's backend
+        os.environ.pop("MPLBACKEND", None)  # unused here, and matplotlib cannot be imported with an unknown name
     from matplotlib.figure import Figure  # not pyplot: no display and no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -26,7 +26,7 @@ def save_figure(figure, path: Path) -> None:
     """Write a PNG atomically; texts are not parsed as formulas."""
     from matplotlib.text import Text
 
-    for text in figure.findobj(Text):  # folders' and classes' names are no formulas, and may hold what is no Unicode
+    for text in figure.findobj(Text):  # names of folders and classes are no formulas, and may be invalid Unicode
         text.set_parse_math(False)
         text.set_text(text.get_text().encode(errors="backslashreplace").decode())
     with warnings.catch_warnings():
@@ -45,7 +45,7 @@ def draw_panels(
 ):  # fmt: skip
     """Draw a table of images, one column per entry of `columns`: title -> (N, 3, H, W) float images in [0, 1].
 
-    `rows` names the images, one to a row, each `inches` wide. Without names two stand side by side in a row.
+    `rows` names the images, drawn one per row, each `inches` wide; without names, a row holds two.
     legend: name -> (red, green, blue), 0 to 255.
     """
     images = torch.stack(list(columns.values()), dim=1).cpu()  # (N, columns, 3, H, W)
@@ -73,12 +73,12 @@ def draw_panels(
     return figure
 
 
-# Okabe and Ito's, colour-blind-safe.
+# Okabe and Ito's palette, colour-blind-safe.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
 
 
 def draw_curves(axis, curves: dict[str, tuple], x_label: str, y_label: str, title: str) -> None:
-    """Plot a line per entry of `curves`, label -> (x, y), few points marked; a legend if there are several."""
+    """Plot a line per entry of `curves`, label -> (x, y); mark points if few; add a legend if there are several."""
     for (label, (x, y)), colour in zip(curves.items(), COLOURS):
         axis.plot(x, y, color=colour, linewidth=1.5, marker="o" if len(x) < 15 else None, markersize=4, label=label)
     axis.set(xlabel=x_label, ylabel=y_label, title=title)

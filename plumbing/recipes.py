@@ -1,10 +1,10 @@
-"""The paper's settings (Tab. 9-13) as flags of finetune.py, and linear probing's; detection's and segmentation's."""
+"""Recipes as flags: the paper's fine-tuning (Tab. 9-13), linear probing, detection and segmentation."""
 
 import ast
 
 
 def by_size(table: str) -> dict[str, dict]:
-    """Read a table whose first line names sizes and whose others begin with a flag's name: the flags of each size."""
+    """Read the flags of each size from a table: sizes in the first line, a flag's name first in every other."""
     sizes, *rows = (line.split() for line in table.strip().splitlines())
     return {size: {name: _value(values[k]) for name, *values in rows} for k, size in enumerate(sizes)}
 
@@ -78,7 +78,7 @@ LINEAR_PROBE = dict(
     opt="sgd", blr=0.1, min_lr=0.0, epochs=90, warmup_epochs=0.0, weight_decay=0.0, layer_decay=1.0, model_ema=False,
     aa=None, color_jitter=None, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, drop_path=0.0,
 )  # fmt: skip
-# For drawn images, all of them: few updates want a higher learning rate.
+# For drawn images, all of which are used: few updates need a higher learning rate.
 SHORT_PROBE = dict(embedded_images=(4000, 1000), batch_size=32, epochs=3, blr=1.0, clip_grad=None)
 
 # Mask R-CNN on COCO. Base is the published detector's. For Large and Huge the paper gives search ranges only (layer

@@ -1,6 +1,6 @@
-"""What all training scripts share: a run's batches, updates, log and checkpoints. Each script keeps its own loop.
+"""Shared by all training scripts: a run's batches, updates, log and checkpoints. Each script keeps its own loop.
 
-A run is a function of (flags, seed, update). So it may end at any time, and the same command continues it exactly.
+A run is a function of (flags, seed, update). So it may stop at any time, and the same command continues it exactly.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from plumbing import dist, files, optim
 from plumbing.files import UserError
 from plumbing.loading import STOP_SIGNALS, EpochSampler, Samples, make_loader, mix_seed
 
-# Flags that may differ when a run continues, because its result stays the same up to floating-point error.
+# Flags that may differ when a run continues, because they change its result only by floating-point error.
 FREE = (
     "output_dir", "resume", "device", "amp", "use_amp", "compile", "checkpoint_activations", "deterministic",
     "num_workers", "data_path", "batch_size", "update_freq", "scratch", "save_ckpt", "save_ckpt_freq", "save_ckpt_num",
@@ -37,7 +37,7 @@ DERIVED["updates_per_epoch"] = DERIVED["images_in_update"]
 
 
 class Batch(NamedTuple):
-    """One forward pass: what `images.on_device` makes of a loaded batch, and its position in the run."""
+    """One forward pass: a loaded batch after `images.on_device`, and its position in the run."""
 
     images: Any  # (N, 3, S, S), normalised; for detection a list of such images
     targets: Any  # (N,) labels, -1 without; for segmentation maps of labels, for detection a list of dictionaries
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 class Run:
-    """A run in its output directory, from wherever the last one stopped.
+    """A run in its output directory, continuing from where the last one stopped.
 
         with Run(args, images, device, net, optimizer, "stage.py") as run:
             for epoch in run.epochs():
@@ -62,8 +62,8 @@ class Run:
         images: samples, with `on_device(images, targets, device)`, which turns a loaded batch into the network's input.
         stage: the script; only its own checkpoints can be continued.
         schedule: run -> (update -> learning rate); by default half a cosine after a linear warm-up.
-        iterations: updates of the whole run, for one that is not counted in epochs. Its last epoch may end early.
-        origin: what to write into every file of weights, besides configuration and versions.
+        iterations: updates of the whole run, if it is not counted in epochs; its last epoch may end early.
+        origin: entries to write into every file of weights, besides configuration and versions.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class Run:
         dist.say(f"{world_size} x {device.type}, {args.amp or self.autocast.fast_dtype}, into {self.output_dir}")
         if path:
             dist.say(f"continuing from {path} at epoch {self.first_epoch}, update {self.first_update}")
-        self.signal = self.ending = 0  # the signal that asked this process, and that asked any process, to end
+        self.signal = self.ending = 0  # the signals that asked this process, and any process, to end
         self.handlers = {}
 
     def _resume(self) -> str | None:
-        """Load the newest checkpoint in the output directory, whose settings must match; else that of --resume."""
+        """Load the newest checkpoint in the output directory, whose settings must match; else --resume's."""
         own, resume = next(reversed(files.find_checkpoints(self.output_dir)), None), self.args.resume
         own, path = dist.gather((own, own or (resume and files.file_of_run(resume, "newest"))))[0]
         if path is None:
@@ -139,7 +139,7 @@ class Run:
                 raise UserError(f"{line}; {fix}")
             dist.say(line)
         self.net.load_state_dict(state["model"])
-        # Only its state: the groups' hyperparameters are the flags'.
+        # Only the state: the groups' hyperparameters come from the flags.
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -149,13 +149,13 @@ class Run:
         self.first_epoch, self.first_update, self.best = state["epoch"], state["update"], state["best"]
         log = Path(path).with_name("log.jsonl")
         lines = log.read_text().splitlines() if log.exists() else []
-        self.records = [json.loads(line) for line in lines[: state["records"]]]  # later updates come again
+        self.records = [json.loads(line) for line in lines[: state["records"]]]  # later updates run again
         return str(path)
 
     # --- the loop's calls ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Run":
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
             numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
         watched = dist.rank() == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules)
@@ -203,7 +203,7 @@ class Run:
     def backward(self, loss: torch.Tensor | dict[str, torch.Tensor]) -> bool:
         """Add the gradient of a forward pass's mean loss to the update's; return whether that completes the update.
 
-        Losses by name are summed, and each is logged.
+        Named losses are summed, and each is logged.
         """
         losses = loss if isinstance(loss, dict) else {}
         loss = sum(losses.values()) if losses else loss
@@ -214,7 +214,7 @@ class Run:
         return self.completes_update
 
     def update(self) -> None:
-        """Clip, step and average; log and save what is due; after a signal, end."""
+        """Clip, step and average; log and save when due; after a signal, end."""
         args, self.grad_norm = self.args, optim.apply_update(self.optimizer, self.scaler, self.args.clip_grad)
         if self.ema:
             self.ema.update_parameters(self.net)
@@ -229,10 +229,10 @@ class Run:
             seconds = time.perf_counter() - self.second
             left = tqdm.format_interval(seconds * (self.total - self.done))
             dist.say(f"{seconds:.1f} s an update; at that pace {left} left, without evaluations")
-        # As many updates to a line as fit the epoch evenly, so that each line averages equally many.
+        # Log lines divide the epoch evenly, so that each averages equally many updates.
         lines, update = max(1, round(self.updates / args.log_every)), self.update_in_epoch
         if save or ends_epoch or (update + 1) * lines // self.updates > update * lines // self.updates:
-            self._report()  # before every checkpoint, so that none is written whose weights are not finite
+            self._report()  # before every checkpoint, so that none is written with non-finite weights
             if save:
                 self.save(self.epoch, self.update_in_epoch + 1)
 
@@ -241,12 +241,12 @@ class Run:
         return (epoch + 1) % self.args.eval_freq == 0 or epoch == self.last_epoch
 
     def save_due(self, epoch: int) -> bool:
-        """Tell whether to save after `epoch`. Write the epoch's other outputs before `save`: a kill may follow it."""
+        """Tell whether to save after `epoch`. Write other outputs before `save`: the process may be killed after it."""
         self.ending = dist.maximum(self.signal)
         return bool(self.ending) or (epoch + 1) % self.args.save_ckpt_freq == 0 or epoch == self.last_epoch
 
     def save(self, epoch: int, update: int = 0) -> None:
-        """Write a checkpoint of the position `update` updates after `epoch` epochs; after a signal, end."""
+        """Write a checkpoint for `epoch` epochs plus `update` updates; after a signal, end."""
         # Without the optimiser's hyperparameters: flags and schedule set them.
         state = {"model": self.net.state_dict(), "optimizer": {"state": self.optimizer.state_dict()["state"]}}
         state |= {"scaler": self.scaler.state_dict(), "stage": self.stage, "epoch": epoch, "update": update}
@@ -258,13 +258,13 @@ class Run:
             self.write(name, files.save_tensors, state | self.origin)
             self.write("", files.prune_checkpoints, self.args.save_ckpt_num)
         if self.ending:
-            dist.gather(None)  # nobody leaves before the checkpoint is written
+            dist.gather(None)  # no process leaves before the checkpoint is written
             again = "continues" if self.args.save_ckpt else "begins again, since --no-save_ckpt"
             dist.say(f"ended by signal {self.ending} after update {self.done}; the same command {again}")
             sys.exit(128 + self.ending)
 
     def finish(self, outputs: str) -> None:
-        """Say that the run has ended, and what it wrote."""
+        """Report that the run has ended, and what it wrote."""
         took = tqdm.format_interval(time.perf_counter() - self.start)
         state = f"finished {self.last_epoch + 1} epochs in {took}"
         state = state if self.first_done < self.done else "had finished before"
@@ -325,7 +325,7 @@ class Run:
         return round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)  # GiB
 
     def _open_board(self):
-        """TensorBoard's writer, begun with the records so far; it replaces this run's older files: equal to the log."""
+        """Open TensorBoard's writer with the records so far in place of this run's older files: it equals the log."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -348,7 +348,7 @@ class Run:
         self.sums, self.waited, self.lap, self.reported = 0.0, 0.0, time.perf_counter(), self.done
 
     def _receive(self, number: int, _) -> None:
-        if self.signal and time.monotonic() > self.received + 1:  # asked twice, and not by way of torchrun
+        if self.signal and time.monotonic() > self.received + 1:  # a second request, not torchrun's copy of the first
             sys.exit(128 + number)
         self.signal, self.received = number, time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Scores of classifiers and segmenters; tables of a classifier's accuracy and confusion by class and of predictions."""
+"""Scores of classifiers and segmenters; tables of a classifier's accuracy by class, confusion and predictions."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,16 +11,16 @@ from plumbing import dist
 from plumbing.files import make_directory, save_csv
 from plumbing.plots import new_figure, save_figure
 
-MOST_CLASSES = 2000  # of which confusion is written: for ImageNet-22k's, the table would have 500 million entries
+MOST_CLASSES = 2000  # at most, for the confusion table: ImageNet-22k's would have 500 million entries
 
 
 def classification_scores(
     results: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device, divided: bool
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """From batches of logits (N, classes) and labels (N,): accuracies in percent, and the cross-entropy "loss".
+    """Score batches of logits (N, classes) and labels (N,): accuracies in percent, and the cross-entropy "loss".
 
-    They are "top1", "top5", and "balanced", the mean over classes of top-1. Also the outcomes (images, 2) on the CPU:
-    every image's class and the predicted one. With `divided`, the processes hold different images, and all are counted.
+    Accuracies are "top1", "top5" and "balanced", top-1's mean over classes. Also returns the outcomes (images, 2), on
+    the CPU: each image's true and predicted class. With `divided`, processes hold different images; all are counted.
     """
     sums = [torch.zeros(3, device=device)]  # by batch; Python adds them up in float64, which MPS lacks
     outcomes = [torch.zeros(0, 2, device=device, dtype=torch.int64)]
@@ -40,9 +40,9 @@ def classification_scores(
 
 
 def segmentation_scores(confusion: torch.Tensor, classes: Sequence[str]) -> dict:
-    """From counts (true, predicted) of pixels: mIoU, accuracy, mean accuracy and IoU by class, as float64 fractions.
+    """Score pixel counts (true, predicted): mIoU, accuracy, mean accuracy and IoU by class, as float64 fractions.
 
-    A class that neither occurs nor is predicted has no IoU (None), an absent class no accuracy: means leave them out.
+    A class that neither occurs nor is predicted has no IoU (None), an absent class no accuracy; means omit these.
     """
     confusion = confusion.double()
     hits, true, predicted = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)
@@ -55,7 +55,7 @@ def segmentation_scores(confusion: torch.Tensor, classes: Sequence[str]) -> dict
 def write_by_class(directory: Path, outcomes: torch.Tensor, classes: Sequence[str]) -> None:
     """Write classes.csv and, up to `MOST_CLASSES` classes, confusion.csv and confusion.png.
 
-    outcomes: (images, 2), every image's class and the predicted one, which may lie beyond the named `classes`.
+    outcomes: (images, 2), each image's true class and the predicted one, which may lie beyond the named `classes`.
     """
     make_directory(directory)
     truth, predicted = outcomes.unbind(1)
@@ -69,7 +69,7 @@ def write_by_class(directory: Path, outcomes: torch.Tensor, classes: Sequence[st
     save_csv(directory / "classes.csv", table)
     if n <= MOST_CLASSES:
         confusion = (n * truth + predicted).bincount(minlength=n * n).view(n, n)
-        # No folder, and so no class, has a slash in its name.
+        # No folder name, and so no class name, has a slash.
         rows = [{"true / predicted": name} | dict(zip(names, row)) for name, row in zip(names, confusion.tolist())]
         save_csv(directory / "confusion.csv", rows)
         draw_confusion(directory / "confusion.png", confusion, names)
@@ -83,13 +83,13 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: list[str]) -> Non
     figure, [[axis]] = new_figure(1, 1, side + 1.6, side)
     from matplotlib.colors import PowerNorm  # as matplotlib in `new_figure`, only when it is needed
 
-    root = PowerNorm(0.5, vmin=0, vmax=100)  # a linear scale would show what is rarely confused as white, like zero
+    root = PowerNorm(0.5, vmin=0, vmax=100)  # a linear scale would show rare confusions as white, like zero
     shades = axis.imshow(percent.numpy(), cmap="Blues", norm=root)
     figure.colorbar(shades, label="% of the true class's images", shrink=0.8)
     axis.set(xlabel="predicted class", ylabel="true class (images)")
     if n <= 40:  # more names would not be legible; ticks then number the rows of classes.csv, from 0
         short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
-        short = [name.encode(errors="backslashreplace").decode() for name in short]  # folders' may be no Unicode
+        short = [name.encode(errors="backslashreplace").decode() for name in short]  # folders' may be invalid Unicode
         axis.set_xticks(range(n), short, rotation=90)
         axis.set_yticks(range(n), [f"{name} ({count})" for name, count in zip(short, images.tolist())])
     if n <= 15:
@@ -100,7 +100,7 @@ def draw_confusion(path: Path, confusion: torch.Tensor, names: list[str]) -> Non
 
 
 def predictions(paths: Sequence[str], logits: torch.Tensor, classes: Sequence[str], topk: int) -> list[dict]:
-    """Rows of predictions.csv for paths and their logits (N, classes): file, class, probability, class_2, ..."""
+    """Make rows of predictions.csv for paths and their logits (N, classes): file, class, probability, class_2, ..."""
     best = logits.softmax(dim=1).topk(topk)
     rows = [{"file": path} for path in paths]
     for row, probabilities, indices in zip(rows, best.values.tolist(), best.indices.tolist()):

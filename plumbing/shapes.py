@@ -1,4 +1,4 @@
-"""Drawn images, textured shapes over textured grounds: every script runs offline. No stand-in for photographs."""
+"""Drawn images of textured shapes on textured grounds: every script runs offline. No substitute for photographs."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +7,8 @@ import numpy as np
 
 TEXTURES = ("shading", "stripes", "checks", "dots", "grid", "waves", "rings", "rays", "dashes", "ripples")
 SHAPES = ("disc", "ring", "triangle", "square", "cross")  # the classes of scenes
-SPLITS = ("train", "val")  # their places in what follows, and their seeds
-DRAWN, SCENES = (4000, 1000), (2500, 200)  # how many are drawn of each split: images and, to find shapes in, scenes
+SPLITS = ("train", "val")  # their indices below, and their seeds
+DRAWN, SCENES = (4000, 1000), (2500, 200)  # numbers drawn of each split: images, and scenes of shapes to find
 _CHUNK = 50  # images drawn at once; a multiple of the number of textures keeps the classes balanced
 _IMAGES = dict(
     shapes=("disc", "ring", "crescent", "triangle", "square", "cross", "star", "flower", "heart", "spiral"),
@@ -24,14 +24,14 @@ _SCENES = dict(  # plain shapes, mostly brighter than what is behind them
 def draw_images(n: int, seed: int, size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Draw `n` images of textured shapes on textured backgrounds: uint8 (n, size, size, 3) and their classes (n,).
 
-    The class is the texture of the ground. Its scale, rotation and colours, the light, and three shapes with their own
-    textures in front of it are nuisance. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
+    The class is the ground's texture. Its scale, rotation and colours, the light, and three shapes in front of it with
+    their own textures are nuisances. Textures are periodic and shapes symmetric, so a hidden patch can be guessed.
     """
     return tuple(_draw(n, seed, size, **_IMAGES)[:2])
 
 
 def draw_scenes(n: int, seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw images of plain shapes, and these: uint8 (n, S, S, 3), kinds (n, 3) and masks, bool (n, 3, S, S).
+    """Draw images of plain shapes: uint8 (n, S, S, 3); the shapes' kinds (n, 3); masks, bool (n, 3, S, S).
 
     A kind is an index into SHAPES, back to front; a mask is the part that no later shape hides.
     """
@@ -82,7 +82,7 @@ def _turn(x, y, angle):
 
 
 def _texture(rng, x, y, colour, kinds, contrast):
-    """(n, S, S) coordinates -> (n, S, S, 3): a colour (n, 1, 1, 3) varied by each picture's kind of pattern."""
+    """(n, S, S) coordinates -> (n, S, S, 3): a colour (n, 1, 1, 3) varied by each image's kind of pattern."""
     n = len(x)
     u, v = _turn(x, y, _uniform(rng, n, 0, 2 * np.pi))
     frequency, phase = _uniform(rng, n, 8, 14), _uniform(rng, n, 0, 2 * np.pi)
@@ -95,7 +95,7 @@ def _texture(rng, x, y, colour, kinds, contrast):
 
 
 def _pattern(kind, u, v, frequency, phase):
-    """About -1 to 1; what goes beyond is cut off, which makes flat areas with soft edges."""
+    """Return about -1 to 1; values beyond are clipped later, which makes flat areas with soft edges."""
     a, b = np.sin(frequency * u + phase), np.sin(frequency * v)
     match kind:
         case "shading":
@@ -121,7 +121,7 @@ def _pattern(kind, u, v, frequency, phase):
 
 
 def _distance(shape, u, v):
-    """A signed distance, negative inside, roughly in units of the shape's radius."""
+    """Return a signed distance, negative inside, roughly in units of the shape's radius."""
     r, angle = np.hypot(u, v), np.arctan2(v, u)
     match shape:
         case "disc":

@@ -1,4 +1,4 @@
-"""What fine-tuning, detection and segmentation share: flags and their defaults, optimisers, evaluation."""
+"""Shared by fine-tuning, detection and segmentation: flags and their defaults, optimisers, evaluation."""
 
 import argparse
 import math
@@ -29,7 +29,7 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
 
 
 def add_transfer_flags(add: Callable) -> None:
-    """Add how pre-trained weights are trained: layers' learning rates, optimiser, moving average, evaluation."""
+    """Add flags for training pre-trained weights: layers' learning rates, optimiser, moving average, evaluation."""
     add("--layer_decay", type=cli.fraction, default=1.0, help="learning rate's factor per layer towards the input")
     add("--opt", choices=("adamw", "adam", "sgd"), default="adamw", help="optimiser")
     add("--opt_eps", type=cli.positive, default=1e-8, help="epsilon of Adam and AdamW")
@@ -44,7 +44,7 @@ def add_transfer_flags(add: Callable) -> None:
 
 
 def start_of(args: argparse.Namespace, parser: cli.Parser) -> str | None:
-    """Find the weights that --eval, --predict or --finetune start from: the best checkpoint of a run's folder."""
+    """Find the weights that --eval, --predict or --finetune start from; of a run's folder, the best checkpoint."""
     if not (args.eval or args.predict):
         return args.finetune and file_of_run(args.finetune, "checkpoint-best.pth", "encoder.pth", "newest")
     if not args.resume:
@@ -69,12 +69,12 @@ def settle(
 
     Args:
         flags_of: (file, *names) -> flags that fit its weights, and these names' values in the run that wrote it.
-        network: flags that describe the network, which --eval and --predict take from the checkpoint alone.
-        evaluation: flags that --eval and --predict take from the checkpoint too, and that a command line may change.
+        network: flags that describe the network, which --eval and --predict take only from the checkpoint.
+        evaluation: flags that --eval and --predict take from the checkpoint too, but that a command line may change.
         places: paths of the data; --eval and --predict take them as well, unless the command line names other data.
         recipes: name -> size of the model -> flags.
     """
-    parser.set_defaults(mlp_norm=None, statistics=None)  # no flags, but configurations have them
+    parser.set_defaults(mlp_norm=None, statistics=None)  # not flags, but in configurations
     args, config = parser.parse_args(argv), {}
     start, only_use = start_of(args, parser), bool(args.eval or args.predict)
     if start:
@@ -94,7 +94,7 @@ def settle(
     for name in network if only_use else ():
         if name in config and getattr(args, name) != config[name]:
             parser.error(f"--{name} {getattr(args, name)}, but {start} has {config[name]}; leave --{name} out")
-    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint keeps its training's
+    args.data_set, args.statistics = data_set, args.statistics or data_set  # a checkpoint keeps those of its training
     args.resume, args.finetune = (start, args.finetune) if only_use else (args.resume, start)
     cli.derive(args)
     return args
@@ -106,8 +106,8 @@ def settle(
 def layer_id(name: str, depths: tuple[int, ...], kind: str = "single") -> int:
     """Return the layer that a parameter belongs to, 0 nearest to the input.
 
-    "single" counts every block; "group" takes the blocks of stage 3 by threes, as the authors' fine-tuning of Base and
-    ConvNeXt's detection and segmentation code do. What is built on the encoder comes after all of its layers.
+    "single" counts every block; "group" joins the blocks of stage 3 in threes, as the authors' fine-tuning of Base and
+    ConvNeXt's detection and segmentation code do. Modules on top of the encoder come after all of its layers.
     """
     last = sum(depths) if kind == "single" else 3 + math.ceil(depths[2] / 3)
     part, *place = name.removeprefix("backbone.").removeprefix("encoder.").split(".")
@@ -164,9 +164,9 @@ def averaged(net: nn.Module, decay: float) -> AveragedModel:
 
 
 def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
-    """Weight classes (K,) in the loss by their counts: fractions (at least .01%) to the power of `-balance`.
+    """Compute classes' loss weights (K,) from counts: fractions (at least .01%) to the power of `-balance`.
 
-    The mean over what was counted is 1.
+    Their mean over everything counted is 1.
     """
     fractions = (counts / counts.sum().clamp(min=1)).clamp(min=1e-4)
     powers = fractions**-balance
@@ -174,10 +174,10 @@ def class_weights(counts: torch.Tensor, balance: float) -> torch.Tensor:
 
 
 def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.device, fix: str) -> None:
-    """UserError if training needs more memory than the device, or the machine or container, has.
+    """Raise UserError if training needs more memory than the device, or the machine or container, has.
 
-    It needs what `step`, forward pass and loss, keeps for the backward pass, halved by mixed precision, and four times
-    the weights. On the meta device that is known without any work.
+    Training needs what `step` (forward pass and loss) keeps for the backward pass, halved by mixed precision, plus four
+    times the weights. On the meta device this takes no computation.
     """
     storages, limits = {}, [math.inf]
 
@@ -191,7 +191,7 @@ def check_memory(net: nn.Module, step: Callable, amp: str | None, device: torch.
         limits.append(torch.cuda.mem_get_info(device)[0])
     elif hasattr(os, "sysconf"):  # not on Windows
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        with suppress(ValueError, OSError):  # no container, or without a limit
+        with suppress(ValueError, OSError):  # no container, or one without a limit
             limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     activations = sum(storage.nbytes() for storage in storages.values())
     activations *= dist.autocast(amp, device).fast_dtype.itemsize / 4
@@ -218,7 +218,7 @@ def evaluate(run: Run, epoch: int, evaluate: Callable, metric: str, describe: Ca
         networks["model_ema"] = run.ema.module
     results = {name: evaluate(network) for name, network in networks.items()}
     values = {name: scores[metric] for name, (scores, _) in results.items()}
-    ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN is no best
+    ranks = {name: x if x is not None and x > -math.inf else -math.inf for name, x in values.items()}  # NaN never wins
     winner = max(ranks, key=ranks.get)
     improved, run.best = ranks[winner] > run.best, max(run.best, ranks[winner])
     record = {"epoch": epoch + 1, "update": run.done, f"best_{metric}": run.best}
