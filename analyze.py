@@ -505,7 +505,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     config = weights.read_config(checkpoints[0])
     names = ["input_size", "image_max"] + ["data_set", "data_path"] * (not (args.data_set or args.data_path))
     values = {name: config[name] for name in names if config.get(name)}
-    if values.get("data_set") not in data.DATA_SETS:  # one of detect.py or segment.py
+    if values.get("data_set") not in data.DATA_SETS:  # a name from another project
         values.pop("data_set", None)
     parsers[args.command].take(checkpoints[0], values)
     args = parser.parse_args(argv)
