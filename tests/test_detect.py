@@ -13,7 +13,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, TINY, Killed, layer_groups, randomised, read_log, save_noise, words, write_coco
+from helpers import CPU, TINY, Killed, layer_groups, log_of, randomised, read_log, save_noise, words, write_coco
 from PIL import Image
 from stress import fork, wait
 from torch.nn import functional as F
@@ -207,18 +207,17 @@ def test_images_are_upright_as_their_annotations(tmp_path, masks):
     assert seen.float().sum() == 255 * 3 * 200 and ("masks" in target) == masks
 
 
-LAYOUTS = {  # annotations, folder and name of images
-    "Roboflow": ("{}/_annotations.coco.json", "{}", "{}"),
-    "images/train": ("annotations/instances_{}.json", "images/{}", "{}"),
-    "images/train2017": ("annotations/instances_{}2017.json", "images/{}2017", "{}"),
-    "CVAT": ("annotations/instances_default.json", "images", "{}"),
-    "CVAT with folders": ("annotations/instances_default.json", "images/default/sub", "sub/{}"),
-}  # fmt: skip
+LAYOUTS = [  # annotations, folder and name of images
+    ("{}/_annotations.coco.json", "{}", "{}"),  # Roboflow
+    ("annotations/instances_{}.json", "images/{}", "{}"),
+    ("annotations/instances_{}2017.json", "images/{}2017", "{}"),
+    ("annotations/instances_default.json", "images", "{}"),  # CVAT
+    ("annotations/instances_default.json", "images/default/sub", "sub/{}"),  # CVAT, with folders
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_annotation_tools_are_found(tmp_path, layout):
-    annotations, images, name = LAYOUTS[layout]
+@pytest.mark.parametrize(("annotations", "images", "name"), LAYOUTS)
+def test_layouts_of_annotation_tools_are_found(tmp_path, annotations, images, name):
     single, root = "default" in annotations, tmp_path / "data"
     for split, count in (dict(train=10) if single else dict(train=4, valid=3)).items():
         write_coco(tmp_path, split, count, 0, 48, each("images", file_name=lambda row: name.format(row["file_name"])))
@@ -389,8 +388,7 @@ def test_published_heads_differ_from_torchvisions_as_documented():
     ratios = torch.tensor([0.5, 1.0, 2.0])  # height / width
     half = torch.stack([4 / ratios.sqrt(), 4 * ratios.sqrt()], dim=1)
     for (height, width), stride, boxes in zip(sizes, (4, 8, 16, 32, 64), anchors):
-        y, x = torch.meshgrid(stride * torch.arange(height), stride * torch.arange(width), indexing="ij")
-        centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2)
+        centres = stride * torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)[:, None]  # x, y
         torch.testing.assert_close(boxes, torch.cat([centres - half, centres + half], dim=-1).reshape(-1, 4))
 
 
@@ -404,8 +402,7 @@ def test_boxes_are_computed_in_float32_and_parameters_are_those_documented():
     assert {tensor.dtype for tensor in tensors} == {torch.float32} and len(output["boxes"])
 
     with torch.device("meta"):  # 48.15 million for Tiny and COCO's 80 classes (REFERENCE: with torchvision's heads)
-        tiny = ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), num_classes=0)
-    detector = MaskRCNN(tiny, 80)
+        detector = MaskRCNN(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768), num_classes=0), 80)
     assert sum(p.numel() for p in detector.parameters()) == pytest.approx(48.15e6, abs=0.01e6)
     heads = {f"roi_heads.{name}" for name in ("box_head", "box_predictor", "mask_head", "mask_predictor")}
     outer = {"backbone.encoder", "backbone.norms", "backbone.fpn", "rpn.head"} | heads
@@ -466,17 +463,19 @@ def test_two_processes_equal_one_with_twice_the_batch_but_for_the_sampling(folde
 
 def test_the_best_has_the_highest_ap_and_one_that_does_not_exist_is_none(folder, tmp_path, monkeypatch):
     """Though AP50 disagrees; test_run.py tells which of weights and average are the best in general."""
-    values = iter([(None, None), (0.6, 0.1), (0.5, 0.9)])
-    zeros = dict.fromkeys(coco.NUMBERS, 0.0)
-    scores = lambda *_: {"images": 3, "box": zeros | dict(zip(("AP", "AP50"), next(values)))}  # noqa: E731
-    monkeypatch.setattr(coco, "evaluate", scores)
+    scores = [{"AP": None, "AP50": None}, {"AP": 0.6, "AP50": 0.1}, {"AP": 0.5, "AP50": 0.9}]
+    results = iter([{"images": 3, "box": dict.fromkeys(coco.NUMBERS, 0.0) | row} for row in scores])
+    monkeypatch.setattr(coco, "evaluate", lambda *_: next(results))
     run(folder, tmp_path, masks=False, epochs=3, batch_size=6)
     best = load_file(tmp_path / "checkpoint-best.pth")
     assert (best["epoch"], best["box_AP"], read_json(tmp_path / "scores.json")["box"]["AP"]) == (2, 0.6, 0.6)
-    assert [row["val_box_AP"] for row in read_log(tmp_path) if "val_box_AP" in row] == [None, 0.6, 0.5]
+    assert log_of(tmp_path, "val_box_AP") == [None, 0.6, 0.5]
+
+
+def test_an_evaluation_needs_an_object(tmp_path):
+    write_coco(tmp_path, "val", 5, 3, change=lambda d: d.update(annotations=d["annotations"][-1:]))
     with pytest.raises(UserError, match="these 3 images show no object; use more"):
-        write_coco(tmp_path / "none", "val", 5, 3, change=lambda d: d.update(annotations=d["annotations"][-1:]))
-        load(tmp_path / "none", "val", val_limit=3)
+        load(tmp_path, "val", val_limit=3)
 
 
 def test_few_images_are_seen_in_more_epochs(folder, tmp_path, monkeypatch):
@@ -492,13 +491,11 @@ def test_the_learning_rate_follows_its_schedule():
         schedule = detect.make_schedule(argparse.Namespace(args=args, peak_lr=1.0, total=60, updates=10))
         return [schedule(update) for update in range(60)]
 
-    stairs = [1.0] * 20 + [0.1] * 20 + [0.01] * 20
-    assert rates(steps=[2, 4]) == pytest.approx(stairs)
     assert rates() == pytest.approx([1.0] * 45 + [0.1] * 10 + [0.01] * 5)  # from 3/4 and 11/12 on
-    ramp = [0.001 + 0.999 * k / 6 for k in range(6)]
-    assert rates(warmup_updates=None, steps=[2, 4]) == pytest.approx([*ramp, *stairs[6:]])  # 10% of the run
+    stairs = [*np.linspace(0.001, 1, 6, endpoint=False), *[1.0] * 14, *[0.1] * 20, *[0.01] * 20]
+    assert rates(warmup_updates=None, steps=[2, 4]) == pytest.approx(stairs)  # for 10% of the run
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * k / 40)) for k in range(40)]
-    ramp = [0.001 + 0.999 * k / 20 for k in range(20)]
+    ramp = np.linspace(0.001, 1, 20, endpoint=False)
     assert rates(schedule="cosine", warmup_updates=20) == pytest.approx([*ramp, *cosine])
 
 
@@ -534,10 +531,9 @@ def only_use(task, path, directory, **flags) -> Path:
     return directory
 
 
-def test_evaluation_and_prediction_take_the_network_from_the_checkpoint(folder, tmp_path, capsys):
+def test_evaluation_and_prediction_take_the_network_from_the_checkpoint(folder, tmp_path):
     content = run(folder, tmp_path / "run", nms="soft", score_threshold=0, model_ema=True, lr=1e-2, epochs=1)
     again = only_use(["--eval"], tmp_path / "run", tmp_path / "again", score_threshold=0)
-    assert "3 images of" in capsys.readouterr().out
     for name in ("scores.json", "detections.json"):
         assert (again / name).read_text() == (tmp_path / "run" / name).read_text()
 
