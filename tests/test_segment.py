@@ -213,19 +213,18 @@ LISTED = {"": ["background", "object"], "thing": ["background", "thing"], "nothi
 @pytest.mark.parametrize(("kind", "listed"), [*product(KINDS, [""]), *product(KINDS[:1], LISTED)])
 def test_maps_of_two_values_are_background_and_one_class(folder, kind, listed, capsys):
     value, channels = kind
-    masks = {path.name: np.asarray(Image.open(path)) > 0 for path in folder.glob("annotations/validation/*.png")}
+    masks = np.stack([np.asarray(Image.open(path)) > 0 for path in sorted(folder.glob("annotations/validation/*"))])
     (folder / "classes.txt").write_text(listed) if listed else (folder / "classes.txt").unlink()
     relabel(folder, lambda labels: np.dstack([value * (labels > 0)] * channels).squeeze())
     images = segment.load_images(arguments(folder), "val")
     classes = segment.find_classes(arguments(folder), images.pixels)
     fractions = segment.use_classes(images, classes, least=2) / sum(images.pixels.values())
-    for index, path in enumerate(images.labels):
-        assert (images[0, index][1].numpy() == masks[Path(path).name]).all()
-    assert fractions[1].item() == pytest.approx(np.mean([*masks.values()])) and classes.names == LISTED[listed]
+    assert (np.stack([images[0, index][1] for index in range(3)]) == masks).all()
+    assert fractions[1].item() == pytest.approx(masks.mean()) and classes.names == LISTED[listed]
     assert f"0 is taken for the background, {value} for" in capsys.readouterr().out
 
 
-REFUSED = {  # message -> what `test_mistakes_get_one_line_at_the_start` makes wrong, and flags
+REFUSED = {  # message -> what is changed in a folder of six training maps and six classes, and flags
     "--stride 65 is larger than --window 64: it leaves gaps": dict(window=64, stride=65),
     "image size 8 x 8 is below the patch size 16": dict(window=8),
     "--classes contradicts --nb_classes": dict(classes="a.txt", nb_classes=3),
@@ -237,12 +236,12 @@ REFUSED = {  # message -> what `test_mistakes_get_one_line_at_the_start` makes w
     "no partner .*/images/training/001.png": dict(removed="annotations/training/001.png"),
     "1 of 6 classes have pixels in 6 label maps of labels 1, 255,": dict(labels=lambda x: np.where(x, 1, 255)),
     "0 of 0 classes have pixels in 6 .* where 255 and 0 does not":
-        dict(labels=lambda x: np.where(x, 255, 0), names=[], reduce_zero_label=True),
+        dict(labels=lambda x: np.where(x, 255, 0), removed="classes.txt", reduce_zero_label=True),
     "has the label 6, but the 6 classes have 0 to 5; name all": dict(labels=lambda x: x + 1),
     "has the label 1, but the 1 classes have 0 to 0": dict(labels=lambda x: x > 0, names=["object"]),
     "255 labels up to 254 without names: were they smoothed":
-        dict(labels=lambda x: np.linspace(0, 254, x.size).reshape(x.shape), names=[]),
-    "labels up to 300 without names": dict(labels=lambda x: np.where(x == 1, 300, x), names=[]),
+        dict(labels=lambda x: np.linspace(0, 254, x.size).reshape(x.shape), removed="classes.txt"),
+    "labels up to 300 without names": dict(labels=lambda x: np.where(x == 1, 300, x), removed="classes.txt"),
     "000.png is 48 x 48 pixels, and its label map .* 40 x 48; one of them was": dict(labels=lambda x: x[:, :40]),
     "none of 6 label maps can be read .* label map .mode RGB.; save": dict(labels=lambda x: np.dstack([x, x * 2, x])),
     "none of 6 .* label map .mode I.; .* 0 to 65535": dict(labels=lambda x: np.where(x, 65536, 0)),
@@ -254,20 +253,13 @@ REFUSED = {  # message -> what `test_mistakes_get_one_line_at_the_start` makes w
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_mistakes_get_one_line_at_the_start(folder, message, capsys):
-    """In a folder of six training maps and six classes."""
-
-    def spoil(labels=lambda x: x, names=NAMES, removed="nothing", **flags):
-        relabel(folder, labels)
-        (folder / "classes.txt").unlink()
-        if names:
-            (folder / "classes.txt").write_text("\n".join(names))
-        for path in folder.glob(removed):
-            path.unlink()
-        return dict(data_path=folder) | flags
-
-    flags = spoil(**REFUSED[message])
+    changes = dict(labels=lambda x: x, names=NAMES, removed="nothing", data_path=folder) | REFUSED[message]
+    relabel(folder, changes.pop("labels"))
+    (folder / "classes.txt").write_text("\n".join(changes.pop("names")))
+    for path in folder.glob(changes.pop("removed")):
+        path.unlink()
     with pytest.raises(SystemExit) as caught:
-        segment.main(arguments(**flags))
+        segment.main(arguments(**changes))
     line = str(caught.value) if caught.type is UserError else capsys.readouterr().err
     assert re.search(message, line) and len(line.strip().splitlines()) == 1
 
