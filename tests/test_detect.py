@@ -620,9 +620,6 @@ def test_a_detector_of_mmdetection_computes_what_it_does_there(tmp_path):
     close(heads.mask_predictor(heads.mask_head(regions))[:, 1:], conv(masks + "conv_logits", x))
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
 def test_values_come_from_command_line_recipe_checkpoint_and_data_set_in_this_order(folder, tmp_path, capsys):
     run(folder, tmp_path / "run", epochs=1, nms="soft", group_norm=True)
     best = ["--resume", str(tmp_path / "run")]
