@@ -198,24 +198,25 @@ def test_errors_are_red_and_what_does_not_count_black():
     assert marked[:, 0].T.tolist() == [[195] * 3, [214, 39, 40], [0, 0, 0]]
 
 
-def relabel(root: Path, change) -> None:
-    """Replace every label map by the array `change(labels)`, under the same name."""
+def relabel(root: Path, change, mode: str | None = None) -> None:
+    """Replace every label map by the array `change(labels)`, in a file of the same name, and of another `mode`."""
     for path in root.glob("annotations/*/*.png"):
         labels = np.asarray(change(np.asarray(Image.open(path)).astype(int)))
         bits = "uint8" if labels.max() < 256 else "uint16" if labels.max() < 65536 else "int32"
-        Image.fromarray(labels.astype(bits)).save(path, format="TIFF" if bits == "int32" else "PNG")
+        image = Image.fromarray(labels.astype(bits))
+        image.convert(mode or image.mode).save(path, format="TIFF" if bits == "int32" else "PNG")
 
 
-KINDS = [(255, 1), (128, 1), (65535, 1), (255, 3), (255, 2)]  # value of the one class, channels of the file
+KINDS = [(255, "L"), (128, "L"), (65535, "I;16"), (255, "RGB"), (255, "LA")]  # value of the one class, file's mode
 LISTED = {"": ["background", "object"], "thing": ["background", "thing"], "nothing\nthing": ["nothing", "thing"]}
 
 
 @pytest.mark.parametrize(("kind", "listed"), [*product(KINDS, [""]), *product(KINDS[:1], LISTED)])
 def test_maps_of_two_values_are_background_and_one_class(folder, kind, listed, capsys):
-    value, channels = kind
+    value, mode = kind
     masks = np.stack([np.asarray(Image.open(path)) > 0 for path in sorted(folder.glob("annotations/validation/*"))])
     (folder / "classes.txt").write_text(listed) if listed else (folder / "classes.txt").unlink()
-    relabel(folder, lambda labels: np.dstack([value * (labels > 0)] * channels).squeeze())
+    relabel(folder, lambda labels: value * (labels > 0), mode)
     images = segment.load_images(arguments(folder), "val")
     classes = segment.find_classes(arguments(folder), images.pixels)
     fractions = segment.use_classes(images, classes, least=2) / sum(images.pixels.values())
