@@ -108,7 +108,7 @@ def test_scores_equal_those_of_another_implementation(tmp_path):
         evaluation = faster_coco_eval.COCOeval_faster(truth, truth.loadRes(rows), name)
         evaluation.run()
         expected = [None if x == -1 else pytest.approx(x, abs=1e-12) for x in evaluation.stats[:12]]
-        assert list(scores[kind].values()) == expected and 0.1 < scores[kind]["AP50"] < 0.99
+        assert list(scores[kind].values()) == expected and 0.1 < scores[kind]["AP75"] < scores[kind]["AP50"] < 0.99
 
 
 WRONG = [  # what is wrong with the whole file
@@ -123,6 +123,7 @@ WRONG = [  # what is wrong with the whole file
     (each("annotations", bbox=lambda row: around(row)[0][:2] + around(row)[0][4:6]), "each bbox seems to be corners"),
     (each("annotations", segmentation=[[1, 2, 3, 4]]), "segmentation .* try --no-masks"),
     (lambda d: d["images"][0].update(width=50), "000.png is 48 x 48 pixels, and 50 x 48 there; was it scaled"),
+    (lambda d: d.update(annotations=d["annotations"][-1:]), "these 2 images show no object; use more \\(--val_limit"),
 ]
 COUNTS = [100, 200], [48**2, 9], [48**2 + 9, -9], [0.5, 48**2 - 0.5], "PPP", "T3X6", "", "é"  # of 48 x 48 pixels
 NO_MASKS = [
@@ -144,7 +145,7 @@ LEFT_OUT = {  # what is wrong with one annotation
 def test_a_file_that_cannot_be_meant_is_refused_in_evaluation_too(tmp_path, change, reason):
     write_coco(tmp_path, "val", 3, 0, change=change)
     with pytest.raises(UserError, match=reason) as caught:
-        load(tmp_path, "val")
+        load(tmp_path, "val", val_limit=2)
     assert "\n" not in str(caught.value)
 
 
@@ -230,8 +231,6 @@ def test_layouts_of_annotation_tools_are_found(tmp_path, annotations, images, na
     assert [len(part) for part in parts] == ([7, 3] if single else [4, 3])
     assert not single or len({*parts[0].items, *parts[1].items}) == 10
     assert all(part.objects[0] and part.read(0)[0].size == (48, 48) for part in parts)
-    with pytest.raises(UserError, match="--holdout 0.2 to split one file; the package supervision"):
-        load(tmp_path / "nothing")
 
 
 def test_crowds_get_masks_and_are_no_targets_and_labels_follow_ids(tmp_path):
@@ -380,8 +379,7 @@ def test_published_heads_differ_from_torchvisions_as_documented():
     sizes = [(800 // stride + (stride == 64), 1088 // stride) for stride in (4, 8, 16, 32, 64)]
     images, maps = ImageList(torch.zeros(1, 3, 800, 1088), [(800, 1088)]), [torch.zeros(1, 1, *size) for size in sizes]
     anchors = FineAnchors(((8.0,),) * 5, ((0.5, 1.0, 2.0),) * 5)(images, maps)[0].split([3 * h * w for h, w in sizes])
-    ratios = torch.tensor([0.5, 1.0, 2.0])  # height / width
-    half = torch.stack([4 / ratios.sqrt(), 4 * ratios.sqrt()], dim=1)
+    half = torch.tensor([[4 / math.sqrt(ratio), 4 * math.sqrt(ratio)] for ratio in (0.5, 1, 2)])  # height / width
     for (height, width), stride, boxes in zip(sizes, (4, 8, 16, 32, 64), anchors):
         centres = stride * torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(1)[:, None]  # x, y
         torch.testing.assert_close(boxes, torch.cat([centres - half, centres + half], dim=-1).reshape(-1, 4))
@@ -465,12 +463,6 @@ def test_the_best_has_the_highest_ap_and_one_that_does_not_exist_is_none(folder,
     best = load_file(tmp_path / "checkpoint-best.pth")
     assert (best["epoch"], best["box_AP"], read_json(tmp_path / "scores.json")["box"]["AP"]) == (2, 0.6, 0.6)
     assert log_of(tmp_path, "val_box_AP") == [None, 0.6, 0.5]
-
-
-def test_an_evaluation_needs_an_object(tmp_path):
-    write_coco(tmp_path, "val", 5, 3, change=lambda d: d.update(annotations=d["annotations"][-1:]))
-    with pytest.raises(UserError, match="these 3 images show no object; use more"):
-        load(tmp_path, "val", val_limit=3)
 
 
 def test_few_images_are_seen_in_more_epochs(folder, tmp_path, monkeypatch):

@@ -67,10 +67,9 @@ def pixels(file) -> torch.Tensor:
 def nets(tmp_path_factory) -> tuple:
     """transformers' UPerNet, its weights and statistics drawn at random, and ours with the same, by way of a file."""
     transformers, path = pytest.importorskip("transformers"), tmp_path_factory.mktemp("theirs") / "upernet.pth"
-    stages = [f"stage{i}" for i in range(1, 5)]
-    backbone = transformers.ConvNextV2Config(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 32, 64], out_features=stages)
+    sizes = dict(depths=[1, 1, 2, 1], hidden_sizes=[8, 16, 32, 64], out_indices=[1, 2, 3, 4])
     widths = dict(hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=32)
-    config = transformers.UperNetConfig(backbone_config=backbone, **widths, num_labels=5)
+    config = transformers.UperNetConfig(backbone_config=transformers.ConvNextV2Config(**sizes), **widths, num_labels=5)
     theirs = randomised(transformers.UperNetForSemanticSegmentation(config)).train()
     theirs(torch.randn(4, 3, 64, 64))  # its statistics are no longer 0 and 1
     ours = UPerNet(small_encoder(), 5, 16, 8).eval()
@@ -413,12 +412,12 @@ lookup.encoder = small_encoder(stem_stride=1)
 def test_sliding_windows_are_a_plain_loop(size, window, stride):
     imgs = torch.randn(1, 3, *size)
     total, times = torch.zeros(1, 3, *size), torch.zeros(size)
-    for row in range(max(math.ceil((size[0] - window) / stride), 0) + 1):  # as OpenMMLab counts and places them
-        for column in range(max(math.ceil((size[1] - window) / stride), 0) + 1):
-            bottom, right = min(row * stride + window, size[0]), min(column * stride + window, size[1])
-            top, left = max(bottom - window, 0), max(right - window, 0)
-            total[:, :, top:bottom, left:right] += lookup(imgs[:, :, top:bottom, left:right])
-            times[top:bottom, left:right] += 1
+    counts = [max(math.ceil((side - window) / stride), 0) + 1 for side in size]  # as OpenMMLab counts and places them
+    for row, column in product(*map(range, counts)):
+        bottom, right = min(row * stride + window, size[0]), min(column * stride + window, size[1])
+        top, left = max(bottom - window, 0), max(right - window, 0)
+        total[:, :, top:bottom, left:right] += lookup(imgs[:, :, top:bottom, left:right])
+        times[top:bottom, left:right] += 1
     assert times.min() >= 1
     torch.testing.assert_close(segment.slide(lookup, imgs, window, stride), total / times)
 
@@ -577,8 +576,8 @@ def test_a_tenth_of_a_short_run_warms_up_and_1500_updates_of_a_long_one():
 def test_two_processes_train_and_evaluate_as_one_with_twice_the_batch(folder, tmp_path, monkeypatch):
     """All pixels count, since no crop is padded: of others, each process has its own number."""
     monkeypatch.setattr(segment, "UPerNet", partial(UPerNet, dropout=0.0))  # which each process draws for itself
-    one, two, flags = tmp_path / "one", tmp_path / "two", dict(epochs=1, warmup_updates=0, opt="sgd", lr=1e-2)
-    flags |= dict(scale=(1, 2))
+    one, two = tmp_path / "one", tmp_path / "two"
+    flags = dict(epochs=1, warmup_updates=0, opt="sgd", lr=1e-2, scale=(1, 2))
     expected = run(folder, one, batch_size=4, **flags)
     stress.wait(stress.fork(lambda: segment.main(arguments(folder, output_dir=two, **flags)), tmp_path, 2))
     assert_equal(load_file(find_checkpoints(two)[-1])["model"], expected["model"], rtol=2e-3, atol=2e-4)
