@@ -549,7 +549,7 @@ def test_flags_of_evaluation_reach_it(folder, tmp_path):
     other, seen = tmp_path / "other", set()
     for flags in (
         {}, dict(nms="soft"), dict(test_size=(64, 64)), dict(val_limit=2), dict(score_threshold=0.095),
-        dict(proposals=(5, 2)), dict(val_images=other / "val2017"), dict(data_path=other),
+        dict(proposals=(5, 2)), dict(data_path=other), dict(val_images=other / "val2017", nms="soft"),
         dict(val_annotations=other / "annotations/instances_val2017.json", val_images=other / "val2017", nms="soft"),
     ):  # fmt: skip
         detections = (only_use(["--eval"], tmp_path / "run", tmp_path, **flags) / "detections.json").read_text()
