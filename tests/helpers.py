@@ -34,6 +34,17 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
+def layer_groups(net: torch.nn.Module, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Optimiser groups of one parameter each, around an encoder of four blocks; `factor` is of the learning rate."""
+    groups, layers = [], dict(downsample_layers=(0, 2, 3, 4), stages=(1, 2, 3, 4))
+    for name, parameter in net.named_parameters():
+        part, index, *_ = name.removeprefix("backbone.").removeprefix("encoder.").split(".")
+        factor = layer_decay ** (5 - layers[part][int(index)]) if part in layers else 1
+        decay = weight_decay if parameter.ndim > 1 and not name.endswith((".gamma", ".beta")) else 0.0
+        groups.append(dict(params=[parameter], factor=factor, weight_decay=decay))
+    return groups
+
+
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
