@@ -351,7 +351,7 @@ def grn(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
 
 
 def probe(args: argparse.Namespace, subjects: list[Subject]) -> tuple:
-    """Fit a closed-form linear probe to each stage's features and to the last two's; 10 nearest neighbours on those."""
+    """Accuracy of linear probes on each stage's features and on the last two's, and of 10 nearest neighbours there."""
     if args.data_set == "folder" and not data.split_folder(args.data_path, "val"):
         raise UserError(f"probe compares DIR/val with DIR/train, and {args.data_path} has no val; add one")
     queries = choose_images(args, args.num_images, usual=1000)
