@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, read_log, run, save_noise, words
+from helpers import CPU, run, save_noise, words
 from PIL import Image, features
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode
@@ -26,7 +26,6 @@ from model import MODELS
 from plumbing import augmentation
 from plumbing.files import UserError
 from plumbing.loading import EpochSampler, Samples, make_loader, mix_seed, progress
-from plumbing.scores import write_by_class
 from plumbing.shapes import SHAPES, TEXTURES, draw_images, draw_scenes
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -179,25 +178,19 @@ def test_the_next_replaces_an_unreadable_image(tmp_path, capsys, monkeypatch, re
     for path in paths:
         save_noise(path)
     damage, reason = PROBLEMS[problem]
-    damage(paths[1])
+    damage(paths[0])
     images = Images([*map(str, paths)], [0, 1, 2], list("abc"), pretrain_transform(16), IMAGENET, seed=5)
     state = torch.get_rng_state()
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 800)  # of more Pillow warns, twice as many it refuses
-        samples = [images[3, 1] for _ in range(2)]
+        samples = [images[3, 0] for _ in range(2)]
+        data.check_readable(images.items)  # one that can be read is enough
     assert torch.equal(torch.get_rng_state(), state) and not recwarn.list
-    torch.manual_seed(mix_seed("crop", 5, 3, 1))  # the draws are those of seed, epoch and index, whatever is read
-    expected = pretrain_transform(16)(Image.open(paths[2]).convert("RGB"))
-    assert all(torch.equal(image, expected) and label == 2 for image, label in samples)
-    assert images.unreadable.tolist() == [False, True, False]
-    assert re.fullmatch(rf"warning: cannot read {paths[1]} \({reason}.*\)\n", capsys.readouterr().err)
-
-
-def test_the_second_of_the_images_that_are_tried_is_enough(tmp_path):
-    save_noise(tmp_path / "03.png")
-    for k in range(20):
-        (tmp_path / f"{k:02}.png").touch()
-    assert len(folder(tmp_path)) == 20
+    torch.manual_seed(mix_seed("crop", 5, 3, 0))  # the draws are those of seed, epoch and index, whatever is read
+    expected = pretrain_transform(16)(Image.open(paths[1]).convert("RGB"))
+    assert all(torch.equal(image, expected) and label == 1 for image, label in samples)
+    assert images.unreadable.tolist() == [True, False, False]
+    assert re.fullmatch(rf"warning: cannot read {paths[0]} \({reason}.*\)\n", capsys.readouterr().err)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -222,10 +215,7 @@ LAYOUTS = {  # files -> split, classes of the images that are found by path (Non
     "a/1.png runs/x/loss.png runs/x/predictions/9.png runs/x/log.jsonl out/predictions/0-overlay.png":
         ("train", {"a/1.png": "a"},
          "ROOT: 1 images; not read: the outputs in ROOT/out/predictions, the outputs in ROOT/runs/x"),
-    "a/1.png log.jsonl accuracy.png confusion.png progress.png reconstructions.png predictions/00000-a.png":
-        # --output_dir DIR
-        ("train", {"a/1.png": "a"}, "ROOT: 1 images; not read: 1 .jsonl"),
-    "1.png predictions.csv progress.png": ("train", {"1.png": None}, ""),
+    "1.png predictions.csv progress.png predictions/0.png": ("train", {"1.png": None}, ""),
     "1.png progress.png": ("train", {"1.png": None, "progress.png": None}, ""),
 }  # fmt: skip
 
@@ -288,7 +278,6 @@ DEEP = [  # type, values, --image_max, and the bytes that they become; None wher
     (np.uint16, [0, 2048, 4095], 4095, [0, 127, 255]),
     (np.int32, [-5, 1000, 70000], 2000, [0, 127, 255]),
     (np.float32, [0, 0.5, 1.01], None, [0, 127, 255]),
-    (np.float32, [0, 0.25, 0.5], None, [0, 63, 127]),
     (np.float32, [float("nan"), 1200, 4810], 4810, [0, 63, 255]),
     (np.float32, [0, 255], None, None),
     (np.float32, [0, np.nan], None, None),
@@ -439,22 +428,12 @@ def test_folders_are_compared_by_name_with_the_networks_outputs(tmp_path, capsys
 
 
 def test_a_balanced_loss_weights_the_images_of_each_class(tmp_path, monkeypatch):
-    for name in ("dots/0", "dots/1", "dots/2", "dots/3", "rings/0"):  # weights 1 / .8 and 1 / .2 in balance
-        save_noise(tmp_path / f"images/train/{name}.png", (32, 32))
-        save_noise(tmp_path / f"images/val/{name}.png", (32, 32))
+    for name in ("dots/0", "dots/1", "dots/2", "dots/3", "rings/0"):  # weights 1 / .8 and 1 / .2, by 2 for a mean of 1
+        save_noise(tmp_path / f"train/{name}.png", (32, 32))
     calls, cross_entropy = [], torch.nn.functional.cross_entropy
-    monkeypatch.setattr(finetune.F, "cross_entropy", lambda *args, **_: calls.append(args) or cross_entropy(*args))
-    flags = dict(batch_size=5, epochs=1, smoothing=0, head_init_scale=1, input_size=32, disable_eval=True)
-    run(finetune, tmp_path / "images", tmp_path, class_balance=1.0, **flags)
-    [(logits, labels, *_)] = calls
-    losses = cross_entropy(logits, labels, reduction="none")
-    by_class = [losses[labels == k].mean().item() for k in (0, 1)]
-    assert read_log(tmp_path, "loss") == [[pytest.approx(np.mean(by_class), rel=1e-4)]]
-
-
-def test_a_class_whose_name_is_no_unicode_is_drawn_with_its_count(drawn, tmp_path):
-    write_by_class(tmp_path, torch.tensor([[0, 0], [0, 1], [1, 1]]), ["caf\udce9", "tea"])
-    assert min(Image.open(tmp_path / "confusion.png").size) > 300
+    monkeypatch.setattr(finetune.F, "cross_entropy", lambda *a, **k: calls.append(a) or cross_entropy(*a, **k))
+    run(finetune, tmp_path, tmp_path / "run", class_balance=1.0, epochs=1, disable_eval=True)
+    torch.testing.assert_close(calls[0][2], torch.tensor([0.625, 2.5]))
 
 
 # --- transforms -------------------------------------------------------------------------------------------------------
