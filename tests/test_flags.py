@@ -96,12 +96,13 @@ SAVING = dict(save_ckpt=True)
 SAVES = SAVING | {flag: (k, SAVING) for flag, k in dict(save_ckpt_freq=2, save_every_steps=1, save_ckpt_num=1).items()}
 FILES = dict.fromkeys(BASE, SAVES)  # the same weights and log, other files
 
-SPEED = {"num_workers": 1, "checkpoint_activations": True, "deterministic": True, "device": "cpu"}
+MEMORY = {script: {"checkpoint_activations": True} for script in BASE}  # the same, every block computed twice
+SPEED = {"num_workers": 1, "deterministic": True, "device": "cpu"}
 # The same weights, log and files, bit for bit.
 NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED, segment: SPEED}
 
 # Flags whose effect two short runs in one process cannot show; tests elsewhere do.
-ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations deterministic num_workers device compile
+ELSEWHERE = """embedded_images output_dir log_dir resume deterministic num_workers device compile
     dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk
     class_names class_balance image_max decoder mlp_norm recipe"""
 
@@ -123,7 +124,7 @@ def train(tmp_path_factory):
         images, labels = draw_images(12, seed=int(train), size=20)
         return SimpleNamespace(data=images, targets=labels, classes=TEXTURES)
 
-    networks, finished = [], Run.finish
+    networks, finished, recomputed, checkpoint = [], Run.finish, [], model.checkpoint
 
     def finish(run, outputs):
         networks[:] = [run.net, run.ema.module] if run.ema else [run.net]
@@ -132,16 +133,19 @@ def train(tmp_path_factory):
     @cache
     def train(script, flags) -> dict:
         directory = root / f"run{len(list(root.iterdir()))}"
+        recomputed.clear()
         try:
             script.main(script.get_args(words(**BASE[script] | dict(flags), output_dir=directory)))
         finally:
             torch.use_deterministic_algorithms(False)
         log, names = stress.untimed(read_log(directory)), sorted(path.name for path in directory.iterdir())
-        return {"weights": [net.state_dict() for net in networks], "log": log, "files": names}
+        results = {"weights": [net.state_dict() for net in networks], "log": log, "files": names}
+        return results | {"memory": len(recomputed)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(Run, "finish", finish)
+        patch.setattr(model, "checkpoint", lambda *args, **more: recomputed.append(0) or checkpoint(*args, **more))
         patch.setattr(data.datasets, "CIFAR10", cifar)
         for name, network in small.items():
             patch.setitem(MODELS, name, network)
@@ -149,7 +153,7 @@ def train(tmp_path_factory):
 
 
 def rows():
-    for kind, tables in dict(weights=WEIGHTS, log=LOG, files=FILES, nothing=NOTHING).items():
+    for kind, tables in dict(weights=WEIGHTS, log=LOG, files=FILES, memory=MEMORY, nothing=NOTHING).items():
         for script, table in tables.items():
             for flag, values in table.items():
                 for row in values if isinstance(values, list) else [values]:
@@ -169,16 +173,6 @@ def test_every_flag_has_a_row(script):
     none = {"images_per_update"}  # with those below, values of recipes and weights alone
     none |= {"mlp_norm", "statistics", "compile"} if script in (detect, segment) else set()
     flags = set(vars(script.get_args(["--data_path", "images"]))) - none
-    listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
+    listed = [flag for tables in (WEIGHTS, LOG, FILES, MEMORY, NOTHING) for flag in tables[script]]
     assert len(listed) == len(set(listed)) and flags >= set(listed)
     assert flags - set(listed) <= set(ELSEWHERE.split())
-
-
-@pytest.mark.parametrize("script", [pretrain, finetune])
-def test_activations_are_computed_again_when_that_is_asked_for(train, script, monkeypatch):
-    blocks, checkpoint = [], model.checkpoint
-    monkeypatch.setattr(model, "checkpoint", lambda *args, **more: blocks.append(args) or checkpoint(*args, **more))
-    train(script, seed=2)
-    assert not blocks
-    train(script, seed=2, checkpoint_activations=True)
-    assert len(blocks) >= 4 * 6  # four blocks in each of six updates
