@@ -158,9 +158,11 @@ def test_loading_is_strict_and_names_what_does_not_fit(change, words):
 
 def test_flags_come_from_checkpoints(tmp_path):
     state, path = MODELS["convnextv2_yocto"](num_classes=2, stem_stride=2).state_dict(), tmp_path / "a.pth"
-    torch.save({"model": state, "config": dict(input_size=48, crop_pct=0.9)}, path)
+    torch.save({"model": state, "config": dict(input_size=48, crop_pct=0.9, image_max=4095)}, path)
     flags = dict(model="convnextv2_yocto", stem_stride=2, input_size=48, crop_pct=0.9)
     assert weights.flags_of(path, "input_size", "crop_pct", "holdout") == flags
+    for line in (["--eval", "--resume"], ["--predict", "a.png", "--resume"], ["--finetune"]):
+        assert finetune.get_args([*line, str(path), "--data_path", "x"]).image_max == 4095
 
 
 def test_a_checkpoint_that_differs_from_the_network_that_it_describes_is_refused():
@@ -246,13 +248,11 @@ def server(tmp_path, monkeypatch):
         server.shutdown()
 
 
-START = {pretrain: "init_weight", finetune: "finetune", detect: "finetune", segment: "finetune"}
-
-
 def test_every_flag_for_weights_takes_an_address_and_downloads_it_once(tmp_path, server, capsys):
     torch.save({"model": MODELS["convnextv2_yocto"](num_classes=5, stem_stride=2).state_dict()}, tmp_path / "a.pth")
     address, folder = f"{server}/a.pth?x=1", str(tmp_path)
-    for script, flag in START.items():
+    for script in (pretrain, finetune, detect, segment):
+        flag = "init_weight" if script is pretrain else "finetune"
         args = script.get_args([f"--{flag}", address, "--data_path", folder])
         assert (args.model, args.stem_stride) == ("convnextv2_yocto", 2)
         assert Path(getattr(args, flag)).read_bytes() == (tmp_path / "a.pth").read_bytes()
