@@ -5,6 +5,7 @@ runs leave.
 """
 
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import stress
@@ -33,37 +34,31 @@ BASE = {
     detect: LABELLED | HEADS | dict(test_size=(32, 32), val_limit=1),
     segment: LABELLED | dict(test_size=32, channels=8, aux_channels=8),
 }
-CIFAR = dict(data_set="cifar10")
 MIXED = dict(mixup=0.8, cutmix=1.0)
 
 # flag: value and the other flags that it needs, if any. Several rows in a list.
 
 TRAINING = {  # other weights, in both scripts
-    "model": "convnext_atto", "stem_stride": (2, dict(input_size=32)), "mlp_norm": "none",
-    "layer_scale_init_value": (1.0, dict(model="convnext_atto")),
-    "data_path": "others", "data_set": "cifar10", "input_size": 24, 
+    "model": "convnext_atto", "stem_stride": (2, dict(input_size=32)), "mlp_norm": "none", "data_path": "others",
+    "layer_scale_init_value": (1.0, dict(model="convnext_atto")), "data_set": "cifar10", "input_size": 24,
     "batch_size": 6, "update_freq": 2, "epochs": 3, "warmup_epochs": 0.5, "blr": (1.0, dict(lr=None)), "lr": 1e-3,
-    "min_lr": 5e-3,
-    "weight_decay": 0.5, "clip_grad": 1e-3, "amp": "bf16", "seed": 1,
+    "min_lr": 5e-3, "weight_decay": 0.5, "clip_grad": 1e-3, "amp": "bf16", "seed": 1,
 }  # fmt: skip
 WEIGHTS = {
-    pretrain: TRAINING
-    | {"init_weight": "encoder.pth", "mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2,
-        "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4},
-    finetune: TRAINING
-    | {
+    pretrain: TRAINING | {
+        "init_weight": "encoder.pth", "mask_ratio": 0.3, "norm_pix_loss": False, "decoder": "unet", "decoder_depth": 2,
+        "decoder_embed_dim": 12, "backend": "leaky", "holdout": 0.4,
+    },
+    finetune: TRAINING | {
         "finetune": "encoder.pth", "linear_probe": True, "recipe": "in1k", "nb_classes": 5, "drop_path": 0.5,
-        "head_init_scale": 0.1,
-        "holdout": 0.4, "labels_per_class": 2, "min_crop": (0.9, dict(input_size=40)), "aa": "trivial",
-        "color_jitter": 0.5,
-        "train_interpolation": "bilinear", "reprob": 1, "remode": ("rand", dict(reprob=1)),
-        "recount": (3, dict(reprob=1)),
-        "mixup": 0.8, "cutmix": 1.0, "mixup_prob": (0.1, MIXED), "mixup_switch_prob": [(0, MIXED), (1, MIXED)],
-        "smoothing": 0.3,
+        "head_init_scale": 0.1, "holdout": 0.4, "labels_per_class": 2, "min_crop": (0.9, dict(input_size=40)),
+        "aa": "trivial", "color_jitter": 0.5, "train_interpolation": "bilinear", "reprob": 1,
+        "remode": ("rand", dict(reprob=1)), "recount": (3, dict(reprob=1)), "mixup": 0.8, "cutmix": 1.0,
+        "mixup_prob": (0.1, MIXED), "mixup_switch_prob": [(0, MIXED), (1, MIXED)], "smoothing": 0.3,
         "layer_decay": 0.5, "layer_decay_type": ("group", dict(model="convnextv2_base", layer_decay=0.5, mixup=0)),
         "opt": ["adam", "sgd"], "opt_eps": 1e-2, "opt_betas": [(0.5, 0.999), (0.9, 0.9)],
-        "momentum": (0.5, dict(opt="sgd")),
-        "model_ema": True, "model_ema_decay": (0.01, dict(model_ema=True)), "use_amp": True,
+        "momentum": (0.5, dict(opt="sgd")), "model_ema": True, "model_ema_decay": (0.01, dict(model_ema=True)),
+        "use_amp": True,
     },
 }  # fmt: skip
 
@@ -71,24 +66,19 @@ COSINE = dict(schedule="cosine")
 TRANSFER = """model data_path batch_size update_freq epochs blr lr weight_decay clip_grad amp seed opt opt_eps opt_betas
     momentum model_ema model_ema_decay use_amp layer_decay drop_path finetune"""
 TRANSFERRED = {flag: WEIGHTS[finetune][flag] for flag in TRANSFER.split()}
+TRANSFERRED |= {"stem_stride": 2, "input_size": 40, "warmup_updates": 3, "holdout": 0.4}
 WEIGHTS[detect] = TRANSFERRED | {
-    "stem_stride": 2, "input_size": 40, "fpn_dim": 4, "box_dim": 4, "mask_dim": 4, "anchor_scale": 8, "masks": False,
-    "group_norm": True, "regions": 4,
+    "fpn_dim": 4, "box_dim": 4, "mask_dim": 4, "anchor_scale": 8, "masks": False, "group_norm": True, "regions": 4,
     "proposals": (5, 5), "published_heads": True, "recipe": ("coco", dict(model="convnextv2_base")),
-    "min_lr": (5e-3, COSINE),
     "train_annotations": "others/annotations/instances_train2017.json", "train_images": "others/train2017",
-    "augmentation": "none",
-    "jitter": (1, 1.01), "color_jitter": 0.5, "holdout": 0.4, "warmup_updates": 3, "schedule": "cosine",
+    "augmentation": "none", "jitter": (1, 1.01), "color_jitter": 0.5, "schedule": "cosine", "min_lr": (5e-3, COSINE),
     "steps": (0.5, 1),
 }  # fmt: skip
-
 WEIGHTS[segment] = TRANSFERRED | {
-    "stem_stride": 2, "input_size": 40, "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "warmup_updates": 3,
-    "power": 3.0, "iterations": 4,
-    "class_balance": 0.5, "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)),
-    "layer_decay_type": ("single", dict(layer_decay=0.5)),
-    "test_size": 40, "scale": (1, 1.01), "most": 0.4, "photometric": False, "nb_classes": 20, "classes": "names.txt",
-    "reduce_zero_label": True, "holdout": 0.4,
+    "channels": 4, "aux_channels": 4, "min_lr": 5e-3, "power": 3.0, "iterations": 4, "class_balance": 0.5,
+    "recipe": ("ade20k", dict(model="convnextv2_base", iterations=6)), "test_size": 40, "scale": (1, 1.01),
+    "layer_decay_type": ("single", dict(layer_decay=0.5)), "most": 0.4, "photometric": False, "nb_classes": 20,
+    "classes": "names.txt", "reduce_zero_label": True,
 }  # fmt: skip
 
 AVERAGE = {"model_ema_eval": (False, dict(model_ema=True))}
@@ -106,15 +96,15 @@ SAVING = dict(save_ckpt=True)
 SAVES = SAVING | {flag: (k, SAVING) for flag, k in dict(save_ckpt_freq=2, save_every_steps=1, save_ckpt_num=1).items()}
 FILES = dict.fromkeys(BASE, SAVES)  # the same weights and log, other files
 
-SPEED = {"num_workers": 1, "checkpoint_activations": True, "deterministic": True, "device": "cpu"}
+MEMORY = {script: {"checkpoint_activations": True} for script in BASE}  # the same, every block computed twice
+SPEED = {"num_workers": 1, "deterministic": True, "device": "cpu"}
 # The same weights, log and files, bit for bit.
 NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED, segment: SPEED}
 
 # Flags whose effect two short runs in one process cannot show; tests elsewhere do.
-ELSEWHERE = """embedded_images output_dir log_dir resume checkpoint_activations deterministic num_workers device compile
+ELSEWHERE = """embedded_images output_dir log_dir resume deterministic num_workers device compile
     dist_eval scratch data_set nms test_size val_limit score_threshold val_annotations val_images eval predict topk
-    class_names
-    class_balance image_max decoder mlp_norm recipe"""
+    class_names class_balance image_max decoder mlp_norm recipe"""
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +120,11 @@ def train(tmp_path_factory):
     encoder = small["convnextv2_atto"](num_classes=0, stem_stride=1)
     save_tensors(root / "encoder.pth", {"model": encoder.state_dict(), "config": {"model": "convnextv2_atto"}})
 
-    class Cifar:
-        def __init__(self, root, train, download):
-            self.data, self.targets = draw_images(12, seed=int(train), size=20)
-            self.classes = TEXTURES
+    def cifar(root, train, download):
+        images, labels = draw_images(12, seed=int(train), size=20)
+        return SimpleNamespace(data=images, targets=labels, classes=TEXTURES)
 
-    networks, finished = [], Run.finish
+    networks, finished, recomputed, checkpoint = [], Run.finish, [], model.checkpoint
 
     def finish(run, outputs):
         networks[:] = [run.net, run.ema.module] if run.ema else [run.net]
@@ -144,24 +133,27 @@ def train(tmp_path_factory):
     @cache
     def train(script, flags) -> dict:
         directory = root / f"run{len(list(root.iterdir()))}"
+        recomputed.clear()
         try:
             script.main(script.get_args(words(**BASE[script] | dict(flags), output_dir=directory)))
         finally:
             torch.use_deterministic_algorithms(False)
         log, names = stress.untimed(read_log(directory)), sorted(path.name for path in directory.iterdir())
-        return {"weights": [net.state_dict() for net in networks], "log": log, "files": names}
+        results = {"weights": [net.state_dict() for net in networks], "log": log, "files": names}
+        return results | {"memory": len(recomputed)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(Run, "finish", finish)
-        patch.setattr(data.datasets, "CIFAR10", Cifar)
+        patch.setattr(model, "checkpoint", lambda *args, **more: recomputed.append(0) or checkpoint(*args, **more))
+        patch.setattr(data.datasets, "CIFAR10", cifar)
         for name, network in small.items():
             patch.setitem(MODELS, name, network)
         yield lambda script, **flags: train(script, tuple(flags.items()))
 
 
 def rows():
-    for kind, tables in dict(weights=WEIGHTS, log=LOG, files=FILES, nothing=NOTHING).items():
+    for kind, tables in dict(weights=WEIGHTS, log=LOG, files=FILES, memory=MEMORY, nothing=NOTHING).items():
         for script, table in tables.items():
             for flag, values in table.items():
                 for row in values if isinstance(values, list) else [values]:
@@ -181,16 +173,6 @@ def test_every_flag_has_a_row(script):
     none = {"images_per_update"}  # with those below, values of recipes and weights alone
     none |= {"mlp_norm", "statistics", "compile"} if script in (detect, segment) else set()
     flags = set(vars(script.get_args(["--data_path", "images"]))) - none
-    listed = [flag for tables in (WEIGHTS, LOG, FILES, NOTHING) for flag in tables[script]]
+    listed = [flag for tables in (WEIGHTS, LOG, FILES, MEMORY, NOTHING) for flag in tables[script]]
     assert len(listed) == len(set(listed)) and flags >= set(listed)
     assert flags - set(listed) <= set(ELSEWHERE.split())
-
-
-@pytest.mark.parametrize("script", [pretrain, finetune])
-def test_activations_are_computed_again_when_that_is_asked_for(train, script, monkeypatch):
-    blocks, checkpoint = [], model.checkpoint
-    monkeypatch.setattr(model, "checkpoint", lambda *args, **more: blocks.append(args) or checkpoint(*args, **more))
-    train(script, seed=2)
-    assert not blocks
-    train(script, seed=2, checkpoint_activations=True)
-    assert len(blocks) >= 4 * 6  # four blocks in each of six updates
