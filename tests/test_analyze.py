@@ -184,20 +184,18 @@ def test_collapse_tabulates_mean_and_std_over_images(runs, tmp_path):
 
 @torch.no_grad()
 def test_probe_fits_training_images_and_scores_validation_images(runs, tmp_path):
-    (x_train, train_labels), (x_val, val_labels) = (load(runs, split) for split in ("train", "val"))
+    (x_train, train_labels), (x_val, val_labels), expected = load(runs, "train"), load(runs, "val"), []
     rows = run("probe", tmp_path, "--checkpoint", runs / "v2", "--untrained")
     assert [row["checkpoint"] for row in rows] == ["v2"] * 6 + ["untrained"] * 6
     maps = [analyze.load_network(runs / "v2/encoder.pth").forward_stages(x) for x in (x_train, x_val)]
     features = [[torch.cat([x.mean((2, 3)), x.flatten(2).std(2, correction=0)], 1) for x in part] for part in maps]
-    for row, stages in zip(rows, ([0], [1], [2], [3], [2, 3])):
+    for stages in ([0], [1], [2], [3], [2, 3]):
         train, val = (torch.cat([part[i] for i in stages], dim=1) for part in features)
-        accuracy = 100 * frozen.ridge_accuracy(train, train_labels, val, val_labels)
-        assert values(row, "accuracy") == pytest.approx([accuracy], abs=1e-4)
-    x = [torch.cat([part[2], part[3]], dim=1) for part in features]
-    std, mean = torch.std_mean(x[0].double(), dim=0, correction=0)
-    pooled = [(part - mean) / std for part in x]
-    accuracy = 100 * frozen.knn_accuracy(pooled[0], train_labels, pooled[1], val_labels)
-    assert values(rows[5], "accuracy") == pytest.approx([accuracy], abs=1e-4)
+        expected.append(100 * frozen.ridge_accuracy(train, train_labels, val, val_labels))
+    std, mean = torch.std_mean(train.double(), dim=0, correction=0)  # of the last two stages
+    bank, queries = ((part - mean) / std for part in (train, val))
+    expected.append(100 * frozen.knn_accuracy(bank, train_labels, queries, val_labels))
+    assert [float(row["accuracy"]) for row in rows[:6]] == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
@@ -230,11 +228,10 @@ def test_features_are_those_of_every_image_and_neighbours_the_nearest(runs, tmp_
 def test_grn_tabulates_percentiles_over_channels(runs, tmp_path):
     rows = run("grn", tmp_path, "--checkpoint", runs / "v2", "--num_images", 8)
     layer = analyze.load_network(runs / "v2/encoder.pth").stages[2][1].grn
-    table = {row["quantity"]: row for row in rows if row["block"] == "stages.2.1"}
+    table, levels = {row["quantity"]: row for row in rows if row["block"] == "stages.2.1"}, (5, 25, 50, 75, 95)
     for name in ("gamma", "beta"):
-        for level in (5, 25, 50, 75, 95):
-            expected = np.percentile(getattr(layer, name).detach(), level).item()
-            assert values(table[name], f"percentile_{level}") == pytest.approx([expected], rel=1e-3)
+        expected = np.percentile(getattr(layer, name).detach(), levels)
+        assert values(table[name], *(f"percentile_{level}" for level in levels)) == pytest.approx(expected, rel=1e-3)
     assert len(rows) == 6 * 5 and len({row["percentile_50"] for row in table.values()}) == 5
 
 
@@ -253,14 +250,11 @@ def test_curves_are_those_of_the_logs_and_leave_out_other_folders(runs, tmp_path
     points = {(row["run"], row["quantity"], row["epoch"], row["value"]) for row in rows}
     for name in ("tuned", "v1", "v2"):
         records = helpers.read_log(runs / name)
-        expected = {
-            (key, f"{r['epoch']:.6g}", f"{r[key]:.6g}") for r in records for key in ("loss", "val_top1") if key in r
-        }
-        assert {(name, *point) for point in expected} <= points and len(expected) == len(records)
-    assert {point[1:] for point in points if point[0] == "detector"} == {
-        ("loss", "1", "2"),
-        ("val_box_AP", "1", "0.25"),
-    }
+        drawn = [(key, r["epoch"], r[key]) for r in records for key in ("loss", "val_top1") if key in r]
+        assert {(name, key, f"{x:.6g}", f"{y:.6g}") for key, x, y in drawn} <= points and len(drawn) == len(records)
+    assert [point[1:] for point in points if point[0] == "detector" and point[1] != "loss"] == [
+        ("val_box_AP", "1", "0.25")
+    ]
     assert analyze.panel_of("loss", {}) == "training loss" and analyze.panel_of("best_top1", {}) is None
 
 
