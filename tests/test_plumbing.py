@@ -132,11 +132,12 @@ def train(images: Path, directory: Path, processes: int, flags: str = "", act: C
         pretrain.main(pretrain.get_args([*line, "--data_path", str(images)]))
 
     directory.mkdir(exist_ok=True)
-    pids, output = stress.fork(work, directory, processes), directory / "output.txt"
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    started, output = stress.fork(work, directory, processes), directory / "output.txt"
+    for process in started:
+        process.join()
     text = output.read_text()
     output.unlink()
-    return statuses, [path.name for path in find_checkpoints(directory / "run")], text
+    return [process.exitcode for process in started], [path.name for path in find_checkpoints(directory / "run")], text
 
 
 def spoil() -> None:
