@@ -22,7 +22,7 @@ from fast import FastBlock
 from fcmae import FCMAE
 from model import SIZES, ConvNeXt
 from plumbing.files import UserError
-from sparse import sparse_stages
+from sparse import masked_stages, sparse_stages
 
 C = 32
 
@@ -47,6 +47,9 @@ def test_encoding_and_every_gradient_equal_the_masked_oracles_and_the_dense_netw
     check_against_masked(net, imgs, make_mask("equal"), "sparse")
     stages = sparse_stages(net, imgs, make_mask("all visible"))
     torch.testing.assert_close(stages[-1].dense(), net.forward_stages(imgs)[-1])
+    for encode in () if name == "grn" else (sparse_stages, masked_stages):
+        with pytest.raises(ValueError, match="unequal numbers of sites visible"):
+            encode(net, imgs, make_mask("unequal"))
 
 
 FORMULAS = {  # G of a map, and N of a channel's G among those of all
