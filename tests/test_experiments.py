@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CPU, TINY, image_folder, randomised, read_table, run, words
-from test_sparse import check_against_masked, make_images, make_mask, make_net
+from test_model import outputs_and_gradients
+from test_sparse import assert_near, check_against_masked, make_images, make_mask, make_net
 from torchvision.ops import SqueezeExcitation
 
 import analyze
@@ -24,10 +25,9 @@ from model import SIZES, ConvNeXt
 from plumbing.files import UserError
 from sparse import masked_stages, sparse_stages
 
-C = 32
-
-
 # --- GRN's alternatives -----------------------------------------------------------------------------------------------
+
+C = 32
 
 
 def make_norm(name: str) -> torch.nn.Module:
@@ -163,12 +163,7 @@ def test_sparse_and_masked_encoders_serve_every_decoder_alike_and_no_hidden_pixe
     spoiled = imgs.masked_fill(MASK.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], torch.nan)
     maes = [randomised(make_autoencoder(decoder, backend=name).double()) for name in ("sparse", "masked")]
     assert torch.equal(maes[0](imgs, MASK)[1], maes[0](spoiled, MASK)[1])
-    losses = [mae(imgs, MASK)[0] for mae in maes]
-    torch.testing.assert_close(*losses)
-    for loss in losses:
-        loss.backward()
-    for a, b in zip(*(mae.parameters() for mae in maes)):
-        torch.testing.assert_close(a.grad, b.grad)
+    assert_near(*(outputs_and_gradients(lambda mae, x: [mae(x, MASK)[0]], mae, imgs) for mae in maes))
 
 
 def test_only_the_u_net_with_skips_takes_finer_maps_and_depends_on_each():
@@ -206,9 +201,6 @@ def test_the_transformers_block_normalises_first_and_its_positions_differ():
     assert (torch.cdist(positions, positions) + torch.eye(35)).min() > 0.1
 
 
-# --- the scripts' flags -----------------------------------------------------------------------------------------------
-
-
 def test_scripts_train_alternatives_keep_them_unless_asked_and_look_at_them(tmp_path, small_models):
     folder = image_folder(tmp_path / "images", ("stripes", "rings"), train=8, val=2)
     for name, decoder in (("grn", "transformer"), ("none", "unet"), ("bn", "unet_skip")):
@@ -225,18 +217,13 @@ def test_scripts_train_alternatives_keep_them_unless_asked_and_look_at_them(tmp_
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
 
-SMALL = dict(model="convnextv2_atto", batch_size=2, input_size=64, amp="none", repeats=1, device="cpu")
-
-
-def bench_rows(task: str, directory: Path, **flags) -> list[dict]:
-    bench.main(bench.get_args([task, *words(**SMALL, output_dir=directory, **flags)]))
-    return read_table(directory / f"{task}.csv")
-
 
 @pytest.mark.parametrize(("task", "count"), [("encoder", 4), ("step", 3), ("finetune", 1)])
 def test_every_task_writes_a_row_for_each_candidate(task, count, tmp_path, monkeypatch, small_models):
     monkeypatch.setattr(bench, "timm", None)
-    rows = bench_rows(task, tmp_path)
+    flags = dict(model="convnextv2_atto", batch_size=2, input_size=64, amp="none", repeats=1, device="cpu")
+    bench.main(bench.get_args([task, *words(**flags, output_dir=tmp_path)]))
+    rows = read_table(tmp_path / f"{task}.csv")
     assert len(rows) == count and all(float(row["ms"]) > 0 for row in rows)
     assert (tmp_path / f"{task}.png").exists() == (task == "encoder")
 
