@@ -1,12 +1,11 @@
 """Claims about the training scripts' loops: each computes what a plain loop of a few lines computes, update by update.
 
-The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that
-`mix_seed` documents. All else is their own: no `Run` and no loader, ordinary optimisers, learning rates and groups by
-hand, the masked dense encoder as an oracle. Learning rates of layers are in detection's and segmentation's plain loops.
+The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, the learning rates'
+formula and the seeds that `mix_seed` documents. All else is their own: no `Run` and no loader, ordinary optimisers,
+groups by hand, the masked dense encoder as an oracle. Layers' rates are in detection's and segmentation's plain loops.
 """
 
 import copy
-import math
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ import pretrain
 from fcmae import FCMAE, random_mask
 from model import MODELS
 from plumbing.loading import mix_seed
+from plumbing.optim import learning_rate
 
 SEED, EPOCHS, WARMUP, PEAK, MIN_LR = 5, 2, 0.75, 4e-3, 1e-4
 # Seven images in passes of two, of which two are an update: an epoch has an update of 4 images and one of 2.
@@ -32,13 +32,6 @@ UPDATES = [(epoch, places) for epoch in range(EPOCHS) for places in ([0, 1, 2, 3
 def folder(tmp_path_factory) -> Path:
     """Seven images of three classes, larger than the network's input; and three to evaluate."""
     return image_folder(tmp_path_factory.mktemp("images"), train=7, val=3, size=24)
-
-
-def learning_rate(update: int) -> float:
-    epoch = update / 2
-    if epoch < WARMUP:
-        return PEAK * epoch / WARMUP
-    return MIN_LR + (PEAK - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP))) / 2
 
 
 def load(folder: Path, epoch: int, places: list[int], *crop: v2.Transform) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,10 +58,10 @@ def update_weights(optimizer: torch.optim.Optimizer, update: int, clip_grad: flo
     """Clip, step and clear; what the log has of the update."""
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(update)
+        group["lr"] = learning_rate(update / 2, PEAK, MIN_LR, WARMUP, EPOCHS)
     optimizer.step()
     optimizer.zero_grad()
-    return dict(update=update + 1, lr=learning_rate(update), loss=loss, grad_norm=norm.item())
+    return dict(update=update + 1, lr=group["lr"], loss=loss, grad_norm=norm.item())
 
 
 def assert_same_way(actual: dict, expected: dict, start: dict) -> None:
