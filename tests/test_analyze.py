@@ -131,10 +131,10 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
-def run(command: str, output_dir: Path, *words, table: str = "") -> list[dict]:
+def run(command: str, output_dir: Path, *words) -> list[dict]:
     """Run a command in this process; the rows of its table."""
     analyze.main(analyze.get_args([command, "--output_dir", str(output_dir), *map(str, words)]))
-    return read_table(output_dir / f"{table or command}.csv")
+    return read_table(output_dir / ("files.csv" if command == "features" else f"{command}.csv"))
 
 
 def load(runs: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,9 +154,9 @@ def test_reconstruct_shows_every_image_ratio_and_checkpoint_by_the_loss_of_train
     assert len(rows) == 2 * 2 * 2 and {row["hidden_patches"] for row in rows} == {"2"} and rows[0]["patches"] == "4"
     assert [row["image"] for row in rows] != [row["image"] for row in other]
     checkpoint, index = runs / "v1/checkpoint-1.pth", int(rows[3]["image"])
-    mae, saved = analyze.load_mae(checkpoint), load_file(checkpoint)["model"]
+    mae = analyze.load_mae(checkpoint)
     assert not mae.training and not mae.norm_pix_loss and mae.mask_ratio == 0.6
-    assert all(torch.equal(value, saved[key]) for key, value in mae.state_dict().items())
+    helpers.assert_equal(mae.state_dict(), load_file(checkpoint)["model"])
     mae.mask_ratio, generator = 0.5, torch.Generator().manual_seed(mix_seed("mask", 0, index))
     loss = mae(load(runs, "val")[0][[index]], generator=generator)[0].item()
     assert values(rows[3], "mask_ratio", "loss") == pytest.approx([0.5, loss], rel=1e-4)
@@ -188,7 +188,7 @@ def test_probe_fits_training_images_and_scores_validation_images(runs, tmp_path)
     rows = run("probe", tmp_path, "--checkpoint", runs / "v2", "--untrained")
     assert [row["checkpoint"] for row in rows] == ["v2"] * 6 + ["untrained"] * 6
     maps = [analyze.load_network(runs / "v2/encoder.pth").forward_stages(x) for x in (x_train, x_val)]
-    features = [[torch.cat([x.mean((2, 3)), x.flatten(2).std(2, correction=0)], 1) for x in part] for part in maps]
+    features = [[frozen.mean_and_std(x.permute(0, 2, 3, 1)) for x in part] for part in maps]
     for stages in ([0], [1], [2], [3], [2, 3]):
         train, val = (torch.cat([part[i] for i in stages], dim=1) for part in features)
         expected.append(100 * frozen.ridge_accuracy(train, train_labels, val, val_labels))
@@ -203,14 +203,12 @@ def test_features_are_those_of_every_image_and_neighbours_the_nearest(runs, tmp_
     panels, draw = [], analyze.draw_panels
     monkeypatch.setattr(analyze, "draw_panels", lambda *args: panels.append(args) or draw(*args))
     words = ("--checkpoint", runs / "tuned", "--images", runs / "labelled/val", "--batch_size", 5)
-    rows = run("features", tmp_path, *words, table="files")
+    rows = run("features", tmp_path, *words)
     assert [row["file"] for row in rows] == sorted(map(str, (runs / "labelled/val").rglob("*.png")))
     network, (x, _) = analyze.load_network(runs / "tuned/checkpoint-best.pth"), load(runs, "val")
-    saved = torch.from_numpy(np.load(tmp_path / "features.npy"))
-    torch.testing.assert_close(saved, network.forward_features(x), rtol=1e-4, atol=1e-4)
-    maps = [part.double() for part in network.forward_stages(x)]
-    features = torch.cat([f for part in maps[2:] for f in (part.mean((2, 3)), part.flatten(2).std(2, correction=0))], 1)
-    features = (features - features.mean(0)) / features.std(0, correction=0)
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), network.forward_features(x), rtol=1e-4, atol=1e-4)
+    vectors = [frozen.mean_and_std(part.permute(0, 2, 3, 1)) for part in network.forward_stages(x)[2:]]
+    features = frozen.standardised(torch.cat(vectors, dim=1))[0]
     images = data.load_images("folder", runs / "labelled", "val", data.center_transform(16))
     for k, query in enumerate([0, 2, 4, 6, 9, 11, 13, 15]):
         order = F.cosine_similarity(features[query], features).argsort(descending=True).tolist()
@@ -219,10 +217,9 @@ def test_features_are_those_of_every_image_and_neighbours_the_nearest(runs, tmp_
             title = f"tuned\n{rank}" if rank else "image"
             assert torch.equal(panels[0][0][title][k], images[0, index][0] / 255)
     assert "untrained\n5" in panels[0][0]
-    run("features", tmp_path, "--checkpoint", runs / "v2", "--stage", 2, "--num_images", 9, table="files")
-    chosen, saved = frozen.choose(18, 9), torch.from_numpy(np.load(tmp_path / "features.npy"))
-    maps = analyze.load_network(runs / "v2/encoder.pth").forward_stages(x)
-    torch.testing.assert_close(saved, maps[1].mean((2, 3))[chosen], rtol=1e-4, atol=1e-4)
+    run("features", tmp_path, "--checkpoint", runs / "v2", "--stage", 2, "--num_images", 9)
+    saved, maps = np.load(tmp_path / "features.npy"), analyze.load_network(runs / "v2/encoder.pth").forward_stages(x)
+    np.testing.assert_allclose(saved, maps[1].mean((2, 3))[frozen.choose(18, 9)], rtol=1e-4, atol=1e-4)
 
 
 def test_grn_tabulates_percentiles_over_channels(runs, tmp_path):
@@ -252,13 +249,12 @@ def test_curves_are_those_of_the_logs_and_leave_out_other_folders(runs, tmp_path
         records = helpers.read_log(runs / name)
         drawn = [(key, r["epoch"], r[key]) for r in records for key in ("loss", "val_top1") if key in r]
         assert {(name, key, f"{x:.6g}", f"{y:.6g}") for key, x, y in drawn} <= points and len(drawn) == len(records)
-    assert [point[1:] for point in points if point[0] == "detector" and point[1] != "loss"] == [
-        ("val_box_AP", "1", "0.25")
-    ]
+    detector = {(row["quantity"], row["epoch"], row["value"]) for row in rows if row["run"] == "detector"}
+    assert detector == {("loss", "1", "2"), ("val_box_AP", "1", "0.25")}
     assert analyze.panel_of("loss", {}) == "training loss" and analyze.panel_of("best_top1", {}) is None
 
 
-def test_statistics_labels_and_untrained_networks_follow_the_checkpoints(runs, tmp_path):
+def test_statistics_labels_flags_and_untrained_networks_follow_the_checkpoints(runs, tmp_path):
     network = MODELS["convnext_yocto"](num_classes=0, stem_stride=1)
     config = {"data_set": "embedded", "layer_scale_init_value": 0.5}
     torch.save({"model": network.state_dict(), "config": config}, tmp_path / "drawn.pth")
@@ -271,9 +267,6 @@ def test_statistics_labels_and_untrained_networks_follow_the_checkpoints(runs, t
     assert [subject.statistics for subject in subjects] == [drawn, folder, drawn]
     assert {block.gamma[0].item() for stage in subjects[2].model.stages for block in stage} == {0.5}
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_flags_without_defaults_are_those_of_the_first_checkpoint(runs):
     cases = {"v2": ("folder", str(runs / "labelled"), 16), "grey.pth": ("embedded", None, 48)}
     for words, expected in (cases | {"v2 --data_set embedded --input_size 8": ("embedded", None, 8)}).items():
         args = analyze.get_args(f"collapse --checkpoint {runs}/{words}".split())
@@ -284,7 +277,7 @@ def test_unreadable_images_are_left_out(runs, tmp_path, capsys):
     for name in ("train/0/0", "train/1/1", "val/0/0", "val/0/1", "val/1/2"):
         save_noise(tmp_path / f"{name}.png")
     (tmp_path / "val/0/0.png").write_bytes(b"no image")
-    rows = run("features", tmp_path, "--checkpoint", runs / "v2", "--data_path", tmp_path, table="files")
+    rows = run("features", tmp_path, "--checkpoint", runs / "v2", "--data_path", tmp_path)
     assert [(Path(row["file"]).name, row["class"]) for row in rows] == [("1.png", "0"), ("2.png", "1")]
     assert len(np.load(tmp_path / "features.npy")) == 2
     assert capsys.readouterr().err.count("cannot read") == 1
@@ -296,8 +289,7 @@ def test_unreadable_images_are_left_out(runs, tmp_path, capsys):
 def test_figures_hold_their_titles(runs, tmp_path, monkeypatch, drawn, command):
     figures, save = [], analyze.save_figure
     monkeypatch.setattr(analyze, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
-    table = {"features": "files"}.get(command, command)
-    run(command, tmp_path, "--checkpoint", runs / "v2", "--label", "$\\frac$", table=table)
+    run(command, tmp_path, "--checkpoint", runs / "v2", "--label", "$\\frac$")
     assert min(Image.open(next(tmp_path.glob("*.png"))).size) > 250
     if title := figures[0]._suptitle:
         box, whole = title.get_window_extent(), figures[0].bbox

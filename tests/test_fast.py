@@ -40,7 +40,6 @@ def check_equal(run, plain, fast, imgs):
 @pytest.mark.parametrize("kind", [None, *MASKS])
 @pytest.mark.parametrize(("version", "again"), [(1, False), (2, False), (2, True)])
 def test_outputs_and_gradients_equal_those_of_the_plain_modules(version, again, kind):
-    """Of the dense network, and of the sparse encoder."""
     plain, fast = make_pair(make_net(version))
     fast.checkpoint_activations(again)
     check_equal(partial(run_sparse, kind=kind) if kind else run_dense, plain, fast, make_images(plain))
