@@ -174,7 +174,6 @@ def test_names_of_weights_stay_and_speeding_up_twice_is_once():
     assert list(fast.state_dict()) == list(plain.state_dict()) and speed_up(fast) is fast
     blocks = [module for module in fast.modules() if isinstance(module, Block)]
     assert {(type(block), type(block.dwconv)) for block in blocks} == {(FastBlock, FastDepthwiseConv)}
-    assert hasattr(fast.encoder, "sparse_conv") and str(type(fast)) == str(type(plain))
     x, blocks = torch.randn(2, 8, 4, 4, requires_grad=True), [net.encoder.stages[0][0] for net in (plain, fast)]
     assert len({type(block.dwconv(x).grad_fn) for block in blocks}) == 2  # in training
 

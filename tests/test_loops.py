@@ -64,22 +64,20 @@ def update_weights(optimizer: torch.optim.Optimizer, update: int, clip_grad: flo
     return dict(update=update + 1, lr=group["lr"], loss=loss, grad_norm=norm.item())
 
 
-def assert_same_way(actual: dict, expected: dict, start: dict) -> None:
+def assert_same_run(directory: Path, state: dict, start: dict, expected: dict[str, dict], log: list[dict]) -> None:
     """Every tensor has moved from `start` to the same place, but for a thousandth of its way and float32's rounding."""
-    assert actual.keys() == expected.keys() == start.keys()
-    for name in expected:
-        way = (expected[name] - start[name]).norm()
-        assert way > 0 and (actual[name] - expected[name]).norm() < 1e-3 * way + 1e-7 * expected[name].norm(), name
-
-
-def assert_same_log(directory: Path, expected: list[dict]) -> None:
+    for kind, weights in expected.items():
+        assert state[kind].keys() == weights.keys() == start.keys()
+        for name, value in weights.items():
+            way, error = (value - start[name]).norm(), (state[kind][name] - value).norm()
+            assert way > 0 and error < 1e-3 * way + 1e-7 * value.norm(), (kind, name)
     records = [record for record in read_log(directory) if "lr" in record]
-    for record, line in zip(records, expected, strict=True):
+    for record, line in zip(records, log, strict=True):
         assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-4)
 
 
-def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, list[dict]]:
-    """The weights before and after, and the log."""
+def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict[str, dict], list[dict]]:
+    """The weights before, and after, as in a checkpoint, and the log."""
     torch.manual_seed(SEED)
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
     mae = FCMAE(encoder, decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked")
@@ -92,25 +90,24 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
         loss, _, _ = mae(imgs, mask)
         loss.backward()
         log.append(update_weights(optimizer, update, 0.05, loss.item()))
-    return start, mae.state_dict(), log
+    return start, {"model": mae.state_dict()}, log
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
     start, expected, log = pretrain_plainly(folder, norm_pix_loss)
     state = run(pretrain, folder, tmp_path, norm_pix_loss=norm_pix_loss, weight_decay=0.3, clip_grad=0.05, **FLAGS)
-    assert_same_way(state["model"], expected, start)
-    assert_same_log(tmp_path, log)
+    assert_same_run(tmp_path, state, start, expected, log)
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
 
 
 TUNING = dict(weight_decay=0.3, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20)
-TUNING |= dict(model_ema=True, model_ema_decay=0.15)
-REGULARISATION = dict(drop_path=0.4, smoothing=0.2, mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
+TUNING |= dict(model_ema=True, model_ema_decay=0.15, drop_path=0.4, smoothing=0.2)
+TUNING |= dict(mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
 
 
-def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
-    """The weights before and after, their moving average, and the log."""
+def finetune_plainly(folder: Path) -> tuple[dict, dict[str, dict], list[dict]]:
+    """The weights before, and after, with their moving average, as in a checkpoint, and the log."""
     torch.manual_seed(SEED)
     net = MODELS["convnextv2_atto"](num_classes=3, stem_stride=1, drop_path_rate=0.4)
     start, log, average = copy.deepcopy(net.state_dict()), [], {}
@@ -132,14 +129,12 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
         log.append(update_weights(optimizer, update, 20, total))
         decay = min(0.15, (1 + update) / (10 + update)) if update else 0.0
         average = {name: decay * average.get(name, 0) + (1 - decay) * value for name, value in net.state_dict().items()}
-    return start, net.state_dict(), average, log
+    return start, {"model": net.state_dict(), "model_ema": average}, log
 
 
 def test_fine_tuning_equals_a_plain_loop(folder, tmp_path):
-    start, expected, average, log = finetune_plainly(folder)
-    state = run(finetune, folder, tmp_path, **TUNING, **REGULARISATION, **FLAGS)
-    assert_same_way(state["model"], expected, start)
-    assert_same_way(state["model_ema"], average, start)
-    assert_same_log(tmp_path, log)
+    start, expected, log = finetune_plainly(folder)
+    state = run(finetune, folder, tmp_path, **TUNING, **FLAGS)
+    assert_same_run(tmp_path, state, start, expected, log)
     norms = [line["grad_norm"] for line in log]
     assert min(norms) < 20 < max(norms), norms  # some are clipped

@@ -28,7 +28,6 @@ HERE = Path(__file__).parent
 
 
 def test_imports_point_inwards():
-    """Ring 1 is the method, ring 2 what carries and uses it, ring 3 the experiments."""
     names, imports = {path.stem for path in HERE.parent.glob("*.py")} | {"plumbing", "experiments"}, {}
     for path in [*HERE.parent.glob("*.py"), *HERE.parent.glob("plumbing/*.py")]:
         nodes = ast.parse(path.read_text()).body
@@ -139,20 +138,16 @@ def train(images: Path, directory: Path, processes: int, flags: str = "", act: C
     return [process.exitcode for process in started], [path.name for path in find_checkpoints(directory / "run")], text
 
 
-def spoil() -> None:
-    """Let the next images be no numbers."""
-    data.normalise = lambda pixels, *_: pixels * float("nan")
-
-
 def signal_all() -> None:
     os.killpg(0, signal.SIGTERM)
     time.sleep(0.1)
 
 
+NO_NUMBERS = partial(setattr, data, "normalise", lambda pixels, *_: pixels * math.nan)  # from here on
 ENDED = "after update 2; the same command continues"
 ENDS = [  # flags, what one of two processes meets; exit statuses, checkpoints, and the line that one process prints
     ("--mask_ratio 0.99", None, 1, [], "mask_ratio 0.99 leaves no patch visible"),
-    ("--log_every 1", spoil, 1, [], "not finite before update 3"),
+    ("--log_every 1", NO_NUMBERS, 1, [], "not finite before update 3"),
     ("", partial(signal.raise_signal, signal.SIGUSR1), 128 + signal.SIGUSR1, ["checkpoint-0-2.pth"], ENDED),
 ]
 
