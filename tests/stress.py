@@ -131,14 +131,12 @@ def stress(stage: str, kills: int, processes: int) -> bool:
                 break
             done += 1
         wait(start(directory))
-        place = difference(whole, contents(directory))
-        if place is not None:
+        if (place := difference(whole, contents(directory))) is not None:
             print(f"{directory} differs from {root / 'whole'} in {place}")
-            continue
-        identical += 1
-        shutil.rmtree(directory)
-    minutes = (time.monotonic() - began) / 60
-    counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
+        else:
+            identical += 1
+            shutil.rmtree(directory)
+    counts = f"{identical} of {runs} runs identical, killed {done} times, {(time.monotonic() - began) / 60:.1f} min"
     print(f"{stage}, {processes} process(es): {counts}")
     return identical == runs
 

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import shlex
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -46,7 +47,6 @@ TABLE = {
     "finetune --predict nowhere.jpg --resume tiny.pth": "--predict nowhere.jpg does not exist",
     "analyze reconstruct --checkpoint run --images nowhere.png": "nowhere.png",
     "analyze curves images": "no log.jsonl in images",
-    # --- images
     "pretrain --data_path damaged": "none of 5 images tried can be read, such as damaged/dangling.png",
     "finetune --predict damaged --resume tiny.pth": "damaged",
     # --- values
@@ -117,7 +117,6 @@ TABLE = {
     "weights incomplete.pth new.pth --to timm": "norm.bias",
     "weights tiny.pth new.pth --to timm --model_ema": "tiny.pth holds no averaged weights",
     "weights tiny.pth ./tiny.pth --to timm": "OUT tiny.pth is IN itself",
-    # --- devices
     "pretrain --device tpu9": "--device tpu9 cannot be used here ... try --device cpu",
 }
 
@@ -198,14 +197,11 @@ def test_wrong_input_is_one_line(row, place, capsys):
 
 
 def numeric_flags():
-    def stop(parser, *_):
-        raise StopIteration(parser)
-
     for name in ("pretrain", "finetune", "detect", "segment"):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration) as stopped:
-            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: sys.exit(parser))
             importlib.import_module(name).get_args([])
-        for action in stopped.value.value._actions:
+        for action in stopped.value.code._actions:
             if getattr(action.type, "__name__", "") in ("int", "float") and not action.choices:
                 yield name, action.option_strings[0], (action.nargs if isinstance(action.nargs, int) else 1)
 

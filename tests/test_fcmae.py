@@ -52,11 +52,10 @@ def test_the_encoding_is_that_of_the_backend_and_zero_where_hidden(backend):
     assert not encoding.permute(0, 2, 3, 1)[mask].any() and encoding.permute(0, 2, 3, 1)[~mask].any(dim=1).all()
 
 
-@pytest.mark.parametrize(("size", "count"), [*zip(list(SIZES)[1:], PARAMETERS)])
-def test_parameter_counts_equal_the_published_ones(size, count):
+def test_parameter_counts_equal_the_published_ones():
     with torch.device("meta"):
-        mae = FCMAE(MODELS[f"convnextv2_{size}"](num_classes=0))
-    assert sum(p.numel() for p in mae.parameters()) == count
+        maes = [FCMAE(MODELS[f"convnextv2_{size}"](num_classes=0)) for size in list(SIZES)[1:]]
+    assert [sum(p.numel() for p in mae.parameters()) for mae in maes] == PARAMETERS
 
 
 def test_initial_values():
