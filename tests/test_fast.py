@@ -7,12 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import randomised, words
-from test_model import kept_bytes, outputs_and_gradients, random_loss, relative_error
+from helpers import CPU, randomised, words
+from test_model import outputs_and_gradients, random_loss, relative_error
 from test_sparse import BF16, F16, F32, F64, MASKS, assert_near, cuda, make_images, make_mask, make_net
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from experiments.bench import memory
 from fast import FastBlock, FastDepthwiseConv, speed_up
 from fcmae import FCMAE, random_mask
 from model import Block, ConvNeXt
@@ -179,12 +180,12 @@ def test_less_is_kept_for_backward(run):
     """Of a block's MLP one wide tensor in place of three; of sparse convolutions rows alone."""
     plain, fast = make_pair(make_net())
     imgs = make_images(plain)
-    weights = sum(p.nbytes for p in plain.parameters())
-    memory = [kept_bytes(lambda net=net: random_loss(run(net, imgs))) - weights for net in (plain, fast)]
-    assert memory[1] < (0.7 if run is run_dense else 0.6) * memory[0]
+    weights = sum(p.nbytes for p in plain.parameters()) / 2**20
+    kept = [memory(lambda net=net: random_loss(run(net, imgs)), CPU) - weights for net in (plain, fast)]
+    assert kept[1] < (0.7 if run is run_dense else 0.6) * kept[0]
     x, blocks = torch.randn(2, 32, 32, 8), make_pair(Block(8))
-    memory = [kept_bytes(lambda block=block: block.mlp(x)) for block in blocks]
-    assert memory[1] < 0.5 * memory[0]
+    kept = [memory(lambda block=block: block.mlp(x), CPU) for block in blocks]
+    assert kept[1] < 0.5 * kept[0]
 
 
 @pytest.mark.slow  # the compiler builds its kernels for a minute

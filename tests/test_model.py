@@ -11,20 +11,6 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def kept_bytes(forward) -> int:
-    """What autograd keeps for the backward pass of `forward()`: the bytes of all storages, each counted once."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # held, so that no address is used twice
-    assert output.requires_grad
-    return sum(storages.values())
-
-
 def random_loss(tensors: list[torch.Tensor]) -> torch.Tensor:
     """A sum with other weights for every element, so that no gradient is zero or lost in a sum."""
     generator = torch.Generator().manual_seed(3)

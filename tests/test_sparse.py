@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import TINY, randomised
-from test_model import kept_bytes, outputs_and_gradients, random_loss
+from helpers import CPU, TINY, randomised
+from test_model import outputs_and_gradients, random_loss
 
+from experiments.bench import memory
 from fcmae import BACKENDS, random_mask
 from model import ConvNeXt
 from sparse import SparseTensor, upsample_mask
@@ -98,15 +99,15 @@ def test_mlps_and_norms_see_visible_sites_only():
 
 @pytest.mark.parametrize("backend", ["dense", "masked", "sparse"])
 def test_activations_computed_again_give_the_same_gradients_from_less_memory(backend):
-    net, results, memory = make_net(), [], []
+    net, results, kept = make_net(), [], []
     masked, imgs = partial(encode, mask=make_mask("equal"), backend=backend), make_images(net)
     run = ConvNeXt.forward_stages if backend == "dense" else masked
     for enable in (False, True):
         net.checkpoint_activations(enable)
         results.append(outputs_and_gradients(run, net, imgs))
-        memory.append(kept_bytes(lambda: random_loss(run(net, imgs))))
+        kept.append(memory(lambda: random_loss(run(net, imgs)), CPU))
     assert all(torch.equal(tensor, expected) for tensor, expected in zip(*results))
-    assert memory[1] < 0.6 * memory[0]
+    assert kept[1] < 0.6 * kept[0]
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal"])
