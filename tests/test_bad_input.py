@@ -22,11 +22,9 @@ from model import MODELS, ConvNeXt
 
 RUN = "--device cpu --output_dir new/out"
 SMALL = f"{RUN} --input_size 16 --stem_stride 1 --epochs 2 --num_workers 0"
-BASE = {  # flags that a row needs and need not have itself: later ones win
-    "pretrain": f"{SMALL} --data_path images --model convnextv2_yocto --decoder_embed_dim 16",
-    "finetune": f"{SMALL} --data_path labelled --model convnextv2_atto",
-    **{"detect": RUN, "segment": RUN, "analyze": "", "weights": ""},
-}
+BASE = {"detect": RUN, "segment": RUN, "analyze": "", "weights": ""}  # what rows need not say; later flags win
+BASE["pretrain"] = f"{SMALL} --data_path images --model convnextv2_yocto --decoder_embed_dim 16"
+BASE["finetune"] = f"{SMALL} --data_path labelled --model convnextv2_atto"
 
 TABLE = {
     # --- paths and folders

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import re
 import shlex
 import shutil
@@ -84,18 +83,15 @@ def test_every_command_of_readme_and_docs_runs(tmp_path, monkeypatch):
     stress.images_in(Path("DIR"))
     write_maps(Path("DIR"), "test", 4, seed=0)
     save_noise(Path("IMAGE"), format="PNG")
-    for name in ("IMAGENET", "COCO", "ADE20K", "CIFAR10", "PHOTOS", "PENNFUDAN", "CAMVID", "FOLDER"):
-        os.symlink("DIR", name)
-    for model, *paths in (
-        ("convnextv2_yocto", "W", "FILE", "FILE_OR_URL"),
-        ("convnextv2_base", "encoder.pth", "runs/base/encoder.pth", "runs/base_1k/checkpoint-best.pth"),
-    ):
-        torch.save(MODELS[model](num_classes=3).state_dict(), paths[0])
-        for path in map(Path, paths[1:]):
+    for path, model in (("W", "convnextv2_yocto"), ("encoder.pth", "convnextv2_base")):
+        torch.save(MODELS[model](num_classes=3).state_dict(), path)
+    links = {"W": "FILE FILE_OR_URL", "encoder.pth": "runs/base/encoder.pth runs/base_1k/checkpoint-best.pth"}
+    links |= {"DIR": "IMAGENET COCO ADE20K CIFAR10 PHOTOS PENNFUDAN CAMVID FOLDER"}
+    links |= {"runs/v2": "runs/v1", "runs/finetune": "runs/scratch"}
+    for target, paths in links.items():
+        for path in map(Path, paths.split()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(Path(paths[0]).resolve())
-    for name, other in (("v2", "v1"), ("finetune", "scratch")):
-        os.symlink(name, f"runs/{other}")
+            path.symlink_to(Path(target).resolve())
     cifar = SimpleNamespace(data=np.zeros((40, 32, 32, 3), np.uint8), targets=[0, 1] * 20, classes=["cat", "dog"])
     monkeypatch.setattr(data.datasets, "CIFAR10", lambda *args, **flags: cifar)  # without the network
     for page, name, *words in COMMANDS:
