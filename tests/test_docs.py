@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import stress
 import torch
-from helpers import save_noise, write_maps
+from helpers import image_folder, save_noise, write_coco, write_maps
 
 import data
 from model import MODELS
@@ -80,8 +79,11 @@ SHORTER = {
 @pytest.mark.slow
 def test_every_command_of_readme_and_docs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stress.images_in(Path("DIR"))
-    write_maps(Path("DIR"), "test", 4, seed=0)
+    folder = image_folder(Path("DIR"), train=12, val=6)
+    for split, count in (("train", 6), ("val", 3)):
+        write_coco(folder, split, count, seed=0)
+    for split in ("training", "validation", "test"):
+        write_maps(folder, split, 4, seed=0)
     save_noise(Path("IMAGE"), format="PNG")
     for path, model in (("W", "convnextv2_yocto"), ("encoder.pth", "convnextv2_base")):
         torch.save(MODELS[model](num_classes=3).state_dict(), path)
