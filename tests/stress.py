@@ -7,6 +7,7 @@ SIGKILL goes to all processes of a run, uniformly over the time that it takes; a
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,8 +16,8 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -49,53 +50,42 @@ def images_in(root: Path, seed: int = 0, size: int = 32) -> Path:
     return image_folder(root, train=12, val=6, size=size)
 
 
-def fork(work: Callable[[], None], directory: Path, processes: int) -> list[int]:
+def fork(work: Callable[[], None], directory: Path, processes: int) -> list[BaseProcess]:
     """Call `work` as a script in `directory`, in processes forked from this one, in a group led by the first."""
     with socket.create_server(("localhost", 0)) as server:
         names = dict(WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=server.getsockname()[1])
-    pids = []
+    started = []
+
+    def script(rank):
+        os.setpgid(0, started[0].pid if started else 0)
+        os.chdir(directory)
+        sys.stdout = sys.stderr = output = open("output.txt", "a", buffering=1)  # noqa: SIM115 until the end
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        if processes > 1:
+            os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
+        work()
+
     for rank in range(processes):
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                os.setpgid(0, pids[0] if pids else 0)
-                os.chdir(directory)
-                sys.stdout = sys.stderr = output = open("output.txt", "a", buffering=1)  # noqa: SIM115 until the end
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                if processes > 1:
-                    os.environ |= {name: str(value) for name, value in dict(names, RANK=rank, LOCAL_RANK=rank).items()}
-                work()
-                status = 0
-            except SystemExit as exit:
-                status = exit.code if isinstance(exit.code, int) else 1
-                print(exit.code)
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        pids.append(pid)
-        os.setpgid(pid, pids[0])
-    return pids
+        process = multiprocessing.get_context("fork").Process(target=script, args=[rank])
+        process.start()
+        started.append(process)
+        os.setpgid(process.pid, started[0].pid)
+    return started
 
 
-def wait(pids: list[int], seconds: float = float("inf")) -> bool:
+def wait(processes: list[BaseProcess], seconds: float = float("inf")) -> bool:
     """Whether all processes ended within `seconds`; otherwise kill them. AssertionError when one failed."""
-    end, running = time.monotonic() + seconds, set(pids)
-    while running and time.monotonic() < end:
-        for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                assert status == 0, f"a process ended with status {os.waitstatus_to_exitcode(status)}"
-                running.remove(pid)
+    end, codes = time.monotonic() + seconds, [None]
+    while None in codes and not any(codes) and time.monotonic() < end:
         time.sleep(0.002)
-    if running:
-        os.killpg(pids[0], signal.SIGKILL)
-        for pid in running:
-            os.waitpid(pid, 0)
-    return not running
+        codes = [process.exitcode for process in processes]
+    if None in codes:
+        os.killpg(processes[0].pid, signal.SIGKILL)
+        for process in processes:
+            process.join()
+    assert not any(codes), f"the processes ended with status {codes}"
+    return None not in codes
 
 
 def untimed(records: Iterable[dict]) -> list[dict]:
@@ -126,7 +116,7 @@ def stress(stage: str, kills: int, processes: int) -> bool:
     rng, root, module = random.Random(0), Path(tempfile.mkdtemp()), importlib.import_module(stage)
     line = [*STAGES[stage].split(), "--data_path", str(images_in(root / "images")), "--batch_size", str(4 // processes)]
 
-    def start(directory: Path) -> list[int]:
+    def start(directory: Path) -> list[BaseProcess]:
         directory.mkdir(exist_ok=True)
         return fork(lambda: module.main(module.get_args(line)), directory, processes)
 
@@ -141,14 +131,12 @@ def stress(stage: str, kills: int, processes: int) -> bool:
                 break
             done += 1
         wait(start(directory))
-        place = difference(whole, contents(directory))
-        if place is not None:
+        if (place := difference(whole, contents(directory))) is not None:
             print(f"{directory} differs from {root / 'whole'} in {place}")
-            continue
-        identical += 1
-        shutil.rmtree(directory)
-    minutes = (time.monotonic() - began) / 60
-    counts = f"{identical} of {runs} runs identical, killed {done} times, {minutes:.1f} min"
+        else:
+            identical += 1
+            shutil.rmtree(directory)
+    counts = f"{identical} of {runs} runs identical, killed {done} times, {(time.monotonic() - began) / 60:.1f} min"
     print(f"{stage}, {processes} process(es): {counts}")
     return identical == runs
 

@@ -1,16 +1,12 @@
 """Claims about lesson.ipynb: its outputs are those of its code, and what it asserts holds on the code as it stands."""
 
 import re
-from pathlib import Path
 
 import lesson
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parent.parent
-ANSWERS = ROOT / "docs" / "lesson_answers.md"
-
-
+ANSWERS = lesson.ROOT / "docs" / "lesson_answers.md"
 NOTEBOOK = nbformat.read(lesson.PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 OUTPUTS = [output for cell in CODE for output in cell.outputs]
@@ -25,15 +21,12 @@ def test_committed_outputs_are_of_the_committed_code():
     assert lesson.PATH.stat().st_size <= 2e6
 
 
-def test_every_picture_has_a_caption():
+def test_every_picture_has_a_caption_every_exercise_an_answer_and_links_lead_somewhere():
     pictures = sum("image/png" in output.get("data", {}) for output in OUTPUTS)
     captions = re.findall(r"^\*\*Figures? (\d+)(?: and (\d+))?\.\*\*", TEXT, re.MULTILINE)
     assert [int(number) for caption in captions for number in caption if number] == list(range(1, pictures + 1))
-
-
-def test_links_lead_somewhere_and_every_exercise_has_an_answer():
     for path in re.findall(r"\]\((?!http)([^)#]+)", TEXT):
-        assert (ROOT / path).exists(), path
+        assert (lesson.ROOT / path).exists(), path
     exercises = re.findall(r"^(\d+)\. \*\*(.+?)\.\*\*", TEXT, re.MULTILINE)
     answers = re.findall(r"^## (\d+)\. (.+)$", ANSWERS.read_text(), re.MULTILINE)
     assert len(exercises) == 8 and exercises == answers

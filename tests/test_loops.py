@@ -1,12 +1,11 @@
 """Claims about the training scripts' loops: each computes what a plain loop of a few lines computes, update by update.
 
-The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, and the seeds that
-`mix_seed` documents. All else is their own: no `Run` and no loader, ordinary optimisers, learning rates and groups by
-hand, the masked dense encoder as an oracle. Learning rates of layers are in detection's and segmentation's plain loops.
+The plain loops share with the scripts the networks, the files of the images, MixUp and CutMix, the learning rates'
+formula and the seeds that `mix_seed` documents. All else is their own: no `Run` and no loader, ordinary optimisers,
+groups by hand, the masked dense encoder as an oracle. Layers' rates are in detection's and segmentation's plain loops.
 """
 
 import copy
-import math
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ import pretrain
 from fcmae import FCMAE, random_mask
 from model import MODELS
 from plumbing.loading import mix_seed
+from plumbing.optim import learning_rate
 
 SEED, EPOCHS, WARMUP, PEAK, MIN_LR = 5, 2, 0.75, 4e-3, 1e-4
 # Seven images in passes of two, of which two are an update: an epoch has an update of 4 images and one of 2.
@@ -32,13 +32,6 @@ UPDATES = [(epoch, places) for epoch in range(EPOCHS) for places in ([0, 1, 2, 3
 def folder(tmp_path_factory) -> Path:
     """Seven images of three classes, larger than the network's input; and three to evaluate."""
     return image_folder(tmp_path_factory.mktemp("images"), train=7, val=3, size=24)
-
-
-def learning_rate(update: int) -> float:
-    epoch = update / 2
-    if epoch < WARMUP:
-        return PEAK * epoch / WARMUP
-    return MIN_LR + (PEAK - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP))) / 2
 
 
 def load(folder: Path, epoch: int, places: list[int], *crop: v2.Transform) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,28 +58,26 @@ def update_weights(optimizer: torch.optim.Optimizer, update: int, clip_grad: flo
     """Clip, step and clear; what the log has of the update."""
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_grad)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(update)
+        group["lr"] = learning_rate(update / 2, PEAK, MIN_LR, WARMUP, EPOCHS)
     optimizer.step()
     optimizer.zero_grad()
-    return dict(update=update + 1, lr=learning_rate(update), loss=loss, grad_norm=norm.item())
+    return dict(update=update + 1, lr=group["lr"], loss=loss, grad_norm=norm.item())
 
 
-def assert_same_way(actual: dict, expected: dict, start: dict) -> None:
+def assert_same_run(directory: Path, state: dict, start: dict, expected: dict[str, dict], log: list[dict]) -> None:
     """Every tensor has moved from `start` to the same place, but for a thousandth of its way and float32's rounding."""
-    assert actual.keys() == expected.keys() == start.keys()
-    for name in expected:
-        way = (expected[name] - start[name]).norm()
-        assert way > 0 and (actual[name] - expected[name]).norm() < 1e-3 * way + 1e-7 * expected[name].norm(), name
-
-
-def assert_same_log(directory: Path, expected: list[dict]) -> None:
+    for kind, weights in expected.items():
+        assert state[kind].keys() == weights.keys() == start.keys()
+        for name, value in weights.items():
+            way, error = (value - start[name]).norm(), (state[kind][name] - value).norm()
+            assert way > 0 and error < 1e-3 * way + 1e-7 * value.norm(), (kind, name)
     records = [record for record in read_log(directory) if "lr" in record]
-    for record, line in zip(records, expected, strict=True):
+    for record, line in zip(records, log, strict=True):
         assert {name: record[name] for name in line} == pytest.approx(line, rel=1e-4)
 
 
-def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, list[dict]]:
-    """The weights before and after, and the log."""
+def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict[str, dict], list[dict]]:
+    """The weights before, and after, as in a checkpoint, and the log."""
     torch.manual_seed(SEED)
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
     mae = FCMAE(encoder, decoder_embed_dim=16, norm_pix_loss=norm_pix_loss, backend="masked")
@@ -99,25 +90,24 @@ def pretrain_plainly(folder: Path, norm_pix_loss: bool) -> tuple[dict, dict, lis
         loss, _, _ = mae(imgs, mask)
         loss.backward()
         log.append(update_weights(optimizer, update, 0.05, loss.item()))
-    return start, mae.state_dict(), log
+    return start, {"model": mae.state_dict()}, log
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_pretraining_equals_a_plain_loop(folder, tmp_path, norm_pix_loss):
     start, expected, log = pretrain_plainly(folder, norm_pix_loss)
     state = run(pretrain, folder, tmp_path, norm_pix_loss=norm_pix_loss, weight_decay=0.3, clip_grad=0.05, **FLAGS)
-    assert_same_way(state["model"], expected, start)
-    assert_same_log(tmp_path, log)
+    assert_same_run(tmp_path, state, start, expected, log)
     assert log[0]["grad_norm"] > 0.05  # or else nothing is clipped
 
 
 TUNING = dict(weight_decay=0.3, opt_betas=(0.8, 0.9), opt_eps=1e-6, clip_grad=20)
-TUNING |= dict(model_ema=True, model_ema_decay=0.15)
-REGULARISATION = dict(drop_path=0.4, smoothing=0.2, mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
+TUNING |= dict(model_ema=True, model_ema_decay=0.15, drop_path=0.4, smoothing=0.2)
+TUNING |= dict(mixup=0.8, cutmix=1.0, mixup_prob=0.8, mixup_switch_prob=0.4)
 
 
-def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
-    """The weights before and after, their moving average, and the log."""
+def finetune_plainly(folder: Path) -> tuple[dict, dict[str, dict], list[dict]]:
+    """The weights before, and after, with their moving average, as in a checkpoint, and the log."""
     torch.manual_seed(SEED)
     net = MODELS["convnextv2_atto"](num_classes=3, stem_stride=1, drop_path_rate=0.4)
     start, log, average = copy.deepcopy(net.state_dict()), [], {}
@@ -139,14 +129,12 @@ def finetune_plainly(folder: Path) -> tuple[dict, dict, dict, list[dict]]:
         log.append(update_weights(optimizer, update, 20, total))
         decay = min(0.15, (1 + update) / (10 + update)) if update else 0.0
         average = {name: decay * average.get(name, 0) + (1 - decay) * value for name, value in net.state_dict().items()}
-    return start, net.state_dict(), average, log
+    return start, {"model": net.state_dict(), "model_ema": average}, log
 
 
 def test_fine_tuning_equals_a_plain_loop(folder, tmp_path):
-    start, expected, average, log = finetune_plainly(folder)
-    state = run(finetune, folder, tmp_path, **TUNING, **REGULARISATION, **FLAGS)
-    assert_same_way(state["model"], expected, start)
-    assert_same_way(state["model_ema"], average, start)
-    assert_same_log(tmp_path, log)
+    start, expected, log = finetune_plainly(folder)
+    state = run(finetune, folder, tmp_path, **TUNING, **FLAGS)
+    assert_same_run(tmp_path, state, start, expected, log)
     norms = [line["grad_norm"] for line in log]
     assert min(norms) < 20 < max(norms), norms  # some are clipped

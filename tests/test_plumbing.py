@@ -28,7 +28,6 @@ HERE = Path(__file__).parent
 
 
 def test_imports_point_inwards():
-    """Ring 1 is the method, ring 2 what carries and uses it, ring 3 the experiments."""
     names, imports = {path.stem for path in HERE.parent.glob("*.py")} | {"plumbing", "experiments"}, {}
     for path in [*HERE.parent.glob("*.py"), *HERE.parent.glob("plumbing/*.py")]:
         nodes = ast.parse(path.read_text()).body
@@ -99,16 +98,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_only_the_newest_checkpoints_are_kept_and_found(tmp_path):
-    for position in ("11", "9-100", "10-3", "9", "10-20", "10"):
-        files.save_tensors(tmp_path / f"checkpoint-{position}.pth", {"position": position})
-    (tmp_path / "checkpoint-best.pth").write_bytes(b"")
     names = [f"checkpoint-{position}.pth" for position in ("9", "9-100", "10", "10-3", "10-20", "11")]
+    for name in (*sorted(names), "checkpoint-best.pth"):
+        files.save_tensors(tmp_path / name, {"name": name})
     assert [path.name for path in find_checkpoints(tmp_path)] == names
     assert files.file_of_run(str(tmp_path), "encoder.pth", "newest") == str(tmp_path / "checkpoint-11.pth")
     assert files.file_of_run(str(tmp_path), "checkpoint-best.pth", "newest") == str(tmp_path / "checkpoint-best.pth")
     files.prune_checkpoints(tmp_path, keep=2)
     assert [path.name for path in find_checkpoints(tmp_path)] == names[-2:]
-    assert load_file(tmp_path / "checkpoint-11.pth") == {"position": "11"}
+    assert load_file(tmp_path / names[-1]) == {"name": names[-1]}
 
 
 FLAGS = stress.STAGES["pretrain"].replace("--save_every_steps 2", "")
@@ -132,16 +130,12 @@ def train(images: Path, directory: Path, processes: int, flags: str = "", act: C
         pretrain.main(pretrain.get_args([*line, "--data_path", str(images)]))
 
     directory.mkdir(exist_ok=True)
-    pids, output = stress.fork(work, directory, processes), directory / "output.txt"
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    started, output = stress.fork(work, directory, processes), directory / "output.txt"
+    for process in started:
+        process.join()
     text = output.read_text()
     output.unlink()
-    return statuses, [path.name for path in find_checkpoints(directory / "run")], text
-
-
-def spoil() -> None:
-    """Let the next images be no numbers."""
-    data.normalise = lambda pixels, *_: pixels * float("nan")
+    return [process.exitcode for process in started], [path.name for path in find_checkpoints(directory / "run")], text
 
 
 def signal_all() -> None:
@@ -149,10 +143,11 @@ def signal_all() -> None:
     time.sleep(0.1)
 
 
+NO_NUMBERS = partial(setattr, data, "normalise", lambda pixels, *_: pixels * math.nan)  # from here on
 ENDED = "after update 2; the same command continues"
 ENDS = [  # flags, what one of two processes meets; exit statuses, checkpoints, and the line that one process prints
     ("--mask_ratio 0.99", None, 1, [], "mask_ratio 0.99 leaves no patch visible"),
-    ("--log_every 1", spoil, 1, [], "not finite before update 3"),
+    ("--log_every 1", NO_NUMBERS, 1, [], "not finite before update 3"),
     ("", partial(signal.raise_signal, signal.SIGUSR1), 128 + signal.SIGUSR1, ["checkpoint-0-2.pth"], ENDED),
 ]
 
@@ -217,34 +212,28 @@ def test_runs_killed_at_random_instants_equal_uninterrupted_ones(flags):
 
 ELSEWHERE = """
 import multiprocessing, os, signal, sys
-if "--spawn" in sys.argv:
-    multiprocessing.set_start_method("spawn")
+start, *words = sys.argv[1:]
+multiprocessing.set_start_method(start)
 sys.modules["fcntl"] = sys.modules["resource"] = None
 for name in ("SIGUSR1", "sigwaitinfo", "sigtimedwait", "pthread_sigmask", "SIGKILL"):
     delattr(signal, name)
 import data, pretrain
 
 def stop(pixels, *args, normalise=data.normalise):
-    if "--stop" in sys.argv:
-        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
     return normalise(pixels, *args)
 
-data.normalise, pretrain.draw = stop, lambda *_: None
-pretrain.main(pretrain.get_args([word for word in sys.argv[1:] if word not in ("--stop", "--spawn")]))
+data.normalise, pretrain.draw = stop if start == "fork" else data.normalise, lambda *_: None
+pretrain.main(pretrain.get_args(words))
 """
 
 
-def test_a_run_stops_and_continues_without_what_windows_lacks(tmp_path):
-    """No fcntl, SIGUSR1, sigwaitinfo or pthread_sigmask; two updates, two workers, at last started afresh."""
-    image_folder(tmp_path / "images", train=8)
-    flags = "--data_path images --model convnextv2_yocto --input_size 16 --stem_stride 1 --decoder_embed_dim 8 "
-    flags += "--device cpu --batch_size 4 --epochs 1 --num_workers 2 --disable_eval"
-    command = [sys.executable, "-c", ELSEWHERE, *flags.split()]
-    options = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(HERE.parent)})
-    stopped = subprocess.run([*command, "--stop"], **options)
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert [path.name for path in find_checkpoints(tmp_path / "runs/pretrain")] == ["checkpoint-0-1.pth"]
-    continued = subprocess.run([*command, "--spawn"], **options)
-    assert continued.returncode == 0 and "at epoch 0, update 1" in continued.stdout, continued.stderr
-    assert find_checkpoints(tmp_path / "runs/pretrain")[-1].name == "checkpoint-1.pth"
-    assert stopped.stderr == continued.stderr == ""
+def test_a_run_stops_and_continues_without_what_windows_lacks(images, tmp_path):
+    """No fcntl, SIGUSR1, sigwaitinfo or pthread_sigmask; two workers, at last started afresh."""
+    line = f"{FLAGS} --epochs 1 --batch_size 4 --num_workers 2 --disable_eval --data_path {images}".split()
+    command, env = [sys.executable, "-c", ELSEWHERE], os.environ | {"PYTHONPATH": str(HERE.parent)}
+    options = dict(cwd=tmp_path, capture_output=True, text=True, env=env)
+    stopped, continued = [subprocess.run([*command, start, *line], **options) for start in ("fork", "spawn")]
+    assert (stopped.returncode, stopped.stderr) == (128 + signal.SIGTERM, "")
+    assert (continued.returncode, continued.stderr) == (0, "") and "at epoch 0, update 1" in continued.stdout
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-0-1.pth", "checkpoint-1.pth"]

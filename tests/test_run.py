@@ -1,7 +1,7 @@
 """Claims about plumbing/run.py that hold for any stage: it equals a plain loop, from wherever it was stopped."""
 
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,7 +33,8 @@ class Points(Samples):
         return [point.to(device) for point in points], targets
 
 
-def new_run(directory, iterations=None, schedule=None, ema=None, device=CPU, **more) -> Run:
+def new_run(directory, rates=None, ema=None, device=CPU, **more) -> Run:
+    """Of as many updates as `rates` has learning rates; else of three epochs, or as many as `more` says."""
     parser = cli.Parser()
     cli.add_data_flags(parser, ["points"], "none", (1, 1))
     tasks.add_transfer_flags(cli.add_optimisation_flags(parser, epochs=3, blr=1.0, min_lr=0.0, warmup=0))
@@ -42,8 +43,8 @@ def new_run(directory, iterations=None, schedule=None, ema=None, device=CPU, **m
     args, net = parser.parse_args(words(**values)), torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.zeros_(net.weight)
     optimizer, ema = torch.optim.SGD(net.parameters()), ema and tasks.averaged(net, ema)
-    make_schedule = schedule and (lambda _: schedule)
-    return Run(args, Points(), device, net, optimizer, "points.py", ema, make_schedule, iterations)
+    schedule = rates and (lambda _: rates.__getitem__)
+    return Run(args, Points(), device, net, optimizer, "points.py", ema, schedule, iterations=rates and len(rates))
 
 
 def train(directory, evaluate=None, **more) -> torch.Tensor:
@@ -75,22 +76,21 @@ def train_plainly(rates: list[float], per_update: int = 2) -> torch.Tensor:
 
 
 STEPPED = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.01, 0.01]
-EIGHT = dict(iterations=8, schedule=lambda update: STEPPED[update])
 
 
 def test_a_run_of_iterations_follows_its_own_schedule_and_ends_inside_an_epoch(tmp_path, capsys):
-    weight = train(tmp_path, **EIGHT)
+    weight = train(tmp_path, rates=STEPPED)
     torch.testing.assert_close(weight, train_plainly(STEPPED))
     assert read_log(tmp_path, "update", "lr") == [[k, rate] for k, rate in enumerate(STEPPED, start=1)]
     assert read_log(tmp_path, "epoch")[-1] == [1.6]
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert torch.equal(train(tmp_path, **EIGHT), weight) and "had finished before" in capsys.readouterr().out
+    assert torch.equal(train(tmp_path, rates=STEPPED), weight) and "had finished before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("freq", "per_update"), [(2, 4), (7, 10)])
 def test_accumulated_passes_make_the_update_of_one_large_batch(tmp_path, freq, per_update):
     """An epoch is 4, 4 and 2 points; or, of fewer passes than an update may have, 10."""
-    weight = train(tmp_path, iterations=5, schedule=lambda _: 0.1, update_freq=freq)
+    weight = train(tmp_path, rates=[0.1] * 5, update_freq=freq)
     torch.testing.assert_close(weight, train_plainly([0.1] * 5, per_update))
 
 
@@ -100,7 +100,7 @@ KILLS += [(2, 1, Points, "on_device", 7), (1, 4, Run, "save_due", 2)]  # the las
 
 @pytest.mark.parametrize(("freq", "every", "kind", "name", "turn"), KILLS)
 def test_an_interrupted_run_continues_exactly(tmp_path, monkeypatch, freq, every, kind, name, turn):
-    more = EIGHT | dict(iterations=8 // freq, save_every_steps=every, update_freq=freq, ema=0.5)
+    more = dict(rates=STEPPED[: 8 // freq], save_every_steps=every, update_freq=freq, ema=0.5)
     whole = train(tmp_path / "whole", **more)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, kind, name, turn)
@@ -146,21 +146,16 @@ def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tm
     resumed = new_run(tmp_path / "b", epochs=2, weight_decay=0.1, resume=tmp_path / "a/checkpoint-1.pth")
     assert resumed.epochs() == range(1, 2) and len(resumed.records) == 5
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0  # the new run's own
-    torch.save({"model": {}, "stage": "other.py", "optimizer": {}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no checkpoint of a run of points.py"):
-        new_run(tmp_path / "c", resume=tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("winner", ["model", "model_ema"])
 def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path, winner):
-    better, worse = [1.0, 3.0, 2.0], [0.5, 2.5, 2.0]
-    scores = {name: iter(better if name == winner else worse) for name in ("model", "model_ema")}
     written, weights = [], []
 
     def evaluate(this, epoch):
         def score(net):
             name = "model" if net is this.net else "model_ema"
-            return {"score": next(scores[name])}, f"{name} {epoch}"
+            return {"score": [1.0, 3.0, 2.0][epoch] - 0.5 * (name != winner)}, f"{name} {epoch}"
 
         weights.append({"model": this.net.weight.clone(), "model_ema": this.ema.module.weight.clone()})
         tasks.evaluate(this, epoch, score, "score", str, lambda _, details: written.append((this.best, details)))
@@ -171,8 +166,8 @@ def test_the_better_of_weights_and_average_is_kept_while_it_is_the_best(tmp_path
     assert torch.equal(best["model"]["weight"], weights[1][winner]) and not torch.equal(*weights[1].values())
     assert best["epoch"] == 2 and best["score"] == 3
     keys = ["val_score", "val_ema_score"] if winner == "model" else ["val_ema_score", "val_score"]
-    table = [[1, 0.5, 1], [3, 2.5, 3], [2, 2, 3]]
-    assert [row for row in read_log(tmp_path, *keys, "best_score") if row[2] is not None] == table
+    rows = [row for row in read_log(tmp_path, *keys, "best_score") if row[2] is not None]
+    assert rows == [[1, 0.5, 1], [3, 2.5, 3], [2, 1.5, 3]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -181,10 +176,10 @@ def test_a_signal_ends_the_run_after_its_update_and_handlers_are_restored(tmp_pa
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
         call_at(patch, Points, "on_device", 3, lambda: signal.raise_signal(number))
-        train(tmp_path, **EIGHT)
+        train(tmp_path, rates=STEPPED)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-3.pth"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    torch.testing.assert_close(train(tmp_path, **EIGHT), train_plainly(STEPPED))
+    torch.testing.assert_close(train(tmp_path, rates=STEPPED), train_plainly(STEPPED))
 
 
 def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path):
@@ -201,11 +196,9 @@ def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path)
 
 
 def test_a_run_in_a_thread_trains_without_signals(tmp_path):
-    weights = []
-    thread = threading.Thread(target=lambda: weights.append(train(tmp_path, **EIGHT)))
-    thread.start()
-    thread.join()
-    torch.testing.assert_close(weights[0], train_plainly(STEPPED))
+    with ThreadPoolExecutor() as pool:
+        weight = pool.submit(train, tmp_path, rates=STEPPED).result()
+    torch.testing.assert_close(weight, train_plainly(STEPPED))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
@@ -232,17 +225,16 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
 
 
 def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(run, "make_loader", lambda *args, pin_memory: calls.append((args[2], pin_memory)))
+    monkeypatch.setattr(run, "make_loader", lambda images, sampler, workers, pin_memory: (workers, pin_memory))
     for device in ("cuda", "cpu"):
-        new_run(tmp_path, device=torch.device(device), amp="none", num_workers=3)
-    assert calls == [(3, True), (3, False)]
+        this = new_run(tmp_path, device=torch.device(device), amp="none", num_workers=3)
+        assert this.loader == (3, device == "cuda")
 
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda net: lambda x: calls.append(0) or net(x))
-    torch.testing.assert_close(train(tmp_path, compile=True, **EIGHT), train_plainly(STEPPED))
+    torch.testing.assert_close(train(tmp_path, compile=True, rates=STEPPED), train_plainly(STEPPED))
     assert len(calls) == 16  # one for each point
 
 
