@@ -543,9 +543,9 @@ def add_flags(parser: cli.Parser, command: str) -> None:
         untrained = command == "features"
         add("--untrained", action=cli.BoolFlag, default=untrained, help="add the first network with random weights")
     if command == "activations":
-        add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last, of V1 .act)")
+        add("--layer", metavar="NAME", help="such as stages.2.0.grn (default: the third stage's last; .act in V1)")
     if command == "features":
-        add("--stage", type=int, choices=range(1, 5), help="of this stage, averaged over space (default: pooled)")
+        add("--stage", type=int, choices=range(1, 5), help="this stage, averaged over space (default: pooled)")
     if command == "probe":
         add("--bank_images", type=cli.count, default=4000, help="training images to compare with, at most")
 

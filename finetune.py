@@ -59,12 +59,12 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(DEFAULTS, description=__doc__.split("\n\n")[0])
     add = tasks.add_task_flags(parser, "classify", RECIPES)
     add("--topk", type=cli.count, default=5, help="classes that --predict prints for each image")
-    add("--linear_probe", action=cli.BoolFlag, default=False, help="train the head alone, as MoCo v3 does")
+    add("--linear_probe", action=cli.BoolFlag, default=False, help="train only the head, as MoCo v3 does")
 
     add = cli.add_model_flags(parser, MODELS, "weights in any layout that weights.py reads, or a run's folder")
     add("--scratch", action=cli.BoolFlag, default=False, help=f"start from random weights, not {OURS}")
     add("--nb_classes", type=cli.count, help="number of classes (the data's)")
-    add("--head_init_scale", type=cli.nonnegative, help="factor on a new head (0.001 with --finetune, else 1)")
+    add("--head_init_scale", type=cli.nonnegative, help="scale of a new head's weights (0.001 with --finetune, else 1)")
     add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")
     add("--mlp_norm", metavar="NAME", help="replacement of GRN, a name in experiments/norms.py")
 
@@ -75,7 +75,7 @@ def make_parser() -> cli.Parser:
     add("--holdout", type=cli.fraction, help="hold out this fraction of the training images")
     add("--labels_per_class", type=cli.count, help="train on this many images per class")
     add("--dist_eval", action=cli.BoolFlag, default=True, help="divide validation images among processes")
-    add("--crop_pct", type=cli.number(float, 0.1, 1), help="fraction of sides evaluated (224/256)")
+    add("--crop_pct", type=cli.number(float, 0.1, 1), help="fraction of the short side to evaluate (224/256)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--min_crop", type=cli.fraction, default=0.08, help="smallest area of a random crop")
@@ -84,7 +84,7 @@ def make_parser() -> cli.Parser:
     interpolations = ("bicubic", "bilinear", "nearest")
     add("--train_interpolation", choices=interpolations, default="bicubic", help="interpolation of random crops")
     add("--reprob", type=cli.fraction, default=0.0, help="probability of random erasing")
-    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help="what erases")
+    add("--remode", choices=("pixel", "rand", "const"), default="pixel", help="fill of erased rectangles")
     add("--recount", type=cli.count, default=1, help="rectangles to erase")
     add("--mixup", type=cli.nonnegative, default=0.0, help="MixUp's alpha; 0: off")
     add("--cutmix", type=cli.nonnegative, default=0.0, help="CutMix's alpha; 0: off")
@@ -95,8 +95,8 @@ def make_parser() -> cli.Parser:
 
     add = cli.add_optimisation_flags(parser, epochs=100, blr=5e-4, min_lr=1e-6, warmup=20)
     tasks.add_transfer_flags(add)
-    add("--best_by", choices=("top1", "balanced"), default="top1", help="accuracy that decides on the best checkpoint")
-    add("--layer_decay_type", choices=("single", "group"), default="single", help="layers of one block, or up to three")
+    add("--best_by", choices=("top1", "balanced"), default="top1", help="accuracy that decides the best checkpoint")
+    add("--layer_decay_type", choices=("single", "group"), default="single", help="a layer is a block, or up to three")
     cli.add_run_flags(parser, "runs/finetune")
     return parser
 

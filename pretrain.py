@@ -55,7 +55,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init_weight", metavar="PATH", help=start)
     add("--mask_ratio", type=cli.fraction, default=0.6, help="fraction of the patches to hide")
     add("--norm_pix_loss", action=cli.BoolFlag, default=True, help="predict pixels normalised per patch")
-    add("--decoder_depth", type=cli.number(int, 0), default=1, help="blocks of the decoder")
+    add("--decoder_depth", type=cli.number(int, 0), default=1, help="number of decoder blocks")
     add("--decoder_embed_dim", type=cli.count, default=512, help="width of the decoder")
     add("--backend", choices=BACKENDS, default="sparse", help="how the encoder runs")
     add("--layer_scale_init_value", type=cli.positive, default=1e-6, help="LayerScale's initial value; only V1 has it")

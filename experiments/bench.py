@@ -46,7 +46,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", type=cli.fraction, default=0.6, help="fraction of the patches to hide")
     add("--amp", choices=("none", "bf16", "fp16"), default=["none", "bf16"], nargs="+", help="autocast types")
     backends = ["sparse", "masked", "leaky"]
-    add("--backend", choices=BACKENDS, default=backends, nargs="+", help="how the encoder runs, but in dense training")
+    add("--backend", choices=BACKENDS, default=backends, nargs="+", help="how the encoder runs (unused by finetune)")
     add("--plain", action=cli.BoolFlag, default=False, help="leave our networks without fast.speed_up")
     add("--compile", action=cli.BoolFlag, default=False, help="torch.compile encoders, autoencoders and classifiers")
     add("--checkpoint_activations", action=cli.BoolFlag, default=False, help="in our networks")

@@ -88,13 +88,15 @@ class Help(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {values}"
 
     def _get_help_string(self, action):
-        values = [] if action.default in (None, False, argparse.SUPPRESS) else [action.default]
-        words = [" ".join(map(str, value)) if isinstance(value, tuple | list) else str(value) for value in values]
+        def text(value):
+            return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+        words = [] if action.default in (None, False, argparse.SUPPRESS) else [text(action.default)]
         if action.default is True:
             words = [f"on; off by --no-{action.dest}"]
         for name, defaults in self.by_data.items():
             if action.dest in defaults and name != "cifar100":  # cifar10's are the same
-                words.append(f"{name} {defaults[action.dest]}")
+                words.append(f"{name} {text(defaults[action.dest])}")
         choices = f": {', '.join(map(str, action.choices))}" if action.choices and not action.metavar else ""
         shown = f" ({', '.join(words)})" if words else ""
         return f"{action.help}{choices}{shown}".replace("%", "%%")  # argparse would expand a single %
@@ -180,15 +182,14 @@ def add_optimisation_flags(parser: Parser, epochs: int, blr: float, min_lr: floa
     """Add batches, epochs and the learning rate; `warmup` is None for scripts that count it in updates."""
     group = parser.add_argument_group("optimisation")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--batch_size", type=count, default=64, help="images per process and pass")
+    add("--batch_size", type=count, default=64, help="images per process and forward pass")
     add("--update_freq", type=count, default=1, help="forward passes per update: gradient accumulation")
     add("--epochs", type=count, default=epochs, help="passes over the data")
     if warmup is not None:
-        warmup_help = f"epochs of linear warm-up ({warmup}, or 5%% of short runs)"
-        add("--warmup_epochs", type=nonnegative, help=warmup_help.replace("%%", "%"))
+        add("--warmup_epochs", type=nonnegative, help=f"epochs of linear warm-up ({warmup}, or 5% of short runs)")
     rate = "learning rate per 256 images of an update"
     either("--blr", type=positive, action=BaseRate, default=blr, help=rate)
-    either("--lr", type=positive, help="learning rate itself")
+    either("--lr", type=positive, help="learning rate, whatever the batch size")
     add("--min_lr", type=nonnegative, default=min_lr, help="learning rate at the end")
     add("--weight_decay", type=nonnegative, default=0.05, help="weight decay of kernels and matrices")
     add("--clip_grad", type=positive, help="clip the gradient's norm to this")
@@ -213,9 +214,9 @@ def add_run_flags(parser: Parser, output_dir: str, compile: bool = True) -> None
     add("--save_ckpt", action=BoolFlag, default=True, help="write checkpoints")
     add("--save_ckpt_freq", type=count, default=1, help="epochs between checkpoints")
     add("--save_ckpt_num", type=count, default=3, help="newest checkpoints to keep")
-    add("--save_every_steps", type=count, metavar="N", help="updates between checkpoints, inside epochs too")
+    add("--save_every_steps", type=count, metavar="N", help="also save every N updates within an epoch")
     add("--log_every", type=count, default=20, help="updates between lines of the log")
-    deterministic = "the same bits from every run on a GPU, as on CPUs"
+    deterministic = "bitwise reproducible on a GPU too"
     add("--deterministic", action=BoolFlag, default=False, help=deterministic)
 
 

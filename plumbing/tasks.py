@@ -23,7 +23,7 @@ def add_task_flags(parser: cli.Parser, predicts: str, recipes: Sequence[str]) ->
     group = parser.add_argument_group("task")
     either = group.add_mutually_exclusive_group().add_argument
     either("--eval", action=cli.BoolFlag, default=False, help="only evaluate --resume")
-    either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders by --resume")
+    either("--predict", nargs="+", metavar="IMAGE", help=f"only {predicts} these files or folders with --resume")
     group.add_argument("--recipe", choices=recipes, help="published settings for the model's size")
     return group.add_argument
 
