@@ -314,7 +314,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     number = {name: k for k, name in enumerate(names)}
     val.labels = [number[val.classes[label]] for label in val.labels]
     if len(val.classes) < len(names):
-        dist.say(f"the images have {len(val.classes)} of the {len(names)} classes that {args.resume} tells apart")
+        dist.say(f"the images have {len(val.classes)} of the {len(names)} classes of {args.resume}")
     held = f" ({args.holdout:.0%} of each class, held out)" if args.holdout else ""
     prepared = data.describe_evaluation(args.input_size, args.crop_pct, data_set)
     where = f"{args.eval_data_path or args.data_path or args.data_set}{held}, {prepared}"

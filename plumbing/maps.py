@@ -82,7 +82,7 @@ def count_labels(pairs: Sequence[tuple[str, str]]) -> tuple[Counter, dict[int, s
         if values.shape[::-1] != size:
             sizes = " x ".join(map(str, size)), " x ".join(map(str, values.shape[::-1]))
             problem = f"{image} is {sizes[0]} pixels, and its label map {path} {sizes[1]}"
-            raise UserError(f"{problem}; one of them was resized, cropped or turned (EXIF orientations are applied)")
+            raise UserError(f"{problem}; one of them was resized, cropped or rotated (EXIF orientations are applied)")
         return {label: n for label, n in enumerate(np.bincount(values.ravel()).tolist()) if n}
 
     with ThreadPoolExecutor() as pool:

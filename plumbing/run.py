@@ -305,7 +305,7 @@ class Run:
             raise UserError(f"the loss or its gradient was not finite before update {self.done}; {fix}")
         unreadable = set().union(*dist.gather(self.images.unreadable.nonzero().flatten().tolist()))
         if len(unreadable) > max(10, len(self.images) // 100):
-            fix = "mend or remove the files named above"
+            fix = "fix or remove the files named above"
             images = f"{len(unreadable)} of {len(self.images)} images"
             raise UserError(f"{images} cannot be read, over 1% and over 10; {fix}")
         seconds = now - self.lap
