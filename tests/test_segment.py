@@ -148,11 +148,10 @@ def test_label_maps_of_every_kind_are_read_alike(tmp_path, mode, dtype):
         assert Image.open(written).convert("RGB").getcolors() == [(len(numbers), (9, 8, 7))]
 
 
-INFO = "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t11\t11\t1\twall\n2\t0.1\t6\t6\t1\ta, b\n"
 LISTS = {
     "sky 70 130 180\ntraffic light, 250, 170, 30\n": (["sky", "traffic light"], [(70, 130, 180), (250, 170, 30)]),
     "\ufeffsky\n\n# a comment\ntraffic light\n": (["sky", "traffic light"], maps.class_colours(2)),
-    INFO: (["wall", "a, b"], maps.class_colours(2)),
+    "Idx\tRatio\tStuff\tName\n1\t0.1\t1\twall\n2\t0.1\t1\ta, b\n": (["wall", "a, b"], maps.class_colours(2)),
 } | {"": "names 0 classes", "a\nb\na": "names 3 classes, 2 different", "a 1 2 300": "end at 255"}
 
 
@@ -252,9 +251,7 @@ def test_mistakes_get_one_line_at_the_start(folder, message, capsys):
     assert re.search(message, line) and len(line.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("splits", "holdout"), [("train val", 0), ("train valid", 0), ("train val", 0.34), (".", 0.34)]
-)
+@pytest.mark.parametrize(("splits", "holdout"), [("train val", 0), ("train valid", 0), ("train val", 0.3), (".", 0.3)])
 def test_splits_have_other_names_or_are_one_folder_with_a_holdout(tmp_path, splits, holdout):
     for split, count in zip(splits.split(), (6, 3)):
         helpers.write_maps(tmp_path, split, count, seed=count)
@@ -283,11 +280,10 @@ def test_what_was_seen_is_printed_and_what_cannot_be_read_is_named_replaced_and_
 
 
 def test_weights_of_classes_are_powers_of_their_fractions():
-    # Of 34 pixels that count 32 are of class 0, 2 of class 1, none of class 2.
-    class_weights = tasks.class_weights(torch.tensor([32.0, 2, 0], dtype=torch.float64), 0.5)
-    fractions = torch.tensor([32 / 34, 2 / 34, 1e-4])
-    torch.testing.assert_close(class_weights / class_weights[0], (fractions[0] / fractions).sqrt())
-    assert (class_weights * torch.tensor([32, 2, 0])).sum().item() / 34 == pytest.approx(1, abs=0.01)
+    factors = tasks.class_weights(torch.tensor([32.0, 2, 0], dtype=torch.float64), 0.5)
+    fractions = torch.tensor([32 / 34, 2 / 34, 1e-4])  # the last one stands for none
+    torch.testing.assert_close(factors / factors[0], (fractions[0] / fractions).sqrt())
+    assert (factors * fractions).sum().item() == pytest.approx(1, rel=1e-5)
 
 
 def augmentation(input_size=32, test_size=32, scale=(1, 1), most=1.0, photometric=False) -> Augmentation:
@@ -471,9 +467,7 @@ def test_prediction_writes_the_labels_of_the_average(finished, tmp_path, capsys)
 
 
 def test_an_evaluation_refuses_other_classes_than_those_trained_and_the_same_label_maps(folder, finished, tmp_path):
-    for name, names in (("trained", SHAPES), ("reversed", reversed(SHAPES))):
-        (tmp_path / f"{name}.txt").write_text("\n".join(names))
-    segment.main(use(finished, "--eval", classes=tmp_path / "trained.txt", output_dir=tmp_path))
+    (tmp_path / "reversed.txt").write_text("\n".join(reversed(SHAPES)))
 
     def refused(message: str, **flags) -> None:
         with pytest.raises(UserError, match=message):
