@@ -538,10 +538,9 @@ def test_a_detector_of_mmdetection_computes_what_it_does_there(tmp_path):
     theirs = {"backbone": norms, "neck": neck, "rpn_head": rpn, "roi_head.bbox_head": box, "roi_head.mask_head": mask}
     tensors = weights.from_native(randomised(MODELS["convnextv2_atto"](num_classes=0)).state_dict(), "mmpretrain")
     for part, modules in theirs.items():
-        state = randomised(nn.ModuleDict(modules)).state_dict()
-        tensors |= {f"{part}.{name}": value for name, value in state.items()}
-    content = {"state_dict": tensors, "meta": {"dataset_meta": {"classes": ("dog", "cat", "zebra")}}}
-    save_tensors(tmp_path / "theirs.pth", content)
+        tensors |= {f"{part}.{name}": x for name, x in randomised(nn.ModuleDict(modules)).state_dict().items()}
+    meta = {"dataset_meta": {"classes": ("dog", "cat", "zebra")}}
+    save_tensors(tmp_path / "theirs.pth", {"state_dict": tensors, "meta": meta})
     args = detect.get_args(["--eval", *words(resume=tmp_path / "theirs.pth")])
     assert (args.nms, args.proposals, args.test_size, args.published_heads) == ("soft", [1000, 1000], [800, 1333], True)
     ours = detect.load_detector(args, CPU)[0]["model"]
