@@ -34,6 +34,8 @@ TABLE = {
     "pretrain --data_path onlyval": "onlyval has a folder val and none named train; add it",
     "pretrain --output_dir image.png": "cannot write to image.png ... choose another --output_dir",
     "finetune --data_set folder --data_path ''": "--data_set folder needs --data_path DIR",
+    "finetune --data_path '' --eval_data_path labelled/val": "alone has no images to train on; give --data_path",
+    "finetune --data_path '' --eval --resume stride4.pth": "--data_set folder needs --data_path DIR",
     "finetune --data_path images": "images has no train/<class>/ folders ... --holdout 0.2",
     "finetune --data_path images --holdout 0.4": "lies in no class folder, and labels",
     "finetune --holdout 0.4 --eval_data_path labelled/val": "--holdout contradicts --eval_data_path",
