@@ -61,7 +61,7 @@ TABLE = {
     "finetune --labels_per_class 7": "--labels_per_class 7 is more than the 3 images of class a; lower it",
     "finetune --nb_classes 1": "--nb_classes 1 is fewer than the data's 2 classes; leave it out",
     "finetune --stem_stride 4": "image size 16 x 16 is below the patch size 32; enlarge it",
-    "analyze collapse --checkpoint run --input_size 50": "50 is not a multiple of the patch size 8; try --input_size 48",
+    "analyze collapse --checkpoint run --input_size 50": "50 is not a multiple of ... 8; try --input_size 48",
     "analyze reconstruct --checkpoint run --mask_ratio 0.9": "leaves no patch visible of 2 x 2",
     "analyze collapse --checkpoint run --label A B": "2 --label for 1",
     "analyze collapse --checkpoint run --num_images 7": "--num_images 7, but folder (val) has 6",

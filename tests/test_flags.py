@@ -98,9 +98,9 @@ SPEED = {"num_workers": 1, "deterministic": True, "device": "cpu"}
 # The same weights, log and files, bit for bit.
 NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED, segment: SPEED}
 
-# Flags whose effect two short runs in one process cannot show, though tests elsewhere do; and values that are no flags.
-ELSEWHERE = """embedded_images output_dir log_dir resume compile scratch data_set nms test_size val_limit score_threshold
-    val_annotations val_images eval predict topk class_names class_balance image_max mlp_norm recipe statistics"""
+# Flags whose effect two short runs in one process cannot show, though tests elsewhere do; and what is no flag.
+ELSEWHERE = """embedded_images output_dir log_dir resume compile scratch data_set nms test_size val_limit
+    val_annotations val_images score_threshold eval predict topk class_names class_balance image_max mlp_norm recipe statistics"""
 
 
 @pytest.fixture(scope="module")
@@ -116,27 +116,21 @@ def train(tmp_path_factory):
     encoder = small["convnextv2_atto"](num_classes=0, stem_stride=1)
     save_tensors(root / "encoder.pth", {"model": encoder.state_dict(), "config": {"model": "convnextv2_atto"}})
 
-    networks, finished, recomputed, checkpoint = [], Run.finish, [], model.checkpoint
-
-    def finish(run, outputs):
-        networks[:] = [run.net, run.ema.module] if run.ema else [run.net]
-        finished(run, outputs)
+    networks, recomputed, checkpoint = [], [], model.checkpoint
 
     @cache
     def train(script, flags) -> dict:
         directory = root / f"run{len(list(root.iterdir()))}"
         recomputed.clear()
-        try:
-            script.main(script.get_args(words(**BASE[script] | dict(flags), output_dir=directory)))
-        finally:
-            torch.use_deterministic_algorithms(False)
+        script.main(script.get_args(words(**BASE[script] | dict(flags), output_dir=directory)))
+        torch.use_deterministic_algorithms(False)
         log, names = stress.untimed(read_log(directory)), sorted(path.name for path in directory.iterdir())
-        results = {"weights": [net.state_dict() for net in networks], "log": log, "files": names}
-        return results | {"memory": len(recomputed)}
+        weights = [net.state_dict() for net in networks.pop() if net]
+        return {"weights": weights, "log": log, "files": names, "memory": len(recomputed)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(Run, "finish", finish)
+        patch.setattr(Run, "finish", lambda run, _: networks.append((run.net, run.ema)))
         patch.setattr(model, "checkpoint", lambda *args, **more: recomputed.append(0) or checkpoint(*args, **more))
         for name, network in small.items():
             patch.setitem(MODELS, name, network)
