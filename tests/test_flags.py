@@ -99,8 +99,8 @@ SPEED = {"num_workers": 1, "deterministic": True, "device": "cpu"}
 NOTHING = {pretrain: SPEED, finetune: SPEED | {"dist_eval": False}, detect: SPEED, segment: SPEED}
 
 # Flags whose effect two short runs in one process cannot show, though tests elsewhere do; and what is no flag.
-ELSEWHERE = """embedded_images output_dir log_dir resume compile scratch data_set nms test_size val_limit
-    val_annotations val_images score_threshold eval predict topk class_names class_balance image_max mlp_norm recipe statistics"""
+ELSEWHERE = """embedded_images output_dir log_dir resume compile scratch data_set nms test_size val_limit val_images
+    val_annotations score_threshold eval predict topk class_names class_balance image_max mlp_norm recipe statistics"""
 
 
 @pytest.fixture(scope="module")
