@@ -79,7 +79,7 @@ TABLE = {
     "pretrain --no-norm_pix_loss true": "--no-norm_pix_loss true: expected true or false",
     "pretrain --lr 1e-3 --blr 1e-3": "--blr: not allowed with argument --lr",
     "pretrain --data_set embedded --data_path images": "--data_set embedded draws its images; leave out",
-    "pretrain --data_set cifar10 --data_path images": "cifar10 is not in images and could not be downloaded (no net",
+    "pretrain --data_set cifar10 --data_path nowhere": "cifar10 is not in nowhere and could not be downloaded (no net",
     "pretrain --mlp_norm gnr": "gnr",
     "pretrain --mlp_norm bn --model convnext_atto": "V1 ... convnextv2_",
     "pretrain --mlp_norm bn --checkpoint_activations": "counts every image twice",
