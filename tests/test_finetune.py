@@ -135,13 +135,12 @@ def test_sgd_has_nesterovs_momentum(momentum):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_for_the_same_classes_is_kept_and_one_for_others_starts_anew(images, tmp_path, capsys, small_models):
+def test_a_head_for_the_same_classes_is_kept_and_one_for_others_starts_anew(images, tmp_path, small_models):
     first = train(images, tmp_path / "first", epochs=1)["model"]["head.weight"]
     others = image_folder(tmp_path / "others", classes=("waves", "grid", "rays"), train=12, val=6)
     flags = dict(epochs=1, lr=1e-12, min_lr=0, finetune=tmp_path / "first/checkpoint-1.pth")
     same, other = (train(path, tmp_path / path.name, **flags)["model"]["head.weight"] for path in (images, others))
     assert torch.allclose(same, first, atol=1e-6) and not torch.allclose(other, first, atol=1e-3)
-    assert "head.weight, head.bias" in capsys.readouterr().out
 
 
 def test_a_linear_probe_trains_a_head_alone_on_pretrained_weights(images, encoder, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """Claims about every flag of the training scripts: it does what its row says, and no flag lacks a row.
 
-A row runs its script twice, with the flag and without, on a network of a few thousand weights, and compares what the
-runs leave.
+A row runs its script with the flag and without, on a network of a few thousand weights, and compares the outputs.
 """
 
 from functools import cache, partial
