@@ -24,10 +24,10 @@ import weights
 from data import Images, evaluation_transform
 from model import MODELS, ConvNeXt
 from plumbing import dist, plots
-from plumbing.files import UserError, load_file, save_tensors
+from plumbing.files import load_file, save_tensors
 from plumbing.scores import write_by_class
 from plumbing.shapes import draw_images
-from plumbing.tasks import layer_groups, layer_id, make_optimizer
+from plumbing.tasks import layer_groups, make_optimizer
 
 CLASSES = ["dots", "rings", "stripes"]
 MEAN, STD = (np.array(values, np.float32) for values in data.STATISTICS["folder"])
@@ -109,7 +109,7 @@ GROUP = ([0, 2, 3, 12], [[1] * 3, [2] * 3, [3 + j // 3 for j in range(27)], [12]
 
 
 @pytest.mark.parametrize(("size", "kind"), [*((size, "single") for size in SINGLE), ("base", "group")])
-def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
+def test_layers_learning_rates_and_weight_decay_equal_the_written_tables(size, kind):
     downsample, blocks, last = GROUP if kind == "group" else SINGLE[size]
     with torch.device("meta"):
         net = MODELS[f"convnextv2_{size}"]()
@@ -118,8 +118,6 @@ def test_layer_ids_and_learning_rates_equal_the_written_tables(size, kind):
         part, i, j, *_ = [*name.split("."), 0, 0]
         table = {"downsample_layers": downsample, "stages": blocks}.get(part)
         layers[parameter] = last if not table else table[int(i)] if table is downsample else table[int(i)][int(j)]
-        for prefix in ("", "encoder.", "backbone.encoder."):
-            assert layer_id(prefix + name, net.depths, kind) == layers[parameter], name
     matrices = {p for name, p in net.named_parameters() if p.ndim > 1 and "grn" not in name}
     for group in layer_groups(net, 0.05, 0.9, kind):
         for parameter in group["params"]:
@@ -137,13 +135,12 @@ def test_sgd_has_nesterovs_momentum(momentum):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_for_the_same_classes_is_kept_and_one_for_others_starts_anew(images, tmp_path, capsys, small_models):
+def test_a_head_for_the_same_classes_is_kept_and_one_for_others_starts_anew(images, tmp_path, small_models):
     first = train(images, tmp_path / "first", epochs=1)["model"]["head.weight"]
     others = image_folder(tmp_path / "others", classes=("waves", "grid", "rays"), train=12, val=6)
     flags = dict(epochs=1, lr=1e-12, min_lr=0, finetune=tmp_path / "first/checkpoint-1.pth")
     same, other = (train(path, tmp_path / path.name, **flags)["model"]["head.weight"] for path in (images, others))
     assert torch.allclose(same, first, atol=1e-6) and not torch.allclose(other, first, atol=1e-3)
-    assert "head.weight, head.bias" in capsys.readouterr().out
 
 
 def test_a_linear_probe_trains_a_head_alone_on_pretrained_weights(images, encoder, tmp_path, capsys, monkeypatch):
@@ -176,9 +173,8 @@ def test_fine_tuning_starts_from_what_was_pre_trained_on_the_same_data(images, e
     assert sizes == [32, 24, 16]  # a frozen encoder reads images of the size that it was pre-trained with
     assert get_args().head_init_scale == get_args(scratch=True).head_init_scale == 1.0
     assert get_args(data_path="x").finetune is None and get_args(data_set="cifar10").finetune is None
-    monkeypatch.chdir(tmp_path)
-    run(pretrain, images, tmp_path / "runs/pretrain", epochs=1)
-    monkeypatch.setattr(finetune, "OURS", "runs/pretrain/encoder.pth")
+    run(pretrain, images, tmp_path, epochs=1)
+    monkeypatch.setattr(finetune, "OURS", f"{tmp_path}/encoder.pth")
     args = get_args(data_path=images)
     assert (args.finetune, args.input_size, args.stem_stride) == (finetune.OURS, 32, 1)
     assert get_args(data_path=images, scratch=True).finetune is get_args().finetune is None
@@ -207,15 +203,14 @@ def scored(tmp_path) -> tuple[ConvNeXt, Images, dict, list]:
         Image.fromarray(array).save(path)
     logits = torch.stack([logits_of(net, array) for array in arrays])  # (13, 7)
     ranked = logits.argsort(dim=1, descending=True)
-    labels = ranked[range(13), POSITIONS]
-    outcomes = torch.stack([labels, ranked[:, 0]], dim=1).tolist()
+    labels, predicted = ranked[range(13), POSITIONS], ranked[:, 0]
     (tmp_path / "bad.png").write_text("not an image")
     items = [*paths[:5], f"{tmp_path}/bad.png", *paths[5:]], [*labels[:5].tolist(), 0, *labels[5:].tolist()]
     images = Images(*items, list("abcdefg"), evaluation_transform(16, 1.0), data.STATISTICS["folder"])
     scores = {f"top{k}": 100 * sum(position < k for position in POSITIONS) / 13 for k in (1, 5)}
-    recalls = [[prediction == k for truth, prediction in outcomes if truth == k] for k in set(labels.tolist())]
-    scores["balanced"] = 100 * sum(sum(hits) / len(hits) for hits in recalls) / len(recalls)
-    return net, images, scores | {"loss": F.cross_entropy(logits, labels).item()}, sorted(outcomes)
+    recalls = [(predicted == k)[labels == k].float().mean().item() for k in labels.unique()]
+    scores |= {"balanced": 100 * np.mean(recalls), "loss": F.cross_entropy(logits, labels).item()}
+    return net, images, scores, sorted(torch.stack([labels, predicted], dim=1).tolist())
 
 
 SETTINGS = [(1, 1, True), (1, 4, True), (1, 100, True), (2, 4, True), (2, 4, False)]
@@ -244,15 +239,13 @@ def test_scores_equal_a_naive_count_of_readable_images(scored, tmp_path, process
     assert "warning: cannot read" in output and output.count("1 of 14 images cannot be read and are left out") == 1
 
 
-def test_the_tables_by_class_equal_a_count_in_a_loop(tmp_path, monkeypatch):
+def test_the_tables_by_class_equal_a_histogram(tmp_path, monkeypatch):
     names = ["class", "b, c", "images", "none"]  # names like columns', with a comma, of no images; and one is missing
     outcomes = torch.randint(3, (50, 2), generator=torch.Generator().manual_seed(0))
     outcomes[7] = torch.tensor([1, 4])
     write_by_class(tmp_path / "new", outcomes, names)
     names.append("(output 4)")
-    confusion = np.zeros((5, 5), int)
-    for true, predicted in outcomes.tolist():
-        confusion[true, predicted] += 1
+    confusion = np.histogram2d(*outcomes.T.numpy(), bins=range(6))[0].astype(int)
     rows = read_table(tmp_path / "new/confusion.csv")
     assert list(rows[0]) == ["true / predicted", *names]
     assert [[*row.values()] for row in rows] == [[name, *map(str, row)] for name, row in zip(names, confusion)]
@@ -272,12 +265,10 @@ def test_the_plot_shows_fractions_of_each_class_and_names_only_a_few(drawn, tmp_
     outcomes = torch.randint(classes, (5 * classes, 2), generator=torch.Generator().manual_seed(0))
     names = ["caf\udce9", *(f"日本 {k}" for k in range(1, classes))]  # no Unicode, and what the font lacks
     write_by_class(tmp_path, outcomes, names)
-    axes = figures[0].axes[0]
-    percent, labels = axes.images[0].get_array(), [text.get_text() for text in axes.get_yticklabels()]
-    for k in range(classes):
-        row = outcomes[outcomes[:, 0] == k, 1]
-        expected = 100 * row.bincount(minlength=classes) / max(1, len(row))
-        assert percent[k].tolist() == pytest.approx(expected.tolist())
+    axes, counts = figures[0].axes[0], np.histogram2d(*outcomes.T.numpy(), bins=range(classes + 1))[0]
+    expected = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    np.testing.assert_allclose(axes.images[0].get_array(), expected, rtol=1e-6)
+    labels = [text.get_text() for text in axes.get_yticklabels()]
     assert ("日本 2 (7)" in labels) == (classes == 3) and len(labels) <= 40 and len(axes.texts) <= 9
     assert 400 < min(Image.open(tmp_path / "confusion.png").size) < 1500 and not recwarn.list
 
@@ -312,17 +303,12 @@ def test_outputs_and_their_evaluation(images, tmp_path, capsys, drawn, small_mod
         top1, balanced, loss = (last[f"{key}_{score}"] for score in ("top1", "balanced", "loss"))
         scores = f"top-1 {top1:.2f}%, balanced {balanced:.2f}%, top-5 100.00%, loss {loss:.4f}"
         assert f"\n{name}: {scores} on 7 images of {images}, at 16 px (whole, warped" in out
-    assert f"in {tmp_path}: classes.csv, confusion.csv and" in out
-    use("--eval", tmp_path, output_dir=tmp_path / "new")  # the best checkpoint
-    assert sum(int(row["images"]) for row in read_table(tmp_path / "new/classes.csv")) == 7
-    use("--predict", tmp_path, images / "val")
-    assert len(read_table(tmp_path / "predictions.csv")) == 7
     keys = "top1", "balanced", "top5", "loss"
-    for tops in ((1, 2), (2, 1)):
+    for tops in ((1, 5), (5, 1)):
         results = [(dict.fromkeys(keys, float(top)), torch.zeros(top, 2, dtype=torch.int64)) for top in tops]
         monkeypatch.setattr(finetune, "evaluate", Mock(side_effect=results))
         use("--eval", tmp_path / "checkpoint-2.pth")
-        assert read_table(tmp_path / "classes.csv")[0]["images"] == "2"  # of the weights or the average, the better
+        assert read_table(tmp_path / "classes.csv")[0]["images"] == "5"  # of the weights or the average, the better
 
 
 def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path, capsys, small_models):
@@ -336,26 +322,17 @@ def test_a_folder_of_classes_is_evaluated_on_what_was_held_out(images, tmp_path,
     use("--eval", checkpoint, eval_data_path=folder)
     assert f"on 12 images of {folder}, at" in capsys.readouterr().out  # named as images to evaluate on, they are
     train(images, tmp_path / "tuned", holdout=0.5, epochs=1)  # of a folder with a split to validate on
-    capsys.readouterr()
     use("--eval", tmp_path / "tuned")
     assert f"on 7 images of {images}, at" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        get_args(eval_data_path=images / "val")  # alone has no images to train on
 
 
-def test_runs_folders_and_weights_that_do_not_say_their_data(images, encoder, tmp_path, small_models):
+def test_of_a_runs_folder_the_best_weights_or_the_newest_are_taken(images, encoder, tmp_path, small_models):
     train(images, tmp_path, epochs=1)
     assert get_args(finetune=encoder.parent).finetune == str(encoder)
     best = tmp_path / "checkpoint-best.pth"
     assert get_args(finetune=tmp_path).finetune == get_args(eval=True, resume=tmp_path).resume == str(best)
     best.unlink()
     assert get_args(predict=["x.jpg"], resume=tmp_path).resume == f"{tmp_path}/checkpoint-1.pth"
-    path = tmp_path / "foreign.pth"
-    torch.save(ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), num_classes=10).state_dict(), path)
-    with pytest.raises(UserError, match="--data_set folder needs --data_path DIR"):
-        get_args(eval=True, resume=path)
-    args = get_args(predict=["x.jpg"], resume=path)
-    assert (args.input_size, args.crop_pct, args.data_set) == (224, None, "folder")
 
 
 # --- prediction -------------------------------------------------------------------------------------------------------
@@ -403,13 +380,10 @@ def test_predictions_are_a_plain_loops_in_the_order_given(photographs, tmp_path,
         assert file == str(path) and list(row) == columns[: 1 + 2 * len(ranked)] and values[::2] == ranked
         expected = pytest.approx([probabilities[name] for name in ranked], rel=1e-3, abs=1e-5)
         assert [float(value) for value in values[1::2]] == expected
-    output = (tmp_path / "output.txt").read_text().splitlines()
-    preparation, *lines, written = [line for line in output if not line.startswith("warning: cannot read")][-10:]
-    assert preparation == "9 images at 32 px (whole, warped to the square), normalised as folder"
-    assert [line.split(": ")[0] for line in lines] == [str(path) for path in paths]
-    assert {line.count("%") for line in lines} == {len(ranked)}
-    assert written == f"in {tmp_path}: predictions.csv of 8 images"
-    assert len(output) == 13  # two lines on flags and the warning come first; of two processes one prints
+    output = (tmp_path / "output.txt").read_text()
+    assert output.count("9 images at 32 px (whole, warped to the square), normalised as folder\n") == 1  # one prints
+    lines = [line.split(": ")[0] for line in output.splitlines() if line.count("%") == len(ranked)]
+    assert lines == [str(path) for path in paths]
 
 
 @pytest.mark.parametrize("origin", ["ours", "timm"])
