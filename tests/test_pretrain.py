@@ -27,24 +27,24 @@ from plumbing.run import Run
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
+def labelled(tmp_path_factory) -> Path:
+    """24 images to train on and 12 to validate, in class folders."""
+    return image_folder(tmp_path_factory.mktemp("labelled"), size=48, train=24, val=12)
+
+
+@pytest.fixture
+def images(labelled) -> Path:
     """A folder of 12 images."""
-    return image_folder(tmp_path_factory.mktemp("images"), size=48, train=12)
-
-
-@pytest.fixture(scope="module")
-def all_images(tmp_path_factory) -> Path:
-    """Images for every stage."""
-    return stress.images_in(tmp_path_factory.mktemp("all"))
+    return labelled / "val"
 
 
 run = partial(run_script, pretrain)
 
 
 @pytest.mark.parametrize("stage", stress.STAGES)
-def test_a_killed_run_of_any_stage_continues_as_if_nothing_had_happened(all_images, tmp_path, monkeypatch, stage):
-    script = importlib.import_module(stage)
-    line = stress.STAGES[stage].split() + words(data_path=all_images, batch_size=4, save_ckpt_num=9)
+def test_a_killed_run_of_any_stage_continues_as_if_nothing_had_happened(tmp_path, monkeypatch, stage):
+    script, images = importlib.import_module(stage), stress.images_in(tmp_path / "images")
+    line = stress.STAGES[stage].split() + words(data_path=images, batch_size=4, save_ckpt_num=9)
 
     def train(name):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -68,16 +68,9 @@ def test_a_run_writes_what_the_readme_says(images, tmp_path, capsys, drawn):
     encoder.load_state_dict(load_file(tmp_path / "encoder.pth")["model"], strict=True)
     assert state["config"]["model"] == "convnextv2_atto" and "torch" in state["versions"]
     assert log_of(tmp_path, "update") == [*range(1, 13)] and 0.8 < log_of(tmp_path, "loss")[0] < 1.2
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["mask_ratio"] == 0.6 and config["seed"] == 0
+    assert state["config"].items() <= json.loads((tmp_path / "config.json").read_text()).items()
     assert "encoder.pth" in capsys.readouterr().out
     assert all(min(Image.open(tmp_path / name).size) > 300 for name in ("progress.png", "reconstructions.png"))
-
-
-def test_the_loss_falls_below_that_of_predicting_the_mean(images, tmp_path):
-    flags = dict(epochs=30, batch_size=6, lr=4e-3, warmup_epochs=2, decoder_embed_dim=64, save_ckpt_freq=30, seed=1)
-    run(images, tmp_path, model="convnextv2_yocto", **flags)
-    assert sum(log_of(tmp_path, "loss")[-10:]) / 10 < 0.93  # the mean of each normalised patch, 0, has a loss of 1
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -88,19 +81,12 @@ def test_mixed_precision_trains_as_float32_does(images, tmp_path, amp):
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and stress.difference(*states)
 
 
-def test_one_image_is_enough_for_a_batch_of_four(images, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/one.png").write_bytes(next(images.rglob("*.png")).read_bytes())
-    run(tmp_path / "images", tmp_path / "out")
-    assert log_of(tmp_path / "out", "loss") == pytest.approx([1, 1], abs=0.2)
-
-
-def test_a_run_in_poor_surroundings_draws_its_plots(images, tmp_path):
-    """No display, an unknown matplotlib backend, no encoding but ASCII, and a folder whose name is not UTF-8."""
+def test_a_run_in_poor_surroundings_draws_its_plots(tmp_path):
+    """One image, no display, an unknown matplotlib backend, no encoding but ASCII, a folder whose name is not UTF-8."""
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
     environment |= dict(MPLBACKEND="nonsense", LC_ALL="C", PYTHONIOENCODING="ascii")
     environment |= dict(PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    (tmp_path / "images").symlink_to(images)
+    (tmp_path / "images").symlink_to(image_folder(tmp_path / "one", train=1))
     output_dir = tmp_path / os.fsdecode(b"\xff") / "new\nline $^{$"
     line = small(pretrain, tmp_path / "images", output_dir, epochs=1, warmup_epochs=None, model="convnextv2_yocto")
     result = subprocess.run([sys.executable, pretrain.__file__, *line], capture_output=True, env=environment)
@@ -108,19 +94,19 @@ def test_a_run_in_poor_surroundings_draws_its_plots(images, tmp_path):
     assert {"progress.png", "reconstructions.png", "encoder.pth"} < {path.name for path in output_dir.iterdir()}
 
 
-def test_defaults_follow_the_data_and_flags_win():
+@pytest.mark.parametrize(("images", "epochs", "lr"), [(200, 800, 3e-4), (5000, 200, 3e-4), (30_000, 800, 3.75e-5)])
+def test_defaults_follow_the_data_and_flags_win(monkeypatch, capsys, images, epochs, lr):
+    """Small folders get a schedule of their own, and others the paper's."""
+    names = [*(f"{k}.JPG" for k in range(images)), "a.txt"]
+    monkeypatch.setattr(pretrain.os, "walk", lambda folder, followlinks: [(folder, [], names)])
+    args = pretrain.get_args(["--data_path", "x"])
+    assert (args.epochs, args.blr * args.batch_size / 256) == (epochs, pytest.approx(lr))
+    assert ("few for the paper's schedule" in capsys.readouterr().out) == (images < pretrain.SMALL)
     paper = dict(data_set="folder", input_size=224, stem_stride=4, blr=1.5e-4, epochs=800, warmup_epochs=40, min_lr=0)
     paper |= dict(weight_decay=0.05, mask_ratio=0.6, decoder_depth=1, decoder_embed_dim=512, norm_pix_loss=True)
-    assert paper.items() <= vars(pretrain.get_args(["--data_path", "x"])).items()
+    assert paper.items() <= vars(pretrain.get_args(["--data_path", "x", "--recipe", "paper"])).items()
     cifar = pretrain.get_args(["--data_set", "cifar10", "--epochs", "3"])
     assert (cifar.input_size, cifar.stem_stride, cifar.epochs) == (32, 1, 3)
-    assert pretrain.get_args([]).data_set == "embedded"
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
-    """24 images to train on and 9 to validate, in class folders."""
-    return image_folder(tmp_path_factory.mktemp("labelled"), size=48, train=24, val=9)
 
 
 EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2, save_every_steps=4)
@@ -150,11 +136,11 @@ def test_evaluation_changes_no_weights_and_tensorboard_shows_the_log(labelled, t
 
 
 def test_evaluation_is_by_fixed_masks_and_equals_analyze(labelled, tmp_path):
-    """8 of the 9 images, and 12 of the 24: what a run of seconds evaluates."""
+    """8 of the 12 images, and 12 of the 24: what a run of seconds evaluates."""
     run(labelled, tmp_path, **EVALUATED)
     records = [record for record in read_log(tmp_path) if "probe" in record]
     images = data.load_images("folder", labelled, "val", data.center_transform(32))
-    chosen = torch.randperm(9, generator=torch.Generator().manual_seed(mix_seed("images", 0)))[:8].sort().values
+    chosen = torch.randperm(12, generator=torch.Generator().manual_seed(mix_seed("images", 0)))[:8].sort().values
     imgs = data.normalise(torch.stack([images[0, i][0] for i in chosen.tolist()]), images.statistics, "cpu")
     generator = torch.Generator().manual_seed(mix_seed("evaluation"))
     loss, _, _ = analyze.load_mae(tmp_path / "checkpoint-3.pth")(imgs, generator=generator)
@@ -187,9 +173,6 @@ pretrain --model convnextv2_base --batch_size 64 --update_freq 8 --blr 1.5e-4 --
 finetune --model convnextv2_base --batch_size 32 --update_freq 4 --blr 6.25e-4 --epochs 100 --warmup_epochs 20 \
  --layer_decay_type group --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 \
  --smoothing 0.1 --model_ema True --model_ema_eval True --use_amp True --scratch --data_set image_folder
-finetune --model convnextv2_atto --batch_size 32 --update_freq 4 --blr 2e-4 --epochs 600 --warmup_epochs 0 \
- --layer_decay_type single --layer_decay 0.9 --weight_decay 0.3 --drop_path 0.1 --reprob 0.25 --mixup 0. --cutmix 0. \
- --smoothing 0.2 --model_ema True --model_ema_eval True --use_amp True --scratch
 finetune --model convnextv2_large --batch_size 32 --update_freq 4 --blr 6.25e-4 --epochs 100 --warmup_epochs 20 \
  --layer_decay_type group --layer_decay 0.6 --drop_path 0.2 --head_init_scale 0.001 --data_set IMNET --nb_classes 1000 \
  --scratch

@@ -201,19 +201,11 @@ def test_a_run_in_a_thread_trains_without_signals(tmp_path):
     torch.testing.assert_close(weight, train_plainly(STEPPED))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match="not finite before update 2; .*--clip_grad"):
-        train(tmp_path, lr=1e30, log_every=100, save_every_steps=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-1.pth"]
-
-
 def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
     reads, bad = Points.read, {0, 1}
     monkeypatch.setattr(Points, "read", lambda self, index: reads(self, index) if index not in bad else 1 / 0)
     train(tmp_path / "few", epochs=3)
     assert read_log(tmp_path / "few", "unreadable_images")[-1] == [2]
-    samples = Points()
-    assert samples[0, 0][1]["index"] == 2 and samples.readable([(0, 0), (0, 2)]).tolist() == [False, True]
     bad |= set(range(11))
     for workers in (0, 1):
         with pytest.raises(UserError, match="^none of the 11 images can be read; check the files"):
