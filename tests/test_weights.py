@@ -157,7 +157,6 @@ def test_a_checkpoint_that_differs_from_the_network_that_it_describes_is_refused
 
 
 def test_a_detector_of_mmdetection_comes_with_cocos_numbers_of_its_classes(tmp_path):
-    """That it computes what it does there is a claim of test_detect.py."""
     state = weights.from_native(MODELS["convnextv2_yocto"](num_classes=0).state_dict(), "mmpretrain")
     heads = ["rpn_head.rpn_conv", "roi_head.bbox_head.fc_cls", "roi_head.bbox_head.shared_fcs.0"]
     state |= {f"{name}.weight": torch.zeros(4, 4) for name in (*heads, "roi_head.mask_head.convs.0.conv")}
@@ -183,7 +182,6 @@ def test_weights_are_found_under_the_usual_keys_in_spite_of_a_namespace(tmp_path
 
 
 def test_files_without_weights_are_named(tmp_path):
-    """Of damaged files, and of those with code in them, test_bad_input.py tells."""
     state, contents = net().state_dict(), {"epoch": {"epoch": 1}, "empty": {}, "nothing": {"model": {}}}
     for name, content in (contents | {"mixed": state | {"epoch": 1}}).items():
         torch.save(content, tmp_path / name)
