@@ -116,10 +116,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def train(images: Path, directory: Path, processes: int, flags: str = "", act: Callable | None = None) -> tuple:
-    """Pre-train in forked processes, of which the last one calls `act()` in its first forward pass.
-
-    Returns their exit statuses, the names of the checkpoints, and what all of them printed.
-    """
+    """Pre-train in processes, the last of which calls `act()` in its first pass: exit statuses, checkpoints, output."""
 
     def work():
         if act and dist.rank() == processes - 1:

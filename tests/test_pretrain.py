@@ -59,7 +59,7 @@ def test_a_run_writes_what_the_readme_says(labelled, tmp_path, capsys, drawn):
     names = "checkpoint-3.pth checkpoint-4.pth encoder.pth log.jsonl config.json progress.png reconstructions.png"
     assert {path.name for path in tmp_path.iterdir()} == set(names.split())
     encoder = MODELS["convnextv2_atto"](num_classes=0, stem_stride=1)
-    encoder.load_state_dict(load_file(tmp_path / "encoder.pth")["model"], strict=True)
+    encoder.load_state_dict(load_file(tmp_path / "encoder.pth")["model"])
     assert state["config"]["model"] == "convnextv2_atto" and "torch" in state["versions"]
     assert log_of(tmp_path, "update") == [*range(1, 13)] and 0.8 < log_of(tmp_path, "loss")[0] < 1.2
     assert state["config"].items() <= json.loads((tmp_path / "config.json").read_text()).items()
