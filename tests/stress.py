@@ -138,8 +138,7 @@ def stress(stage: str, kills: int, processes: int) -> None:
     print(f"{stage}, {processes} process(es): {counts}")
 
 
-def main() -> None:
-    """Stress the stages that the command line names."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="kills of each stage")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of each run")
@@ -148,7 +147,3 @@ def main() -> None:
     torch.set_num_threads(1)
     for stage in [args.stage] if args.stage else STAGES:
         stress(stage, args.kills, args.processes)
-
-
-if __name__ == "__main__":
-    main()

@@ -298,9 +298,8 @@ def test_pre_training_starts_from_every_layout_with_all_tensors_that_fit(tmp_pat
 
 def write_checkpoint(path: Path, num_classes: int, **config) -> ConvNeXt:
     """As finetune.py or pretrain.py would leave it."""
-    model, classes = net(num_classes=num_classes, stem_stride=config.get("stem_stride", 4)), ["a", "b", "c"]
-    content = {"model": model.state_dict(), "config": config}
-    torch.save(content | ({"classes": classes} if num_classes else {}), path)
+    model = net(num_classes=num_classes, stem_stride=config.get("stem_stride", 4))
+    torch.save({"model": model.state_dict(), "config": config, "classes": ["a", "b", "c"][:num_classes]}, path)
     return model
 
 
