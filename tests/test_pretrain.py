@@ -107,9 +107,8 @@ EVALUATED = dict(disable_eval=False, model="convnextv2_yocto", epochs=3, lr=1e-2
 
 
 def test_evaluation_changes_no_weights_and_tensorboard_shows_the_log(labelled, tmp_path, monkeypatch, drawn):
-    flags = EVALUATED | dict(epochs=2)
-    without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True))
-    flags |= dict(log_dir=tmp_path / "events")
+    flags = EVALUATED | dict(epochs=2, log_dir=tmp_path / "events")
+    without = run(labelled, tmp_path / "without", **flags | dict(disable_eval=True, log_dir=None))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         call_at(patch, Run, "backward", 5)
         run(labelled, tmp_path / "run", **flags)
@@ -163,6 +162,9 @@ pretrain --model convnextv2_base --batch_size 64 --update_freq 8 --blr 1.5e-4 --
 finetune --model convnextv2_base --batch_size 32 --update_freq 4 --blr 6.25e-4 --epochs 100 --warmup_epochs 20 \
  --layer_decay_type group --layer_decay 0.6 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 \
  --smoothing 0.1 --model_ema True --model_ema_eval True --use_amp True --scratch --data_set image_folder
+finetune --model convnextv2_atto --batch_size 32 --update_freq 4 --blr 2e-4 --epochs 600 --warmup_epochs 0 \
+ --layer_decay_type single --layer_decay 0.9 --weight_decay 0.3 --drop_path 0.1 --reprob 0.25 --mixup 0. --cutmix 0. \
+ --smoothing 0.2 --model_ema True --model_ema_eval True --use_amp True --scratch
 finetune --model convnextv2_large --batch_size 32 --update_freq 4 --blr 6.25e-4 --epochs 100 --warmup_epochs 20 \
  --layer_decay_type group --layer_decay 0.6 --drop_path 0.2 --head_init_scale 0.001 --data_set IMNET --nb_classes 1000 \
  --scratch
