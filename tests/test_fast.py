@@ -183,9 +183,6 @@ def test_less_is_kept_for_backward(run):
     weights = sum(p.nbytes for p in plain.parameters()) / 2**20
     kept = [memory(lambda net=net: random_loss(run(net, imgs)), CPU) - weights for net in (plain, fast)]
     assert kept[1] < (0.7 if run is run_dense else 0.6) * kept[0]
-    x, blocks = torch.randn(2, 32, 32, 8), make_pair(Block(8))
-    kept = [memory(lambda block=block: block.mlp(x), CPU) for block in blocks]
-    assert kept[1] < 0.5 * kept[0]
 
 
 @pytest.mark.slow  # the compiler builds its kernels for a minute

@@ -81,10 +81,11 @@ STEPPED = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.01, 0.01]
 def test_a_run_of_iterations_follows_its_own_schedule_and_ends_inside_an_epoch(tmp_path, capsys):
     weight = train(tmp_path, rates=STEPPED)
     torch.testing.assert_close(weight, train_plainly(STEPPED))
-    assert read_log(tmp_path, "update", "lr") == [[k, rate] for k, rate in enumerate(STEPPED, start=1)]
-    assert read_log(tmp_path, "epoch")[-1] == [1.6]
+    assert read_log(tmp_path, "update", "lr", "epoch") == [[k, rate, k / 5] for k, rate in enumerate(STEPPED, start=1)]
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert torch.equal(train(tmp_path, rates=STEPPED), weight) and "had finished before" in capsys.readouterr().out
+    with ThreadPoolExecutor() as pool:  # where no signal can be handled
+        assert torch.equal(pool.submit(train, tmp_path, rates=STEPPED).result(), weight)
+    assert "had finished before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("freq", "per_update"), [(2, 4), (7, 10)])
@@ -195,25 +196,11 @@ def test_a_second_signal_ends_at_once_and_an_ignored_one_stays_ignored(tmp_path)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_a_run_in_a_thread_trains_without_signals(tmp_path):
-    with ThreadPoolExecutor() as pool:
-        weight = pool.submit(train, tmp_path, rates=STEPPED).result()
-    torch.testing.assert_close(weight, train_plainly(STEPPED))
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(UserError, match="not finite before update 2; .*--clip_grad"):
-        train(tmp_path, lr=1e30, log_every=100, save_every_steps=1)
-    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-0-1.pth"]
-
-
 def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
     reads, bad = Points.read, {0, 1}
     monkeypatch.setattr(Points, "read", lambda self, index: reads(self, index) if index not in bad else 1 / 0)
     train(tmp_path / "few", epochs=3)
     assert read_log(tmp_path / "few", "unreadable_images")[-1] == [2]
-    samples = Points()
-    assert samples[0, 0][1]["index"] == 2 and samples.readable([(0, 0), (0, 2)]).tolist() == [False, True]
     bad |= set(range(11))
     for workers in (0, 1):
         with pytest.raises(UserError, match="^none of the 11 images can be read; check the files"):
@@ -224,11 +211,10 @@ def test_too_many_unreadable_samples_end_the_run(tmp_path, monkeypatch):
         train(tmp_path / "many", epochs=1)
 
 
-def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "make_loader", lambda images, sampler, workers, pin_memory: (workers, pin_memory))
+def test_the_loader_has_the_workers_of_the_flag_and_pins_memory_for_a_gpu(tmp_path):
     for device in ("cuda", "cpu"):
-        this = new_run(tmp_path, device=torch.device(device), amp="none", num_workers=3)
-        assert this.loader == (3, device == "cuda")
+        loader = new_run(tmp_path, device=torch.device(device), amp="none", num_workers=2).loader
+        assert (loader.num_workers, loader.pin_memory) == (2, device == "cuda")
 
 
 def test_compile_compiles_the_network_that_is_trained(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import pretrain
 import segment
 import weights
 from fcmae import FCMAE
-from model import MODELS, SIZES, ConvNeXt
+from model import MODELS, ConvNeXt
 from plumbing.files import UserError, download
 
 WRITTEN = ("authors", "timm", "hf", "mmpretrain")
@@ -53,9 +53,6 @@ def test_every_size_round_trips_through_every_layout_and_has_timms_names(name):
         for a, b in ((weights.to_native(converted), state), (converted, theirs if layout == "timm" else {})):
             assert not b or {key: value.shape for key, value in a.items()} == {key: b[key].shape for key in b}
         assert all(value.dim() == 1 for key, value in converted.items() if re.match(r"backbone.+\.grn\.", key))
-    depths, dims = SIZES[name.split("_")[1]]
-    shape = dict(depths=depths, dims=dims, version=2 if "v2" in name else 1, num_classes=7, in_chans=3, stem_stride=4)
-    assert weights.architecture(state) == shape
 
 
 # The smaller ones of timm, below 96 channels, have convolutions in their MLP, the others matrices.
@@ -142,9 +139,7 @@ UNFIT = [
     (lambda s: without(s, "head.weight"), '"head.weight"'),
     (lambda s: without(s, "stages.1.0.dwconv.weight"), "the weights lack stages.1.0.dwconv.weight"),
     (lambda s: s | {"stages.2.1.gamma": torch.zeros(1)}, 'Unexpected key(s) in state_dict: "stages.2.1.gamma"'),
-    (lambda s: s | {"norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
     (lambda s: s | {"module.head.bias": torch.zeros(5)}, "head.bias"),  # a name twice
-    (lambda s: {"conv1.weight": torch.zeros(1)}, "no layout is known for these 1 tensors (conv1.weight)"),
     (lambda s: {key: torch.zeros(()) for key in s}, "shape () cannot be the downsample_layers.1.1.weight"),
     (lambda s: s | {"stages.0.0.dwconv.weight": torch.zeros(48, 8)}, "(48, 8)"),  # no square of taps
 ]
@@ -156,22 +151,12 @@ def test_loading_is_strict_and_names_what_does_not_fit(change, words):
         weights.load_weights(net(1), weights.to_native(change(net().state_dict())))
 
 
-def test_flags_come_from_checkpoints(tmp_path):
-    state, path = MODELS["convnextv2_yocto"](num_classes=2, stem_stride=2).state_dict(), tmp_path / "a.pth"
-    torch.save({"model": state, "config": dict(input_size=48, crop_pct=0.9, image_max=4095)}, path)
-    flags = dict(model="convnextv2_yocto", stem_stride=2, input_size=48, crop_pct=0.9)
-    assert weights.flags_of(path, "input_size", "crop_pct", "holdout") == flags
-    for line in (["--eval", "--resume"], ["--predict", "a.png", "--resume"], ["--finetune"]):
-        assert finetune.get_args([*line, str(path), "--data_path", "x"]).image_max == 4095
-
-
 def test_a_checkpoint_that_differs_from_the_network_that_it_describes_is_refused():
     with user_error("a.pth and the network that it describes differ"):
         weights.load_saved({"model": net().state_dict()}, lambda: net(num_classes=4), "a.pth", CPU)
 
 
 def test_a_detector_of_mmdetection_comes_with_cocos_numbers_of_its_classes(tmp_path):
-    """That it computes what it does there is a claim of test_detect.py."""
     state = weights.from_native(MODELS["convnextv2_yocto"](num_classes=0).state_dict(), "mmpretrain")
     heads = ["rpn_head.rpn_conv", "roi_head.bbox_head.fc_cls", "roi_head.bbox_head.shared_fcs.0"]
     state |= {f"{name}.weight": torch.zeros(4, 4) for name in (*heads, "roi_head.mask_head.convs.0.conv")}
@@ -197,7 +182,6 @@ def test_weights_are_found_under_the_usual_keys_in_spite_of_a_namespace(tmp_path
 
 
 def test_files_without_weights_are_named(tmp_path):
-    """Of damaged files, and of those with code in them, test_bad_input.py tells."""
     state, contents = net().state_dict(), {"epoch": {"epoch": 1}, "empty": {}, "nothing": {"model": {}}}
     for name, content in (contents | {"mixed": state | {"epoch": 1}}).items():
         torch.save(content, tmp_path / name)
@@ -206,9 +190,6 @@ def test_files_without_weights_are_named(tmp_path):
     for name in (*contents, "mixed", "cut.safetensors", "missing.safetensors", "."):
         with user_error(str(tmp_path / name)):
             weights.read_file(tmp_path / name)
-    torch.save({"model": state, "path": Path("x")}, tmp_path / "object.pth")
-    with user_error("(Unsupported global: GLOBAL pathlib."):
-        weights.read_file(tmp_path / "object.pth")
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -248,16 +229,19 @@ def server(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_every_flag_for_weights_takes_an_address_and_downloads_it_once(tmp_path, server, capsys):
-    torch.save({"model": MODELS["convnextv2_yocto"](num_classes=5, stem_stride=2).state_dict()}, tmp_path / "a.pth")
+def test_every_flag_for_weights_takes_an_address_downloads_it_once_and_takes_flags_from_there(tmp_path, server, capsys):
+    state = MODELS["convnextv2_yocto"](num_classes=5, stem_stride=2).state_dict()
+    torch.save({"model": state, "config": dict(input_size=48, crop_pct=0.9, image_max=4095)}, tmp_path / "a.pth")
     address, folder = f"{server}/a.pth?x=1", str(tmp_path)
     for script in (pretrain, finetune, detect, segment):
         flag = "init_weight" if script is pretrain else "finetune"
         args = script.get_args([f"--{flag}", address, "--data_path", folder])
         assert (args.model, args.stem_stride) == ("convnextv2_yocto", 2)
         assert Path(getattr(args, flag)).read_bytes() == (tmp_path / "a.pth").read_bytes()
-    args = finetune.get_args(["--predict", "cat.jpg", "--resume", address])
-    assert args.output_dir == "runs/finetune"  # not beside the cached file
+    for task in (["--finetune"], ["--eval", "--resume"], ["--predict", "cat.jpg", "--resume"]):
+        args = finetune.get_args([*task, address, "--data_path", folder])
+        assert (args.input_size, args.image_max) == (48, 4095)
+    assert (args.crop_pct, args.output_dir) == (0.9, "runs/finetune")  # not beside the cached file
     assert analyze.get_args(["collapse", "--checkpoint", address, "--data_path", folder]).checkpoint[0].name == "a.pth"
     convert(address, tmp_path / "b.pth", "--to", "hf")
     assert capsys.readouterr().out.count("downloading") == 1
@@ -278,17 +262,12 @@ def test_an_interrupted_download_is_an_error_and_the_next_one_starts_afresh(tmp_
     assert_equal(weights.read_file(download(f"{server}/a.pth")), state)
 
 
-def released(mae: FCMAE) -> dict:
-    """An encoder as the authors publish it."""
-    return {key: value.reshape(1, -1) if ".grn." in key else value for key, value in mae.encoder.state_dict().items()}
-
-
 PREFIX = "model.module._orig_mod."  # of Lightning, DistributedDataParallel and torch.compile
 STARTS = {  # what a file holds of an autoencoder, and how many tensors besides the encoder fit
     "all": (lambda mae: mae.state_dict(), 15),
     "wrapped": (lambda mae: {PREFIX + key: value for key, value in mae.state_dict().items()}, 15),
     "sparse": (lambda mae: sparse_names(mae.encoder.state_dict()) | without(mae.state_dict(), "encoder."), 15),
-    "released": (released, 0),
+    "released": (lambda mae: mae.encoder.state_dict(), 0),
     "hf": (lambda mae: weights.from_native(mae.encoder.state_dict(), "hf"), 0),
     "width": (lambda mae: FCMAE(mae.encoder, decoder_embed_dim=8).state_dict() | {"pred.bias": mae.pred.bias.data}, 1),
 }
@@ -314,25 +293,13 @@ def test_pre_training_starts_from_every_layout_with_all_tensors_that_fit(tmp_pat
         pretrain.main(pretrain.get_args(words(**flags, stem_stride=1)))
 
 
-@pytest.mark.parametrize(("images", "epochs", "lr"), [(200, 800, 3e-4), (5000, 200, 3e-4), (30_000, 800, 3.75e-5)])
-def test_small_folders_get_a_schedule_of_their_own(tmp_path, monkeypatch, capsys, images, epochs, lr):
-    names = [*(f"{k}.JPG" for k in range(images)), "a.txt"]
-    monkeypatch.setattr(pretrain.os, "walk", lambda folder, followlinks: [(folder, [], names)])
-    args = pretrain.get_args(["--data_path", str(tmp_path)])
-    assert (args.epochs, args.blr * args.batch_size / 256) == (epochs, pytest.approx(lr))
-    assert ("few for the paper's schedule" in capsys.readouterr().out) == (images < pretrain.SMALL)
-    args = pretrain.get_args(["--data_path", str(tmp_path), "--recipe", "paper"])
-    assert (args.epochs, args.blr, args.warmup_epochs) == (800, 1.5e-4, 40)
-
-
 # --- in the hands of other tools --------------------------------------------------------------------------------------
 
 
 def write_checkpoint(path: Path, num_classes: int, **config) -> ConvNeXt:
     """As finetune.py or pretrain.py would leave it."""
-    model, classes = net(num_classes=num_classes, stem_stride=config.get("stem_stride", 4)), ["a", "b", "c"]
-    content = {"model": model.state_dict(), "config": config}
-    torch.save(content | ({"classes": classes} if num_classes else {}), path)
+    model = net(num_classes=num_classes, stem_stride=config.get("stem_stride", 4))
+    torch.save({"model": model.state_dict(), "config": config, "classes": ["a", "b", "c"][:num_classes]}, path)
     return model
 
 
