@@ -142,6 +142,8 @@ UNFIT = [
     (lambda s: s | {"module.head.bias": torch.zeros(5)}, "head.bias"),  # a name twice
     (lambda s: {key: torch.zeros(()) for key in s}, "shape () cannot be the downsample_layers.1.1.weight"),
     (lambda s: s | {"stages.0.0.dwconv.weight": torch.zeros(48, 8)}, "(48, 8)"),  # no square of taps
+    (lambda s: s | {"norm.weight": torch.zeros(3)}, "size mismatch for norm.weight"),
+    (lambda s: {"conv1.weight": torch.zeros(1)}, "no layout is known for these 1 tensors (conv1.weight)"),
 ]
 
 
