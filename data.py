@@ -229,7 +229,7 @@ def split_folder(directory: str | Path, split: str) -> Path | None:
     names = VALIDATION if split == "val" and os.path.isdir(root / "train") else (split,)
     name = next((name for name in names if os.path.isdir(root / name)), None)  # unlike Path.is_dir, never raises
     if name not in (None, split):
-        say_once(f"{root / name} is taken for {root / split}, which is not there")
+        say_once(f"{root / name} is used as {root / split}, which does not exist")
     return name and root / name
 
 

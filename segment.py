@@ -221,7 +221,7 @@ def find_classes(args: argparse.Namespace, labels: Collection[int]) -> maps.Clas
     names, colours = listed_classes(args) or ([], [])
     labels, first, count = sorted(labels), int(args.reduce_zero_label), len(names) or args.nb_classes
     if len(labels) == 2 and labels[0] == 0 and labels[1] > 1 and not first and (count or 2) <= 2:
-        dist.say(f"label maps of 0 and {labels[1]} alone: 0 is taken for the background, {labels[1]} for the one class")
+        dist.say(f"label maps hold only 0 and {labels[1]}: 0 is the background, {labels[1]} the one class")
         names, numbers = names if len(names) == 2 else ["background", *(names or ["object"])], labels
     else:
         if not count and (len(labels) > 100 or labels[-1] > IGNORED):

@@ -191,7 +191,7 @@ def test_the_next_replaces_an_unreadable_image(tmp_path, capsys, monkeypatch, re
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-TAKEN = "ROOT/{} is taken for ROOT/val, which is not there"
+TAKEN = "ROOT/{} is used as ROOT/val, which does not exist"
 LAYOUTS = {  # files -> split, classes of the images that are found by path (None without), and what is printed
     "b.jpg deep/er/a.png ünï'x'.jpg": ("train", {"b.jpg": None, "deep/er/a.png": None, "ünï'x'.jpg": None}, ""),
     "train/b/1.jpg train/_a/x/2.jpg val/b/3.jpg": ("train", {"train/_a/x/2.jpg": "_a", "train/b/1.jpg": "b"}, ""),

@@ -212,7 +212,7 @@ def test_maps_of_two_values_are_background_and_one_class(folder, kind, listed, c
     fractions = segment.use_classes(images, classes, least=2) / sum(images.pixels.values())
     assert (np.stack([images[0, index][1] for index in range(3)]) == masks).all()
     assert fractions[1].item() == pytest.approx(masks.mean()) and classes.names == LISTED[listed]
-    assert f"0 is taken for the background, {value} for" in capsys.readouterr().out
+    assert f"0 is the background, {value} the" in capsys.readouterr().out
 
 
 REFUSED = {  # message -> what is changed in a folder of six training maps and six classes, and flags
