@@ -141,7 +141,7 @@ def things(tmp_path_factory) -> Path:
     tiny = ConvNeXt(**TINY, num_classes=2, stem_stride=1)
     state, mae = tiny.state_dict(), FCMAE(encoder, decoder_embed_dim=16).state_dict()
     contents = {
-        "run/checkpoint-3.pth": {"model": mae, "stage": "pretrain.py", "config": config},
+        "run/checkpoint-3.pth": {"model": mae, "stage": "pretrain.py", "optimizer": {}, "config": config},
         "encoder.pth": {"model": encoder.state_dict(), "config": config},
         "tiny.pth": {"model": state, "config": {"data_set": "somebody's", "input_size": [3, 16, 16]}},
         "tuned.pth": {"model": state, "stage": "finetune.py", "config": config, "classes": ["a", "x"]},

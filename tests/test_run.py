@@ -142,7 +142,7 @@ def test_another_run_is_refused_with_its_differences_and_more_epochs_continue(tm
         new_run(tmp_path / "a", epochs=2, update_freq=2)
     with pytest.raises(UserError, match=r"--epochs 2 \(now 1\)"):
         new_run(tmp_path / "a", epochs=1)
-    assert new_run(tmp_path / "a", epochs=3).epochs() == range(2, 3)
+    assert new_run(tmp_path / "a", epochs=3, warmup_epochs=0.5).epochs() == range(2, 3)
     assert "--epochs 2 before, now 3" in capsys.readouterr().out
     resumed = new_run(tmp_path / "b", epochs=2, weight_decay=0.1, resume=tmp_path / "a/checkpoint-1.pth")
     assert resumed.epochs() == range(1, 2) and len(resumed.records) == 5
