@@ -74,7 +74,8 @@ def test_knn_equals_a_plain_loop():
 
 
 def test_the_ridge_probe_is_the_least_squares_fit_of_rows_and_penalties():
-    bank, queries, labels = torch.randn(40, 6), torch.randn(40, 6) + 0.5, torch.arange(40) % 3
+    bank, queries = torch.randn(40, 6), torch.randn(999, 6) + 0.5
+    labels, truth = torch.arange(40) % 3, torch.arange(999) % 3
     bank[:, 5] = 7  # a constant feature has no weight
     std, mean = torch.std_mean(bank[:, :5].double(), dim=0, correction=0)
     x, y = ((part[:, :5].double() - mean) / std for part in (bank, queries))
@@ -82,8 +83,8 @@ def test_the_ridge_probe_is_the_least_squares_fit_of_rows_and_penalties():
     rows = torch.cat([x, (0.3 * 40) ** 0.5 * torch.eye(5, dtype=torch.float64)])
     fit = torch.linalg.lstsq(rows, torch.cat([targets, torch.zeros(5, 3)])).solution
     scores = y @ fit + F.one_hot(labels).double().mean(dim=0)
-    accuracy = (scores.argmax(dim=1) == labels).double().mean().item()
-    assert frozen.ridge_accuracy(bank, labels, queries, labels, strength=0.3) == pytest.approx(accuracy)
+    accuracy = (scores.argmax(dim=1) == truth).double().mean().item()
+    assert frozen.ridge_accuracy(bank, labels, queries, truth, strength=0.3) == pytest.approx(accuracy)
 
 
 def test_effective_rank_counts_equal_orthogonal_channels_and_weighs_unequal_ones():
