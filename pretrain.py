@@ -85,7 +85,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         import weights
 
         decoder = "decoder", "decoder_depth", "decoder_embed_dim", "norm_pix_loss"
-        parser.take(start, weights.flags_of(start, "input_size", *decoder))
+        parser.take(start, weights.flags_of(start, "input_size", "image_max", *decoder))
     args = parser.parse_args(argv)
     args.init_weight = start
     parser.report(args)

@@ -238,7 +238,7 @@ def test_every_flag_for_weights_takes_an_address_downloads_it_once_and_takes_fla
     for script in (pretrain, finetune, detect, segment):
         flag = "init_weight" if script is pretrain else "finetune"
         args = script.get_args([f"--{flag}", address, "--data_path", folder])
-        assert (args.model, args.stem_stride) == ("convnextv2_yocto", 2)
+        assert (args.model, args.stem_stride, args.image_max) == ("convnextv2_yocto", 2, 4095)
         assert Path(getattr(args, flag)).read_bytes() == (tmp_path / "a.pth").read_bytes()
     for task in (["--finetune"], ["--eval", "--resume"], ["--predict", "cat.jpg", "--resume"]):
         args = finetune.get_args([*task, address, "--data_path", folder])
