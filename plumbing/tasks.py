@@ -79,9 +79,8 @@ def settle(
     start, only_use = start_of(args, parser), bool(args.eval or args.predict)
     if start:
         data = places if only_use and not (args.data_set or args.data_path) else ()
-        names = (*network, *evaluation, *data) if only_use else (*network, "image_max")
-        flags = flags_of(start, *names) if only_use else flags_of(start, "image_max")
-        config = {name: flags[name] for name in names if flags.get(name) is not None}
+        names = (*network, *evaluation, *data) if only_use else ("image_max",)
+        config = {name: value for name, value in flags_of(start, *names).items() if value is not None}
         beside = {"output_dir": os.path.dirname(start) or "."} if only_use and "://" not in args.resume else {}
         parser.take(start, config | beside)
         args = parser.parse_args(argv)
